@@ -1,0 +1,649 @@
+"""Train, evaluate and export the classifiers that the data-free methods take as teachers.
+
+A teacher is an ordinary network trained on labelled images; everything else in this repository sees only its
+weights. The recipe is plain: SGD with Nesterov momentum, a triangular learning rate, random crops (and flips for
+natural images), cross-entropy on hard labels. No label smoothing and no mixup: both change what a teacher's logits
+say about the wrong classes, which is the very thing that distillation reads.
+
+    python teacher.py --dataset cifar10 --arch resnet20 --epochs 18 --data-dir data
+
+Shipped teachers, their accuracies and commands: teachers/README.md.
+
+Networks are the field's standard pairs: LeNet-5 and its half (LeCun et al. 1998; no BatchNorm), the three-stage
+CIFAR ResNets (He et al. 2015, arXiv:1512.03385, section 4.2; parameter-free "option A" shortcuts), ResNet-18/34 in
+the four-stage CIFAR layout (3x3 stem, no max-pool) of DAFL and DeepInversion, VGG-11 with BatchNorm (Simonyan &
+Zisserman 2014, one linear layer on top), WRN-d-k (Zagoruyko & Komodakis 2016, arXiv:1605.07146).
+
+A checkpoint (`teacher.pt`) is pickle-free and self-describing: weights in fp16 (BatchNorm in fp32), architecture,
+classes, channels, image size, mean and std of the normalisation, accuracy of exactly these rounded weights, command.
+
+Metrics (`metrics.jsonl`): `train/loss` mean cross-entropy of the epoch, `train/acc` and `eval/acc` in percent, `lr`.
+"""
+
+import gzip
+import hashlib
+import json
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    # Run settings.
+    dataset: str = "digits"
+    """digits (embedded) | mnist | cifar10 | cifar100."""
+    arch: str = "resnet8"
+    """A network function of this file: lenet5(_half), resnet8/20/32/44/56, resnet18_cifar, vgg11_bn, wrn_16_1 …"""
+    data_dir: str = "data"
+    """Folder with the data set (mnist/*.gz, cifar-10-batches-bin/*.bin); what is missing is downloaded into it."""
+    data_note: str = ""
+    """Recorded in the checkpoint when the files are not the official ones, e.g. 'JPEG copy of CIFAR-10'."""
+    out: str = ""
+    """Output folder; default runs/teacher/DATASET-ARCH."""
+    seed: int = 0
+    """Seeds python, numpy and torch."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    resume: bool = False
+    """Continue from checkpoint.pt of the output folder."""
+    smoke: bool = False
+    """A run of seconds: one epoch on 512 images."""
+    compile: bool = False
+    """torch.compile the network (on a CPU this needs a C++ compiler)."""
+    evaluate: str = ""
+    """Only measure this teacher.pt on the test split of --dataset."""
+    export: str = ""
+    """Also ship the result as teachers/NAME.pt and record its SHA-256 in teachers/index.json."""
+
+    # Training.
+    epochs: int = 20
+    """Passes over the training split."""
+    batch_size: int = 128
+    """Images per step (DAFL recipe: 128)."""
+    lr: float = 0.2
+    """Peak learning rate (ours; short schedules like more than DAFL's 0.1)."""
+    warmup: float = 0.2
+    """Fraction of all steps over which the learning rate rises linearly; then it falls linearly to zero (ours)."""
+    momentum: float = 0.9
+    """Nesterov momentum (DAFL recipe)."""
+    weight_decay: float = 5e-4
+    """L2 penalty on all weights (DAFL recipe)."""
+
+
+def fail(message):
+    """Print one line that says what to do and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Data
+
+# Per data set: classes, channels, padding of the random crop, mirrored or not, and mean and standard deviation of the
+# training split's pixels in [0, 1] (MNIST padded to 32 px, digits enlarged to it).
+DATASETS = {
+    "digits": dict(num_classes=10, channels=1, pad=2, flip=False, mean=(0.3054,), std=(0.3237,)),
+    "mnist": dict(num_classes=10, channels=1, pad=2, flip=False, mean=(0.1000,), std=(0.2752,)),
+    "cifar10": dict(
+        num_classes=10, channels=3, pad=4, flip=True, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
+    ),
+    "cifar100": dict(
+        num_classes=100, channels=3, pad=4, flip=True, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
+    ),
+}
+# Official addresses and the MD5 sums published beside them.
+MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+MNIST_MD5 = {
+    "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+    "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+    "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+}
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+CIFAR_FILES = {  # folder, training files, test file, archive's MD5, label bytes per record (the last one counts)
+    "cifar10": (
+        "cifar-10-batches-bin",
+        [f"data_batch_{i}.bin" for i in range(1, 6)],
+        "test_batch.bin",
+        "c32a1d4ab5d03f1284b67883e8d87530",
+        1,
+    ),
+    "cifar100": ("cifar-100-binary", ["train.bin"], "test.bin", "03b5dce01913d631647c71ecec9e9cb8", 2),
+}
+
+
+def download(url, path, md5):
+    """Fetch `url` into `path` atomically and compare its MD5; one clear line when there is no network."""
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
+            while chunk := reply.read(1 << 20):
+                file.write(chunk)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        fail(f"{path} is missing and {url} cannot be fetched ({error}); download it by hand or pass --data-dir")
+    if (got := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
+        part.unlink()
+        fail(f"{url}: expected MD5 {md5}, got {got}; try again or download it by hand to {path}")
+    os.replace(part, path)
+
+
+def load_mnist(data_dir, split):
+    """Read the official IDX files; returns images (N, 1, 32, 32) uint8, zero-padded from 28 px, and labels (N,)."""
+    prefix = "train" if split == "train" else "t10k"
+    arrays = []
+    for name, header in ((f"{prefix}-images-idx3-ubyte.gz", 16), (f"{prefix}-labels-idx1-ubyte.gz", 8)):
+        path = Path(data_dir) / "mnist" / name
+        if not path.exists():
+            download(MNIST_URL + name, path, MNIST_MD5[name])
+        try:
+            arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
+        except (OSError, EOFError, ValueError) as error:
+            fail(f"{path} is damaged ({error}); delete it and run again")
+    images = torch.from_numpy(arrays[0].reshape(-1, 1, 28, 28).copy())
+    return F.pad(images, (2, 2, 2, 2)), torch.from_numpy(arrays[1].astype(np.int64))
+
+
+def load_cifar(dataset, data_dir, split):
+    """Read the official *binary* files (no pickles); returns images (N, 3, 32, 32) uint8 and labels (N,) int64."""
+    folder, train_files, test_file, md5, label_bytes = CIFAR_FILES[dataset]
+    names = train_files if split == "train" else [test_file]
+    root = Path(data_dir)
+    if not all((root / folder / name).exists() for name in names):
+        archive = root / f"cifar-{dataset[5:]}-binary.tar.gz"
+        if not archive.exists():
+            download(CIFAR_URL + archive.name, archive, md5)
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            for name in [*train_files, test_file]:  # only the members we know, never the archive's own paths
+                (root / folder / name).write_bytes(tar.extractfile(f"{folder}/{name}").read())
+    raw = np.concatenate([np.fromfile(root / folder / name, np.uint8) for name in names])
+    if len(raw) == 0 or len(raw) % (label_bytes + 3072):
+        fail(f"{root / folder}: {len(raw)} bytes are no records of {label_bytes + 3072} bytes; fetch the files again")
+    records = raw.reshape(-1, label_bytes + 3072)
+    images = torch.from_numpy(records[:, label_bytes:].reshape(-1, 3, 32, 32).copy())
+    return images, torch.from_numpy(records[:, label_bytes - 1].astype(np.int64))
+
+
+def load_digits(split):
+    """scikit-learn's 1,797 embedded digits, 8 px enlarged to 32 px; 360 of them, drawn once, are the test split."""
+    from sklearn.datasets import load_digits as embedded_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = embedded_digits(return_X_y=True)  # (1797, 64) in 0..16
+    parts = train_test_split(x, y, test_size=360, random_state=0, stratify=y)
+    x, y = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+    x = torch.from_numpy(x).float().reshape(-1, 1, 8, 8) * (255 / 16)
+    x = F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
+    return x.round().to(torch.uint8), torch.from_numpy(y.astype(np.int64))
+
+
+def load_dataset(dataset, data_dir, split):
+    """Returns images (N, C, 32, 32) uint8 and labels (N,) int64 of the `train` or `test` split, on the CPU."""
+    if dataset == "digits":
+        return load_digits(split)
+    return load_mnist(data_dir, split) if dataset == "mnist" else load_cifar(dataset, data_dir, split)
+
+
+def normalise(x, mean, std):
+    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation."""
+    shape = (1, len(mean), 1, 1)
+    scale = 1 / (255 * torch.tensor(std, device=x.device).view(shape))
+    return x.float() * scale - (torch.tensor(mean, device=x.device) / torch.tensor(std, device=x.device)).view(shape)
+
+
+def augment(x, pad, flip, generator):
+    """Random crop of the zero-padded images and random mirror, one gather for the whole batch.
+
+    x: (N, C, H, W) uint8; returns the same shape in channels_last memory.
+    """
+    N, _, H, W = x.shape
+    top, left = (torch.randint(0, 2 * pad + 1, (2, N), generator=generator)).to(x.device)
+    rows = top[:, None] + torch.arange(H, device=x.device)  # (N, H)
+    cols = left[:, None] + torch.arange(W, device=x.device)  # (N, W)
+    if flip:
+        mirrored = (torch.rand(N, generator=generator) < 0.5).to(x.device)
+        cols = torch.where(mirrored[:, None], cols.flip(1), cols)
+    padded = F.pad(x, (pad, pad, pad, pad))
+    n = torch.arange(N, device=x.device)[:, None, None]
+    return padded[n, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # gathered as (N, H, W, C)
+
+
+# Networks. `forward_groups` returns (logits, activations) with the maps that attention transfer compares.
+
+
+class LeNet5(nn.Module):
+    """LeNet-5 with ReLU and max-pooling for 32 px (62,006 parameters at 3 channels); `width` 0.5 is its half.
+
+    Groups are the two convolutions after ReLU; `features` is the 120-vector that PRE-DFKD's activation term reads.
+    """
+
+    def __init__(self, num_classes=10, in_channels=3, width=1.0):
+        super().__init__()
+        c1, c2, c3, f1 = (int(c * width) for c in (6, 16, 120, 84))
+        self.conv1 = nn.Conv2d(in_channels, c1, 5)
+        self.conv2 = nn.Conv2d(c1, c2, 5)
+        self.conv3 = nn.Conv2d(c2, c3, 5)
+        self.fc1 = nn.Linear(c3, f1)
+        self.fc2 = nn.Linear(f1, num_classes)
+
+    def forward_groups(self, x):
+        a1 = F.relu(self.conv1(x))  # (N, 6, 28, 28)
+        a2 = F.relu(self.conv2(F.max_pool2d(a1, 2)))  # (N, 16, 10, 10)
+        features = F.relu(self.conv3(F.max_pool2d(a2, 2))).flatten(1)  # (N, 120)
+        return self.fc2(F.relu(self.fc1(features))), (a1, a2)
+
+    def forward(self, x):
+        return self.forward_groups(x)[0]
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut (He et al. 2015).
+
+    `option` A: strided subsampling and zero channels, no parameters; B: 1x1 convolution with BatchNorm.
+    """
+
+    def __init__(self, in_channels, channels, stride, option):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.option, self.stride, self.new_channels = option, stride, channels - in_channels
+        self.shortcut = nn.Sequential()
+        if option == "B" and (stride != 1 or self.new_channels):
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        if self.option == "A" and self.new_channels:
+            half = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new_channels - half))
+        return F.relu(y + self.shortcut(x))
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 px: 3x3 stem, then stages of basic blocks, the first of each later stage with stride 2.
+
+    Parameter names follow the public CIFAR weights (conv1, bn1, layer1.0.conv1 …, linear). Groups are the stages.
+    """
+
+    def __init__(self, blocks, widths, option, num_classes=10, in_channels=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.n_stages = len(widths)
+        c = widths[0]
+        for i, (n, width) in enumerate(zip(blocks, widths, strict=True), 1):
+            stage = []
+            for j in range(n):
+                stage.append(BasicBlock(c, width, 2 if i > 1 and j == 0 else 1, option))
+                c = width
+            setattr(self, f"layer{i}", nn.Sequential(*stage))
+        self.linear = nn.Linear(c, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+
+    def forward_groups(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        groups = []
+        for i in range(1, self.n_stages + 1):
+            x = getattr(self, f"layer{i}")(x)
+            groups.append(x)
+        return self.linear(x.mean((2, 3))), tuple(groups)
+
+    def forward(self, x):
+        return self.forward_groups(x)[0]
+
+
+class VGG(nn.Module):
+    """VGG with BatchNorm for 32 px and one linear layer on top; "M" is a 2x2 max-pool. Groups precede each pool."""
+
+    def __init__(self, layout, num_classes=10, in_channels=3):
+        super().__init__()
+        layers, c = [], in_channels
+        for width in layout:
+            if width == "M":
+                layers.append(nn.MaxPool2d(2))
+            else:
+                layers += [nn.Conv2d(c, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU()]
+                c = width
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(c, num_classes)
+
+    def forward_groups(self, x):
+        groups = []
+        for layer in self.features:
+            if isinstance(layer, nn.MaxPool2d):
+                groups.append(x)
+            x = layer(x)
+        return self.classifier(x.mean((2, 3))), tuple(groups)
+
+    def forward(self, x):
+        return self.forward_groups(x)[0]
+
+
+class WideBlock(nn.Module):
+    """Pre-activation block; the 1x1 shortcut, where channels change, reads the BN-ReLU'd input."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.shortcut = None if in_channels == channels else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x):
+        a = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(a))))
+        return y + (x if self.shortcut is None else self.shortcut(a))
+
+
+class WideResNet(nn.Module):
+    """WRN-d-k: three groups of (d - 4) / 6 pre-activation blocks, widths 16k, 32k, 64k.
+
+    Groups are the raw residual sums, before the next BatchNorm, as attention transfer takes them.
+    """
+
+    def __init__(self, depth, k, num_classes=10, in_channels=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        c = 16
+        for i, width in enumerate((16 * k, 32 * k, 64 * k), 1):
+            stage = []
+            for j in range((depth - 4) // 6):
+                stage.append(WideBlock(c, width, 2 if i > 1 and j == 0 else 1))
+                c = width
+            setattr(self, f"block{i}", nn.Sequential(*stage))
+        self.bn = nn.BatchNorm2d(c)
+        self.linear = nn.Linear(c, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        nn.init.zeros_(self.linear.bias)
+
+    def forward_groups(self, x):
+        a1 = self.block1(self.conv1(x))  # (N, 16k, H, W)
+        a2 = self.block2(a1)  # (N, 32k, H/2, W/2)
+        a3 = self.block3(a2)  # (N, 64k, H/4, W/4)
+        return self.linear(F.relu(self.bn(a3)).mean((2, 3))), (a1, a2, a3)
+
+    def forward(self, x):
+        return self.forward_groups(x)[0]
+
+
+def lenet5(num_classes=10, in_channels=3):
+    return LeNet5(num_classes, in_channels)
+
+
+def lenet5_half(num_classes=10, in_channels=3):
+    return LeNet5(num_classes, in_channels, width=0.5)
+
+
+def resnet8(num_classes=10, in_channels=3):
+    return CifarResNet((1, 1, 1), (16, 32, 64), "A", num_classes, in_channels)
+
+
+def resnet20(num_classes=10, in_channels=3):
+    return CifarResNet((3, 3, 3), (16, 32, 64), "A", num_classes, in_channels)
+
+
+def resnet32(num_classes=10, in_channels=3):
+    return CifarResNet((5, 5, 5), (16, 32, 64), "A", num_classes, in_channels)
+
+
+def resnet44(num_classes=10, in_channels=3):
+    return CifarResNet((7, 7, 7), (16, 32, 64), "A", num_classes, in_channels)
+
+
+def resnet56(num_classes=10, in_channels=3):
+    return CifarResNet((9, 9, 9), (16, 32, 64), "A", num_classes, in_channels)
+
+
+def resnet18_cifar(num_classes=10, in_channels=3):
+    return CifarResNet((2, 2, 2, 2), (64, 128, 256, 512), "B", num_classes, in_channels)
+
+
+def resnet34_cifar(num_classes=10, in_channels=3):
+    return CifarResNet((3, 4, 6, 3), (64, 128, 256, 512), "B", num_classes, in_channels)
+
+
+def vgg11_bn(num_classes=10, in_channels=3):
+    return VGG((64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"), num_classes, in_channels)
+
+
+def wrn_16_1(num_classes=10, in_channels=3):
+    return WideResNet(16, 1, num_classes, in_channels)
+
+
+def wrn_16_2(num_classes=10, in_channels=3):
+    return WideResNet(16, 2, num_classes, in_channels)
+
+
+def wrn_40_1(num_classes=10, in_channels=3):
+    return WideResNet(40, 1, num_classes, in_channels)
+
+
+def wrn_40_2(num_classes=10, in_channels=3):
+    return WideResNet(40, 2, num_classes, in_channels)
+
+
+ARCHS = [lenet5, lenet5_half, resnet8, resnet20, resnet32, resnet44, resnet56, resnet18_cifar, resnet34_cifar]
+ARCHS = {f.__name__: f for f in [*ARCHS, vgg11_bn, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2]}
+
+
+# Training
+
+
+@torch.no_grad()
+def evaluate(model, images, labels, mean, std, batch_size=500):
+    """Top-1 accuracy in percent, eval mode. images: (N, C, H, W) uint8, labels: (N,)."""
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for i in range(0, len(images), batch_size):
+        x = normalise(images[i : i + batch_size], mean, std).contiguous(memory_format=torch.channels_last)
+        correct += (model(x).argmax(1) == labels[i : i + batch_size]).sum()
+    model.train(was_training)
+    return 100 * correct.item() / len(images)
+
+
+def train_epoch(model, optimizer, schedule, images, labels, info, generator, args, bar):
+    """One pass; returns (mean loss, accuracy in percent). The host waits for the device once, at the end."""
+    model.train()
+    order = torch.randperm(len(images), generator=generator).to(images.device)
+    n_steps = len(images) // args.batch_size  # the short last batch is dropped: it would disturb the moments
+    total_loss = torch.zeros((), device=images.device)
+    total_correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for i in range(n_steps):
+        index = order[i * args.batch_size : (i + 1) * args.batch_size]
+        x = normalise(augment(images[index], info["pad"], info["flip"], generator), info["mean"], info["std"])
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
+            logits = model(x)
+            loss = F.cross_entropy(logits, labels[index])
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        total_loss += loss.detach()
+        total_correct += (logits.detach().argmax(1) == labels[index]).sum()
+        bar.update()
+        if bar.n % 50 == 0:  # the only other sync: a live figure every 50 steps
+            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{schedule.get_last_lr()[0]:.3f}")
+    return total_loss.item() / n_steps, 100 * total_correct.item() / (n_steps * args.batch_size)
+
+
+def atomic_save(state, path):
+    """torch.save through a temporary file and rename: a reader never sees half a checkpoint."""
+    part = path.with_name(path.name + ".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+def exported(model):
+    """State dict with convolutions and linear layers in fp16; BatchNorm stays fp32: its moments are targets."""
+    keep = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    state = {}
+    for key, value in model.state_dict().items():
+        half = value.is_floating_point() and key.rpartition(".")[0] not in keep
+        state[key] = (value.half() if half else value).cpu().clone()
+    return state
+
+
+def load_export(path):
+    """Read a `teacher.pt`; returns (model in eval mode, checkpoint dict)."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        model = ARCHS[saved["arch"]](saved["num_classes"], saved["channels"])
+        model.load_state_dict(saved["state_dict"])
+    except Exception as error:  # noqa: BLE001 - whatever a broken file raises, the user gets one line
+        fail(f"{path}: not a checkpoint of teacher.py ({type(error).__name__}); train one with --out DIR")
+    return model.eval(), saved
+
+
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def ship(path, name):
+    """Copy a `teacher.pt` to teachers/NAME.pt beside this file; record its SHA-256 and figures in index.json."""
+    folder = Path(__file__).parent / "teachers"
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    blob = Path(path).read_bytes()
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.pt").write_bytes(blob)
+    index = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else {}
+    entry = {key: value for key, value in saved.items() if key != "state_dict"}
+    index[name] = dict(sha256=hashlib.sha256(blob).hexdigest(), **entry)
+    write_json(folder / "index.json", dict(sorted(index.items())))
+    print(f"shipped teachers/{name}.pt, {len(blob):,} bytes")
+
+
+def versions():
+    """Versions and the commit that a figure was measured with."""
+    command = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return dict(python=platform.python_version(), torch=str(torch.__version__), commit=git.stdout.strip() or "unknown")
+
+
+def check_args(args):
+    """Refuse impossible settings before anything is loaded or written."""
+    if args.dataset not in DATASETS:
+        fail(f"--dataset: expected one of {', '.join(DATASETS)}, got {args.dataset!r}")
+    if args.arch not in ARCHS:
+        fail(f"--arch: expected one of {', '.join(ARCHS)}, got {args.arch!r}")
+    for name in ("epochs", "batch_size", "lr"):
+        if getattr(args, name) <= 0:
+            fail(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device is visible; use --device cpu")
+
+
+def main(args):
+    check_args(args)
+    if args.smoke:
+        args.epochs, args.batch_size = 1, 64
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002 - the legacy stream is what foreign code would draw from
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)  # data order and augmentation
+    info = DATASETS[args.dataset]
+    mean, std = info["mean"], info["std"]
+
+    test_images, test_labels = (t.to(device) for t in load_dataset(args.dataset, args.data_dir, "test"))
+    if args.evaluate:
+        model, saved = load_export(args.evaluate)
+        if (saved["num_classes"], saved["channels"]) != (info["num_classes"], info["channels"]):
+            fail(f"{args.evaluate}: made for {saved['dataset']}, not for --dataset {args.dataset}")
+        print(f"{evaluate(model.to(device), test_images, test_labels, saved['mean'], saved['std']):.2f} %")
+        if args.export:
+            ship(args.evaluate, args.export)
+        return
+    images, labels = (t.to(device) for t in load_dataset(args.dataset, args.data_dir, "train"))
+    if args.smoke:
+        images, labels = images[:512], labels[:512]
+
+    out = Path(args.out or f"runs/teacher/{args.dataset}-{args.arch}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "args.json", asdict(args))
+    except OSError as error:
+        fail(f"--out {out}: cannot be written ({error}); pass another folder")
+    model = ARCHS[args.arch](info["num_classes"], info["channels"]).to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(
+        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=True, foreach=True
+    )
+    n_steps = args.epochs * (len(images) // args.batch_size)
+    rise = max(1, round(args.warmup * n_steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / rise, (n_steps - step) / max(1, n_steps - rise))
+    )
+    first_epoch, seconds_before = 0, 0.0
+    if args.resume and (out / "checkpoint.pt").exists():
+        state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        generator.set_state(state["generator"].cpu())
+        first_epoch, seconds_before = state["epoch"], state["seconds"]
+    network = torch.compile(model) if args.compile else model
+
+    start = time.time()
+    bar = tqdm(total=n_steps, initial=first_epoch * (n_steps // args.epochs), disable=None, mininterval=1)
+    for epoch in range(first_epoch, args.epochs):
+        loss, accuracy = train_epoch(network, optimizer, schedule, images, labels, info, generator, args, bar)
+        row = {"epoch": epoch + 1, "train/loss": loss, "train/acc": accuracy, "lr": schedule.get_last_lr()[0]}
+        if not np.isfinite(loss):
+            fail(f"the loss is {loss} in epoch {epoch + 1}; lower --lr (last good state: {out / 'checkpoint.pt'})")
+        if (epoch + 1) % 5 == 0:
+            row["eval/acc"] = evaluate(model, test_images, test_labels, mean, std)
+        row["seconds"] = seconds_before + time.time() - start
+        tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
+        state.update(generator=generator.get_state(), epoch=epoch + 1, seconds=row["seconds"])
+        atomic_save(state, out / "checkpoint.pt")
+    bar.close()
+
+    # The accuracy that counts is that of the rounded weights which are shipped.
+    rounded = exported(model)
+    model.load_state_dict(rounded)
+    accuracy = evaluate(model, test_images, test_labels, mean, std)
+    seconds = round(seconds_before + time.time() - start, 1)
+    command = "python teacher.py " + shlex.join(sys.argv[1:])
+    saved = dict(format=1, arch=args.arch, dataset=args.dataset, data=args.data_note or args.dataset, command=command)
+    saved.update(num_classes=info["num_classes"], channels=info["channels"], image_size=32, mean=mean, std=std)
+    saved.update(accuracy=accuracy, seed=args.seed, seconds=seconds, versions=versions(), state_dict=rounded)
+    atomic_save(saved, out / "teacher.pt")
+    result = {key: value for key, value in saved.items() if key != "state_dict"}
+    write_json(out / "result.json", dict(result, teacher_accuracy=accuracy, student_accuracy=None, device=device))
+    print(f"test accuracy {accuracy:.2f} % (final iterate, fp16 weights); wrote {out / 'teacher.pt'}")
+    if args.export:
+        ship(out / "teacher.pt", args.export)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
