@@ -33,6 +33,7 @@ import tarfile
 import time
 import urllib.request
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -253,64 +254,73 @@ class LeNet5(nn.Module):
         return self.forward_groups(x)[0]
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2015).
+# Copied from deepinversion.py
+class ResBlock(nn.Module):
+    """Residual block (He et al. 2015): two 3x3 convolutions, or as a bottleneck 1x1, 3x3, 1x1 to 4x channels.
 
-    `option` A: strided subsampling and zero channels, no parameters; B: 1x1 convolution with BatchNorm.
+    Shortcut `option` A: strided subsampling and zero channels, no parameters; B: 1x1 convolution with BatchNorm.
     """
 
-    def __init__(self, in_channels, channels, stride, option):
+    def __init__(self, in_channels, channels, stride, option, bottleneck):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.option, self.stride, self.new_channels = option, stride, channels - in_channels
-        self.shortcut = nn.Sequential()
+        wide = 4 * channels if bottleneck else channels
+        basic_convs = [(channels, 3, stride), (wide, 3, 1)]  # width, kernel, stride
+        convs = [(channels, 1, 1), (channels, 3, stride), (wide, 1, 1)] if bottleneck else basic_convs
+        c = in_channels
+        for i, (width, kernel, step) in enumerate(convs, 1):
+            setattr(self, f"conv{i}", nn.Conv2d(c, width, kernel, step, kernel // 2, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(width))
+            c = width
+        self.bottleneck, self.stride, self.new_channels = bottleneck, stride, wide - in_channels
+        self.downsample = None
         if option == "B" and (stride != 1 or self.new_channels):
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
-            )
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
 
     def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        if self.option == "A" and self.new_channels:
-            half = self.new_channels // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, half, self.new_channels - half))
-        return F.relu(y + self.shortcut(x))
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.bottleneck:
+            y = self.bn3(self.conv3(F.relu(y)))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.new_channels:
+            before = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+        return F.relu(y + x)
 
 
-class CifarResNet(nn.Module):
-    """ResNet for 32 px: 3x3 stem, then stages of basic blocks, the first of each later stage with stride 2.
+# Copied from deepinversion.py
+class ResNet(nn.Module):
+    """ResNet with torchvision's parameter names, stride in the 3x3 convolution ("v1.5").
 
-    Parameter names follow the public CIFAR weights (conv1, bn1, layer1.0.conv1 …, linear). Groups are the stages.
+    `imagenet`: 7x7 stem of stride 2 and max-pool; otherwise the 3x3 stem of CIFAR. Groups are the stages' outputs.
     """
 
-    def __init__(self, blocks, widths, option, num_classes=10, in_channels=3):
+    def __init__(self, blocks, widths, option, bottleneck=False, imagenet=False, num_classes=10, in_channels=3):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, widths[0], kernel, stride, kernel // 2, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
-        self.n_stages = len(widths)
+        self.imagenet, self.n_stages = imagenet, len(widths)
         c = widths[0]
         for i, (n, width) in enumerate(zip(blocks, widths, strict=True), 1):
             stage = []
             for j in range(n):
-                stage.append(BasicBlock(c, width, 2 if i > 1 and j == 0 else 1, option))
-                c = width
+                stage.append(ResBlock(c, width, 2 if i > 1 and j == 0 else 1, option, bottleneck))
+                c = 4 * width if bottleneck else width
             setattr(self, f"layer{i}", nn.Sequential(*stage))
-        self.linear = nn.Linear(c, num_classes)
+        self.fc = nn.Linear(c, num_classes)
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 nn.init.kaiming_normal_(m.weight, mode="fan_out")
 
     def forward_groups(self, x):
         x = F.relu(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(x, 3, 2, 1) if self.imagenet else x
         groups = []
         for i in range(1, self.n_stages + 1):
             x = getattr(self, f"layer{i}")(x)
             groups.append(x)
-        return self.linear(x.mean((2, 3))), tuple(groups)
+        return self.fc(x.mean((2, 3))), tuple(groups)
 
     def forward(self, x):
         return self.forward_groups(x)[0]
@@ -393,64 +403,21 @@ class WideResNet(nn.Module):
         return self.forward_groups(x)[0]
 
 
-def lenet5(num_classes=10, in_channels=3):
-    return LeNet5(num_classes, in_channels)
-
-
-def lenet5_half(num_classes=10, in_channels=3):
-    return LeNet5(num_classes, in_channels, width=0.5)
-
-
-def resnet8(num_classes=10, in_channels=3):
-    return CifarResNet((1, 1, 1), (16, 32, 64), "A", num_classes, in_channels)
-
-
-def resnet20(num_classes=10, in_channels=3):
-    return CifarResNet((3, 3, 3), (16, 32, 64), "A", num_classes, in_channels)
-
-
-def resnet32(num_classes=10, in_channels=3):
-    return CifarResNet((5, 5, 5), (16, 32, 64), "A", num_classes, in_channels)
-
-
-def resnet44(num_classes=10, in_channels=3):
-    return CifarResNet((7, 7, 7), (16, 32, 64), "A", num_classes, in_channels)
-
-
-def resnet56(num_classes=10, in_channels=3):
-    return CifarResNet((9, 9, 9), (16, 32, 64), "A", num_classes, in_channels)
-
-
-def resnet18_cifar(num_classes=10, in_channels=3):
-    return CifarResNet((2, 2, 2, 2), (64, 128, 256, 512), "B", num_classes, in_channels)
-
-
-def resnet34_cifar(num_classes=10, in_channels=3):
-    return CifarResNet((3, 4, 6, 3), (64, 128, 256, 512), "B", num_classes, in_channels)
-
-
-def vgg11_bn(num_classes=10, in_channels=3):
-    return VGG((64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"), num_classes, in_channels)
-
-
-def wrn_16_1(num_classes=10, in_channels=3):
-    return WideResNet(16, 1, num_classes, in_channels)
-
-
-def wrn_16_2(num_classes=10, in_channels=3):
-    return WideResNet(16, 2, num_classes, in_channels)
-
-
-def wrn_40_1(num_classes=10, in_channels=3):
-    return WideResNet(40, 1, num_classes, in_channels)
-
-
-def wrn_40_2(num_classes=10, in_channels=3):
-    return WideResNet(40, 2, num_classes, in_channels)
-
-
-ARCHS = [lenet5, lenet5_half, resnet8, resnet20, resnet32, resnet44, resnet56, resnet18_cifar, resnet34_cifar]
-ARCHS = {f.__name__: f for f in [*ARCHS, vgg11_bn, wrn_16_1, wrn_16_2, wrn_40_1, wrn_40_2]}
+# Each takes (num_classes=10, in_channels=3) by keyword.
+lenet5 = LeNet5
+lenet5_half = partial(LeNet5, width=0.5)
+resnet8, resnet20, resnet32, resnet44, resnet56 = (
+    partial(ResNet, (n, n, n), (16, 32, 64), "A") for n in (1, 3, 5, 7, 9)
+)
+resnet18_cifar = partial(ResNet, (2, 2, 2, 2), (64, 128, 256, 512), "B")
+resnet34_cifar = partial(ResNet, (3, 4, 6, 3), (64, 128, 256, 512), "B")
+vgg11_bn = partial(VGG, (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"))
+wrn_16_1 = partial(WideResNet, 16, 1)
+wrn_16_2 = partial(WideResNet, 16, 2)
+wrn_40_1 = partial(WideResNet, 40, 1)
+wrn_40_2 = partial(WideResNet, 40, 2)
+names = "lenet5 lenet5_half resnet8 resnet20 resnet32 resnet44 resnet56 resnet18_cifar resnet34_cifar vgg11_bn"
+ARCHS = {name: globals()[name] for name in [*names.split(), "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"]}
 
 
 # Training
@@ -515,7 +482,7 @@ def load_export(path):
     """Read a `teacher.pt`; returns (model in eval mode, checkpoint dict)."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        model = ARCHS[saved["arch"]](saved["num_classes"], saved["channels"])
+        model = ARCHS[saved["arch"]](num_classes=saved["num_classes"], in_channels=saved["channels"])
         model.load_state_dict(saved["state_dict"])
     except Exception as error:  # noqa: BLE001 - whatever a broken file raises, the user gets one line
         fail(f"{path}: not a checkpoint of teacher.py ({type(error).__name__}); train one with --out DIR")
@@ -591,7 +558,9 @@ def main(args):
         write_json(out / "args.json", asdict(args))
     except OSError as error:
         fail(f"--out {out}: cannot be written ({error}); pass another folder")
-    model = ARCHS[args.arch](info["num_classes"], info["channels"]).to(device, memory_format=torch.channels_last)
+    model = ARCHS[args.arch](num_classes=info["num_classes"], in_channels=info["channels"]).to(
+        device, memory_format=torch.channels_last
+    )
     optimizer = torch.optim.SGD(
         model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=True, foreach=True
     )

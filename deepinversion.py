@@ -1,0 +1,734 @@
+"""DeepInversion: class-conditional images from a trained network alone.
+
+Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha, Kautz, "Dreaming to Distill: Data-free Knowledge Transfer via
+DeepInversion", CVPR 2020, arXiv:1912.08795. A batch of noise images is optimised until a frozen teacher assigns the
+wanted classes and the moments of every BatchNorm input equal the running moments that the teacher stored in training.
+
+    python deepinversion.py
+    python deepinversion.py --teacher resnet50
+
+    loss = CE(f(x'), y) + alpha_bn * R_bn(x') + alpha_tv_l2 * TV2(x') + alpha_tv_l1 * TV1(x') + alpha_l2 * R_l2(x')
+
+where x' is the view of x that the teacher sees in this step: pooled in a low-resolution stage, rolled by a random
+offset, mirrored at random; one draw for the whole batch (released code).
+
+Measured: see the table in README.md, copied from results/.
+
+Where we differ from the paper or its released code:
+- the teacher is frozen (no weight gradients) and the BatchNorm moments come from one fused pass (`kernels/`);
+- R_l2 is the mean over images of the image's norm for every data set (released CIFAR code: one norm of the batch);
+- images of the *last* step are kept. The released code keeps the images of the lowest loss and never resets that
+  minimum between stages: with two stages this returns the blurred low-resolution ones, and the loss it compares was
+  taken before the step and with another random view. The learning rate ends at zero, so the last iterate is settled.
+  `--keep best` keeps the images whose own loss was lowest in the last stage;
+- CIFAR settings `cifar10` and `cifar10-long` are ours (few steps, flip, clip, cosine); `cifar10-released` is theirs;
+- low-resolution stages optimise the full-resolution pixels through 2x2 average pooling, as the released code does;
+  the paper describes up-sampling a smaller image.
+
+Writes into --out: samples.png (one row a class), images.npz (`images` uint8 (N, H, W, C), `labels` int64 (N,)),
+result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its terms without their weights
+`loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of this step's views on target.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from kernels import bn_moment_loss, bn_moment_loss_ref, total_variation, total_variation_ref
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Args:
+    # Run settings.
+    teacher: str = "cifar10-resnet20"
+    """Shipped name (teachers/index.json), resnet18/34/50/101/152 (ImageNet), a teacher.pt, or file.py:factory."""
+    weights: str = ""
+    """State dict to load instead of the named one; needed for file.py:factory."""
+    num_classes: int = 0
+    """Classes of a foreign teacher; 0: as the named teacher has."""
+    image_size: int = 0
+    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
+    mean: tuple[float, ...] = ()
+    """Per-channel mean the teacher's inputs were normalised with; empty: as the named teacher has."""
+    std: tuple[float, ...] = ()
+    """Per-channel standard deviation, likewise."""
+    verifier: str = "auto"
+    """Another network that judges the images and is never optimised against; named like --teacher; auto | none."""
+    verifier_weights: str = ""
+    """State dict of the verifier."""
+    dataset: str = "auto"
+    """Family of the images, which chooses --setting and --verifier: cifar10 | mnist | digits | imagenet | auto."""
+    data_dir: str = "data"
+    """Where ImageNet weights are looked for and downloaded to."""
+    out: str = "runs/deepinversion/default"
+    """Output folder."""
+    seed: int = 0
+    """Seeds python, numpy and torch."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    resume: bool = False
+    """Continue from checkpoint.pt of the output folder, bit-exactly on the same machine."""
+    smoke: bool = False
+    """A run of seconds: 6 steps on 20 images."""
+    fused: bool = True
+    """Use the fused ops of kernels/; --no-fused runs the plain references."""
+    bf16: bool = True
+    """bfloat16 activations on a GPU (moments and images stay fp32)."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints."""
+    log_every: int = 10
+    """Steps between rows of metrics.jsonl (the only host syncs of the loop)."""
+
+    # Method. None: as --setting has it.
+    setting: str = "auto"
+    """A row of SETTINGS: cifar10 | cifar10-long | cifar10-released | mnist | digits | imagenet-0 | -1 | -2."""
+    num_images: int = 0
+    """Images to make, in batches; 0: one batch."""
+    classes: tuple[int, ...] = ()
+    """Wanted classes, repeated in turn; empty: all of them."""
+    keep: str = "last"
+    """last | best: images of the last step, or those with the lowest loss in the last stage."""
+    batch_size: int | None = None
+    """Images optimised together; part of the method, for the moments are those of the batch."""
+    iterations: int | None = None
+    """Steps per batch, shared out over the setting's stages."""
+    lr: float | None = None
+    """Adam's peak learning rate, in normalised units."""
+    alpha_bn: float | None = None
+    """Weight of the moment loss (released flag: r_feature)."""
+    first_bn: float | None = None
+    """Extra factor on the first BatchNorm (released code: 10 on ImageNet; absent from the paper)."""
+    alpha_tv_l2: float | None = None
+    """Weight of the l2 total variation (released flag: tv_l2)."""
+    alpha_tv_l1: float | None = None
+    """Weight of the l1 total variation (released flag: tv_l1)."""
+    alpha_l2: float | None = None
+    """Weight of the images' mean l2 norm (released flag: l2)."""
+    jitter: int | None = None
+    """Largest roll in pixels at full resolution (released flag: jitter)."""
+    flip: bool | None = None
+    """Mirror the batch with probability 1/2."""
+    clip: bool | None = None
+    """Clip to the range of real pixels after each step, [-m/s, (1 - m)/s] per channel."""
+
+
+# One row a setting. stages: (steps, pooling factor, jitter in pixels the teacher sees). `warmup` steps of linear rise,
+# then a cosine to zero, restarted in each stage; warmup None: constant.
+# fmt: off
+ADAM = dict(lr=0.1, betas=(0.9, 0.999), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True)
+IMAGENET = dict(ADAM, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4, alpha_l2=1e-5)
+GREY = dict(ADAM, batch_size=100, alpha_bn=1.0, alpha_tv_l2=3e-3, flip=False)
+SETTINGS = {
+    "cifar10": dict(ADAM, stages=[(400, 1, 2)], batch_size=100, alpha_bn=0.3, alpha_tv_l2=3e-3),  # ours
+    "cifar10-long": dict(ADAM, stages=[(2000, 1, 2)], batch_size=100, alpha_bn=1.0, alpha_tv_l2=3e-3),  # ours
+    "cifar10-released": dict(ADAM, stages=[(2000, 1, 2)], batch_size=256, alpha_bn=10.0, alpha_tv_l2=2.5e-5,
+                             lr=0.05, warmup=None, flip=False, clip=False),  # "paper parameters" for ResNet-34
+    "mnist": dict(GREY, stages=[(300, 1, 2)]),  # ours
+    "digits": dict(GREY, stages=[(300, 1, 2)]),  # ours
+    "imagenet-0": dict(IMAGENET, stages=[(2000, 2, 15), (1000, 1, 30)], betas=(0.5, 0.9)),  # released default
+    "imagenet-1": dict(IMAGENET, stages=[(2000, 1, 30)], betas=(0.5, 0.9)),
+    "imagenet-2": dict(IMAGENET, stages=[(20000, 1, 30)], clip=False),  # closest to the paper's section 4.2
+}
+FAMILIES = {  # default setting and verifier of a data set
+    "cifar10": ("cifar10", "cifar10-wrn-16-1"), "mnist": ("mnist", "mnist-lenet5"),
+    "digits": ("digits", "digits-lenet5"), "imagenet": ("imagenet-0", "none"),
+}
+# fmt: on
+CLASS_NAMES = {"cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}
+
+
+# Copied from teacher.py
+def fail(message):
+    """Print one line that says what to do and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+# Networks: the paper's ResNets, CIFAR and ImageNet layouts. Everything else comes through file.py:factory.
+
+
+class ResBlock(nn.Module):
+    """Residual block (He et al. 2015): two 3x3 convolutions, or as a bottleneck 1x1, 3x3, 1x1 to 4x channels.
+
+    Shortcut `option` A: strided subsampling and zero channels, no parameters; B: 1x1 convolution with BatchNorm.
+    """
+
+    def __init__(self, in_channels, channels, stride, option, bottleneck):
+        super().__init__()
+        wide = 4 * channels if bottleneck else channels
+        basic_convs = [(channels, 3, stride), (wide, 3, 1)]  # width, kernel, stride
+        convs = [(channels, 1, 1), (channels, 3, stride), (wide, 1, 1)] if bottleneck else basic_convs
+        c = in_channels
+        for i, (width, kernel, step) in enumerate(convs, 1):
+            setattr(self, f"conv{i}", nn.Conv2d(c, width, kernel, step, kernel // 2, bias=False))
+            setattr(self, f"bn{i}", nn.BatchNorm2d(width))
+            c = width
+        self.bottleneck, self.stride, self.new_channels = bottleneck, stride, wide - in_channels
+        self.downsample = None
+        if option == "B" and (stride != 1 or self.new_channels):
+            self.downsample = nn.Sequential(nn.Conv2d(in_channels, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.bottleneck:
+            y = self.bn3(self.conv3(F.relu(y)))
+        if self.downsample is not None:
+            x = self.downsample(x)
+        elif self.new_channels:
+            before = self.new_channels // 2
+            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
+        return F.relu(y + x)
+
+
+class ResNet(nn.Module):
+    """ResNet with torchvision's parameter names, stride in the 3x3 convolution ("v1.5").
+
+    `imagenet`: 7x7 stem of stride 2 and max-pool; otherwise the 3x3 stem of CIFAR. Groups are the stages' outputs.
+    """
+
+    def __init__(self, blocks, widths, option, bottleneck=False, imagenet=False, num_classes=10, in_channels=3):
+        super().__init__()
+        kernel, stride = (7, 2) if imagenet else (3, 1)
+        self.conv1 = nn.Conv2d(in_channels, widths[0], kernel, stride, kernel // 2, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.imagenet, self.n_stages = imagenet, len(widths)
+        c = widths[0]
+        for i, (n, width) in enumerate(zip(blocks, widths, strict=True), 1):
+            stage = []
+            for j in range(n):
+                stage.append(ResBlock(c, width, 2 if i > 1 and j == 0 else 1, option, bottleneck))
+                c = 4 * width if bottleneck else width
+            setattr(self, f"layer{i}", nn.Sequential(*stage))
+        self.fc = nn.Linear(c, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+
+    def forward_groups(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.max_pool2d(x, 3, 2, 1) if self.imagenet else x
+        groups = []
+        for i in range(1, self.n_stages + 1):
+            x = getattr(self, f"layer{i}")(x)
+            groups.append(x)
+        return self.fc(x.mean((2, 3))), tuple(groups)
+
+    def forward(self, x):
+        return self.forward_groups(x)[0]
+
+
+CIFAR, WIDE = (16, 32, 64), (64, 128, 256, 512)  # widths of the three- and the four-stage layout
+NETWORKS = {f"resnet{6 * n + 2}": partial(ResNet, (n, n, n), CIFAR, "A") for n in (1, 3, 5, 7, 9)}
+NETWORKS["resnet18_cifar"] = partial(ResNet, (2, 2, 2, 2), WIDE, "B")
+NETWORKS["resnet34_cifar"] = partial(ResNet, (3, 4, 6, 3), WIDE, "B")
+IMAGENET_URL = "https://download.pytorch.org/models/"
+IMAGENET_TEACHERS = {  # blocks, bottleneck, official file (its suffix: the first 8 digits of its SHA-256), top-1 in %
+    "resnet18": ((2, 2, 2, 2), False, "resnet18-f37072fd.pth", 69.758),
+    "resnet34": ((3, 4, 6, 3), False, "resnet34-b627a593.pth", 73.314),
+    "resnet50": ((3, 4, 6, 3), True, "resnet50-0676ba61.pth", 76.130),
+    "resnet101": ((3, 4, 23, 3), True, "resnet101-63fe2227.pth", 77.374),
+    "resnet152": ((3, 8, 36, 3), True, "resnet152-394f9c45.pth", 78.312),
+}
+
+
+# Teachers
+
+
+def load_factory(path, name, **options):
+    """Call `name` of the Python file at `path` with those of the options that it takes."""
+    if not Path(path).is_file():
+        fail(f"{path}:{name}: no such file; give the path of a Python file that defines {name}")
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules.setdefault(spec.name, module)  # dataclasses of that file look themselves up there
+        spec.loader.exec_module(module)
+        factory = getattr(module, name)
+        takes = inspect.signature(factory).parameters
+        model = factory(**{k: v for k, v in options.items() if k in takes})
+    except Exception as error:  # noqa: BLE001 - anything can go wrong in a user's file
+        fail(f"{path}:{name}: {type(error).__name__}: {' '.join(str(error).split())}; mend the factory")
+    if not isinstance(model, nn.Module):
+        fail(f"{path}:{name}: expected a torch.nn.Module, got {type(model).__name__}; return the network itself")
+    return model
+
+
+def load_weights(path, sha256=""):
+    """Read a checkpoint without running anything in it; `sha256` is a prefix that its digest must have."""
+    path = Path(path)
+    if not path.is_file():
+        fail(f"{path}: no such file; pass an existing checkpoint with --weights")
+    if sha256 and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256):
+        fail(f"{path}: its SHA-256 does not start with {sha256}: damaged or altered; delete it and fetch it again")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001 - truncated, foreign or hostile: refused alike
+        fail(f"{path}: no checkpoint that loads without running code ({type(error).__name__}); save a state dict")
+    if not isinstance(saved, dict):
+        fail(f"{path}: expected a state dict, got {type(saved).__name__}; save model.state_dict()")
+    return saved
+
+
+def load_state(model, saved, path):
+    """Copy a state dict, also a wrapped one ({'state_dict': …}) or one of DataParallel ('module.…'), into `model`."""
+    for key in ("state_dict", "model", "net"):
+        saved = saved[key] if isinstance(saved.get(key), dict) else saved
+    state = {k.removeprefix("module."): v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    wanted = model.state_dict()
+    # The public CIFAR weights call the last layer `linear` and the shortcut `shortcut`.
+    for public, ours in (("linear.", "fc."), ("shortcut.", "downsample.")):
+        if not any(public in k for k in wanted):
+            state = {k.replace(public, ours): v for k, v in state.items()}
+    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
+    extra = [k for k in state if k not in wanted]
+    if missing or extra:
+        names = ", ".join([f"lacks {k}" for k in missing[:2]] + [f"has unknown {k}" for k in extra[:2]])
+        fail(f"{path}: keys do not fit the teacher ({names}); check the architecture")
+    for key, value in state.items():
+        if value.shape != wanted[key].shape:
+            shapes = f"{tuple(value.shape)}, the teacher wants {tuple(wanted[key].shape)}"
+            fail(f"{path}: {key} has shape {shapes}; check --num-classes, the channels of --mean, the architecture")
+    model.load_state_dict(state, strict=False)
+
+
+def fetch_imagenet(name, data_dir):
+    """Path of torchvision's official weights, downloaded and hash-checked where they are missing."""
+    file = IMAGENET_TEACHERS[name][2]
+    path = Path(data_dir) / file
+    if not path.exists():
+        part = path.with_suffix(".part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with urllib.request.urlopen(IMAGENET_URL + file, timeout=30) as reply, open(part, "wb") as target:
+                shutil.copyfileobj(reply, target)
+        except OSError:
+            part.unlink(missing_ok=True)
+            fail(f"cannot fetch {IMAGENET_URL + file}; put the file at {path} or name it with --weights FILE")
+        os.replace(part, path)
+    return path
+
+
+def load_teacher(spec, weights, args, role="teacher"):
+    """Build a frozen network from its name; returns a namespace: model, dataset, mean, std, image_size and so on."""
+    index = json.loads((HERE / "teachers/index.json").read_text()) if (HERE / "teachers/index.json").exists() else {}
+    known, sha256, file = {}, "", weights
+    if spec in index:
+        known = index[spec]
+        if not weights:
+            file, sha256 = HERE / "teachers" / f"{spec}.pt", known["sha256"]
+    elif spec in IMAGENET_TEACHERS:
+        known = dict(dataset="imagenet", num_classes=1000, image_size=224, accuracy=IMAGENET_TEACHERS[spec][3])
+        known.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+        if not weights:
+            file, sha256 = fetch_imagenet(spec, args.data_dir), IMAGENET_TEACHERS[spec][2][-12:-4]
+    elif spec.endswith(".pt"):
+        known = load_weights(spec)
+        file = weights or spec
+        if "arch" not in known:
+            fail(f"{spec}: not a checkpoint of teacher.py; pass it as --weights beside --{role} file.py:factory")
+    elif ".py:" not in spec:
+        names = ", ".join([*index, *IMAGENET_TEACHERS])
+        fail(f"--{role}: unknown {spec!r}; choose one of {names}, a teacher.pt, or file.py:factory with --weights")
+    elif not weights:
+        fail(f"--{role} {spec}: a factory builds an untrained network; pass its weights with --{role}-weights FILE"
+             .replace("--teacher-weights", "--weights"))  # fmt: skip
+    own = role == "teacher"  # --mean and the like describe the teacher
+    info = SimpleNamespace(name=spec, dataset=known.get("dataset", "cifar10"))
+    info.mean = tuple((own and args.mean) or known.get("mean", (0.4914, 0.4822, 0.4465)))
+    info.std = tuple((own and args.std) or known.get("std", (0.2470, 0.2435, 0.2616)))
+    info.num_classes = (own and args.num_classes) or known.get("num_classes", 10)
+    info.image_size = (own and args.image_size) or known.get("image_size", 32)
+    info.accuracy = None if weights else known.get("accuracy")  # of another file's weights nothing is known
+    if len(info.mean) != len(info.std) or min(info.std) <= 0:
+        fail(f"--mean and --std: expected as many values, std positive, got {info.mean} and {info.std}")
+
+    options = dict(num_classes=info.num_classes, in_channels=len(info.mean))
+    arch = known.get("arch", spec)
+    if arch in IMAGENET_TEACHERS and "arch" not in known:
+        blocks, bottleneck = IMAGENET_TEACHERS[arch][:2]
+        info.model = ResNet(blocks, WIDE, "B", bottleneck, imagenet=True, **options)
+    elif arch in NETWORKS:
+        info.model = NETWORKS[arch](**options)
+    else:  # a network of teacher.py is a factory like any other
+        path, _, factory = arch.rpartition(":")
+        info.model = load_factory(path or HERE / "teacher.py", factory, image_size=info.image_size, **options)
+    load_state(info.model, load_weights(file, sha256), file)
+    info.model.eval().requires_grad_(False)
+    return info
+
+
+# Losses
+
+
+class MomentLoss:
+    """R_bn, eq. 4-6: sum over the teacher's BatchNorm2d inputs of ||mean - running_mean|| + ||var - running_var||.
+
+    Norms are not squared, variances are biased, layers are summed. The hooks live from `with` to its end.
+    """
+
+    def __init__(self, model, first_bn, fused):
+        self.loss = bn_moment_loss if fused else bn_moment_loss_ref
+        self.first_bn, self.terms = first_bn, []
+        self.layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+
+    def __enter__(self):
+        self.handles = [m.register_forward_pre_hook(self.hook) for m in self.layers]
+        return self
+
+    def __exit__(self, *exception):
+        for handle in self.handles:
+            handle.remove()
+
+    def hook(self, module, inputs):
+        self.terms.append(self.loss(inputs[0], module.running_mean, module.running_var))
+
+    def total(self):
+        """Sum of the last forward pass's terms, the first one times first_bn; forgets them."""
+        terms, self.terms = torch.stack(self.terms), []
+        return terms.sum() + (self.first_bn - 1) * terms[0]
+
+
+def image_norm(x):
+    """R_l2: mean over the batch of each image's un-squared l2 norm. x: (N, C, H, W)."""
+    return x.flatten(1).norm(dim=1).mean()
+
+
+# One step
+
+
+def augmented_view(x, pool, jitter, flip, generator):
+    """What the teacher sees: pooled, rolled by one random offset, mirrored or not. (N, C, H, W) -> (N, C, H', W')."""
+    if pool > 1:
+        x = F.avg_pool2d(x, pool)
+    dy, dx = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()  # CPU generator: no device sync
+    x = torch.roll(x, (dy, dx), (2, 3))
+    if flip and torch.rand((), generator=generator) < 0.5:
+        x = x.flip(3)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def synthesis_loss(view, labels, teacher, moments, setting):
+    """Total loss (scalar) and a dict of its unweighted terms, for one view (N, C, H, W)."""
+    with torch.autocast(view.device.type, torch.bfloat16, enabled=setting["bf16"] and view.is_cuda):
+        logits = teacher.model(view)  # (N, K)
+    terms = {"ce": F.cross_entropy(logits.float(), labels), "bn": moments.total(), "l2": image_norm(view)}
+    terms["tv_l1"], terms["tv_l2"] = (total_variation if setting["fused"] else total_variation_ref)(view)
+    # A term of weight 0 is only reported.
+    total = terms["ce"] + sum(w * terms[k] for k in terms if k != "ce" and (w := setting[f"alpha_{k}"]))
+    hits = (logits.argmax(1) == labels).float().mean() * 100
+    return total, {"total": total.detach(), **{k: v.detach() for k, v in terms.items()}, "teacher": hits}
+
+
+def learning_rate(step, n_steps, setting):
+    """Linear warm-up, then a cosine to zero; restarted in every stage (released code)."""
+    if setting["warmup"] is None:
+        return setting["lr"]
+    warmup = min(setting["warmup"], n_steps // 4)
+    if step < warmup:
+        return setting["lr"] * (step + 1) / warmup
+    return setting["lr"] / 2 * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup)))
+
+
+def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting, generator):
+    """One update of the images in place; returns the loss terms, still on the device."""
+    n_steps, pool, jitter = stage
+    optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps, setting)
+    view = augmented_view(x, pool, jitter, setting["flip"], generator)
+    total, terms = synthesis_loss(view, labels, teacher, moments, setting)
+    (x.grad,) = torch.autograd.grad(total, x)
+    optimizer.step()
+    if setting["clip"]:
+        with torch.no_grad():
+            torch.clamp(x, teacher.low, teacher.high, out=x)
+    return terms
+
+
+def synthesise(state, labels, teacher, moments, setting, run):
+    """All stages of one batch, from state["stage"] and state["step"] on; leaves the images in state["kept"].
+
+    state["x"]: (N, C, H, W) fp32 in normalised units. `run.after_step` logs and checkpoints.
+    """
+    x, keep_best = state["x"].requires_grad_(), setting["keep"] == "best"
+    for i in range(state["stage"], len(setting["stages"])):
+        stage = setting["stages"][i]
+        optimizer = torch.optim.Adam([x], betas=setting["betas"], fused=True)  # a fresh one each stage (released code)
+        if state["optimizer"] is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        elif keep_best:  # each stage starts its own minimum
+            state["kept"], state["lowest"] = x.detach().clone(), torch.full((), math.inf, device=x.device)
+        for step in range(state["step"], stage[0]):
+            before = x.detach().clone() if keep_best else None
+            terms = synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting, run.generator)
+            if keep_best:  # the images that had this loss, chosen without waiting for the device
+                state["kept"] = torch.where(terms["total"] < state["lowest"], before, state["kept"])
+                state["lowest"] = torch.minimum(terms["total"], state["lowest"])
+            state.update(stage=i, step=step + 1)
+            run.after_step(state, terms, optimizer)
+        state.update(stage=i + 1, step=0, optimizer=None)
+    if not keep_best:
+        state["kept"] = x.detach()
+
+
+# Evaluation and files
+
+
+def to_uint8(x, info):
+    """Normalised (N, C, H, W) float -> (N, C, H, W) uint8 pixels."""
+    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (info.mean, info.std))
+    return ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+# Copied from teacher.py
+def normalise(x, mean, std):
+    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation."""
+    shape = (1, len(mean), 1, 1)
+    scale = 1 / (255 * torch.tensor(std, device=x.device).view(shape))
+    return x.float() * scale - (torch.tensor(mean, device=x.device) / torch.tensor(std, device=x.device)).view(shape)
+
+
+@torch.no_grad()
+def agreement(info, images, labels):
+    """Percent of uint8 images (N, C, H, W) that a network assigns to their labels: in all, and {class: percent}."""
+    predicted = [info.model(normalise(x, info.mean, info.std)).argmax(1) for x in images.to(info.device).split(100)]
+    hits = 100 * (torch.cat(predicted).cpu() == labels).double()
+    by_class = {k: round(hits[labels == k].mean().item(), 2) for k in labels.unique().tolist()}
+    return round(hits.mean().item(), 2), by_class
+
+
+def save_grid(images, labels, names, path, columns=10, rows=10):
+    """Write a PNG: one row a class, its name at the left, small images enlarged to about 64 px."""
+    scale = max(1, 64 // images.shape[-1])
+    side, left = images.shape[-1] * scale + 2, 78
+    classes = labels.unique()[:rows].tolist()
+    sheet = Image.new("RGB", (left + columns * side, len(classes) * side), "white")
+    for row, k in enumerate(classes):
+        name = names[k] if names else f"class {k}"
+        ImageDraw.Draw(sheet).text((4, row * side + side // 2 - 6), name, fill="black")
+        for column, image in enumerate(images[labels == k][:columns]):
+            tile = Image.fromarray(image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
+            tile = tile.resize((side - 2, side - 2), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + column * side, row * side))
+    sheet.save(path)
+
+
+# Copied from teacher.py
+def atomic_save(state, path):
+    """torch.save through a temporary file and rename: a reader never sees half a checkpoint."""
+    part = path.with_name(path.name + ".part")
+    torch.save(state, part)
+    os.replace(part, path)
+
+
+# Copied from teacher.py
+def write_json(path, value):
+    Path(path).write_text(json.dumps(value, indent=1) + "\n")
+
+
+# Copied from teacher.py
+def versions():
+    """Versions and the commit that a figure was measured with."""
+    command = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return dict(python=platform.python_version(), torch=str(torch.__version__), commit=git.stdout.strip() or "unknown")
+
+
+class Run:
+    """One run's folder: args.json, metrics.jsonl, checkpoint.pt and the progress bar."""
+
+    def __init__(self, args, setting, generator, n_steps):
+        self.args, self.generator, self.out = args, generator, Path(args.out)
+        self.lines, self.seconds_before, self.start = [], 0.0, time.time()
+        self.state = dict(batch=0, stage=0, step=0, x=None, kept=None, lowest=None, optimizer=None, done=[])
+        settled = {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "out")} | {
+            "setting": setting
+        }
+        settled = json.loads(json.dumps(settled))  # as it reads back: tuples become lists
+        saved = None
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if args.resume and (self.out / "checkpoint.pt").exists():
+                before = json.loads((self.out / "args.json").read_text())
+                if changed := ", ".join(k for k in settled if before.get(k) != settled[k]):
+                    fail(f"--resume: {changed} differ from {self.out / 'args.json'}; repeat the first run's options")
+                saved = load_weights(self.out / "checkpoint.pt")
+                self.lines, self.seconds_before = saved["lines"], saved["seconds"]
+                self.state = {k: saved[k] for k in self.state}
+                generator.set_state(saved["generator"])
+            write_json(self.out / "args.json", settled)
+            (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
+        except (OSError, ValueError) as error:
+            fail(f"--out {self.out}: cannot be used ({error}); pass another folder")
+        self.n_done = saved["n_done"] if saved else 0
+        self.bar = tqdm(total=n_steps, initial=self.n_done, disable=None, mininterval=0.5)
+
+    def seconds(self):
+        return round(self.seconds_before + time.time() - self.start, 1)
+
+    def after_step(self, state, terms, optimizer):
+        """Log every log_every steps, where the host waits for the device and sees a NaN; checkpoint."""
+        self.bar.update()
+        self.n_done = n = self.n_done + 1
+        if n % self.args.log_every == 0:
+            values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+            if not math.isfinite(values["total"]):
+                fail(f"the loss is {values['total']} at step {n}; lower --lr or the weights, or --resume before it")
+            row = {("eval/" if k == "teacher" else "loss/") + k: round(v, 6) for k, v in values.items()}
+            self.lines.append(json.dumps({"step": n, "batch": state["batch"], "stage": state["stage"]} | row) + "\n")
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(self.lines[-1])
+            self.bar.set_postfix({k: f"{values[k]:.3g}" for k in ("total", "ce", "bn", "tv_l2", "teacher")})
+            if self.bar.disable and n % (10 * self.args.log_every) == 0:  # no terminal: rows instead of a bar
+                print("  ".join([f"step {n:6d}"] + [f"{k} {v:9.4g}" for k, v in values.items()]), flush=True)
+        if n % self.args.checkpoint_every == 0:
+            saved = dict(state, x=state["x"].detach(), optimizer=optimizer.state_dict(), lines=self.lines, n_done=n)
+            saved.update(generator=self.generator.get_state(), seconds=self.seconds())
+            atomic_save(saved, self.out / "checkpoint.pt")
+
+    def finish(self, images, labels, teacher, verifier):
+        """Write images.npz, samples.png and result.json; print the agreements."""
+        np.savez(self.out / "images.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+        save_grid(images, labels, CLASS_NAMES.get(teacher.dataset), self.out / "samples.png")
+        result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None)
+        result |= dict(verifier=verifier.name if verifier else None, n_images=len(images), seconds=self.seconds())
+        for role, info in (("teacher", teacher), ("verifier", verifier)):
+            total, by_class = agreement(info, images, labels) if info else (None, None)
+            result |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
+            if info:
+                print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
+        on_gpu = teacher.device == "cuda"
+        device_name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
+        result |= dict(seed=self.args.seed, device=teacher.device, device_name=device_name, versions=versions())
+        write_json(self.out / "result.json", result)
+        print(f"wrote samples.png, images.npz, result.json into {self.out}; {self.seconds():.0f} s")
+
+
+# Main
+
+
+def choose_setting(args, dataset):
+    """The row of SETTINGS with the command line's values over it, its stages rescaled to --iterations."""
+    name = FAMILIES[dataset][0] if args.setting == "auto" else args.setting
+    if name not in SETTINGS:
+        fail(f"--setting: expected one of {', '.join(SETTINGS)}, got {name!r}")
+    setting = SETTINGS[name] | {k: v for k in SETTINGS[name] if (v := getattr(args, k, None)) is not None}
+    setting.update(name=name, keep=args.keep, fused=args.fused, bf16=args.bf16)
+    if args.smoke:
+        setting.update(batch_size=min(setting["batch_size"], 20))
+    planned = sum(n for n, _, _ in setting["stages"])
+    scale = (6 if args.smoke else args.iterations or planned) / planned
+    stages = [(max(1, round(n * scale)), pool, jitter) for n, pool, jitter in setting["stages"]]
+    if args.jitter is not None:  # given at full resolution
+        stages = [(n, pool, args.jitter // pool) for n, pool, _ in stages]
+    return setting | {"stages": stages}
+
+
+def check_args(args):
+    """Refuse impossible settings before anything is loaded or written."""
+    least = dict(batch_size=2, checkpoint_every=1, log_every=1, iterations=1, lr=1e-12)  # one image has no moments
+    names = "image_size num_classes num_images alpha_bn alpha_tv_l2 alpha_tv_l1 alpha_l2 first_bn jitter"
+    for name, low in (least | dict.fromkeys(names.split(), 0)).items():
+        value = getattr(args, name)
+        if value is not None and not value >= low:
+            fail(f"--{name.replace('_', '-')}: expected at least {low}, got {value}")
+    if args.image_size % 2 or 0 < args.image_size < 8:
+        fail(f"--image-size: expected an even number of at least 8 pixels, got {args.image_size}")
+    choices = dict(keep=("last", "best"), device=("auto", "cpu", "cuda"), dataset=("auto", *FAMILIES))
+    for name, allowed in choices.items():
+        if getattr(args, name) not in allowed:
+            fail(f"--{name}: expected one of {', '.join(allowed)}, got {getattr(args, name)!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device is visible; use --device cpu")
+
+
+def try_out(info, role, teacher):
+    """Feed two blank images: a network of another size, channel or class count fails here, not after an hour."""
+    shape = (2, len(teacher.mean), teacher.image_size, teacher.image_size)
+    try:
+        with torch.no_grad():
+            logits = info.model(torch.zeros(shape))
+    except Exception as error:  # noqa: BLE001 - a foreign network may raise anything
+        fail(f"--{role} {info.name}: cannot take images {shape}: {' '.join(str(error).split())}; check --image-size")
+    if logits.shape != (2, teacher.num_classes):
+        fail(f"--{role} {info.name}: gives logits {tuple(logits.shape)}, expected (2, {teacher.num_classes})")
+
+
+def main(args):
+    check_args(args)
+    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    random.seed(args.seed)
+    np.random.seed(args.seed)  # noqa: NPY002 - the legacy stream is what foreign code would draw from
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(args.seed)  # classes, noise, jitter and flips
+
+    teacher, verifier = load_teacher(args.teacher, args.weights, args), None
+    dataset = teacher.dataset if args.dataset == "auto" else args.dataset
+    setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10")
+    moments = MomentLoss(teacher.model, setting["first_bn"], args.fused)
+    if not moments.layers:
+        fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which the method matches; take another")
+    try_out(teacher, "teacher", teacher)
+    judge = FAMILIES[dataset][1] if args.verifier == "auto" and dataset in FAMILIES else args.verifier
+    fits = teacher.num_classes == 10 and (HERE / "teachers" / f"{judge}.pt").exists()  # not where copied alone
+    if judge != "none" and (args.verifier != "auto" or fits):
+        verifier = load_teacher(judge, args.verifier_weights, args, role="verifier")
+        try_out(verifier, "verifier", teacher)
+    for info in filter(None, (teacher, verifier)):
+        info.model.to(device, memory_format=torch.channels_last)
+        info.device = device
+    for name, pixel in (("low", 0.0), ("high", 1.0)):  # the range of real pixels, asymmetric in normalised units
+        bound = [(pixel - m) / s for m, s in zip(teacher.mean, teacher.std, strict=True)]
+        setattr(teacher, name, torch.tensor(bound, device=device).view(1, -1, 1, 1))
+
+    batch_size = setting["batch_size"]
+    classes = torch.tensor(args.classes or range(teacher.num_classes))
+    if classes.min() < 0 or classes.max() >= teacher.num_classes:
+        fail(f"--classes: expected numbers from 0 to {teacher.num_classes - 1}, got {args.classes}")
+    if len(classes) > batch_size:  # a batch cannot hold them all: draw which
+        classes = classes[torch.randperm(len(classes), generator=generator)[:batch_size]]
+    n_batches = -(-(args.num_images or batch_size) // batch_size)
+    labels = classes.repeat(-(-n_batches * batch_size // len(classes)))[: n_batches * batch_size]
+    shape = (batch_size, len(teacher.mean), teacher.image_size, teacher.image_size)
+
+    run = Run(args, setting, generator, n_batches * sum(n for n, _, _ in setting["stages"]))
+    state = run.state
+    path = "fused ops" if args.fused else "plain references"
+    print(f"{teacher.name}: {len(labels)} images, setting {setting['name']}, {device}, {path}", flush=True)
+    with moments:
+        for batch in range(state["batch"], n_batches):
+            if state["x"] is None:
+                state["x"] = torch.randn(shape, generator=generator)
+            for name in ("x", "kept", "lowest"):  # a checkpoint brings them back on the CPU
+                state[name] = state[name] if state[name] is None else state[name].to(device)
+            synthesise(state, labels[batch * batch_size :][:batch_size].to(device), teacher, moments, setting, run)
+            state["done"].append(to_uint8(state["kept"], teacher).cpu())
+            state.update(batch=batch + 1, stage=0, step=0, x=None, kept=None, lowest=None)
+    run.bar.close()
+    run.finish(torch.cat(state["done"]), labels, teacher, verifier)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
