@@ -4,26 +4,21 @@ Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha, Kautz, "Dreaming to Distill: Da
 DeepInversion", CVPR 2020, arXiv:1912.08795. A batch of noise images is optimised until a frozen teacher assigns the
 wanted classes and the moments of every BatchNorm input equal the running moments that the teacher stored in training.
 
-    python deepinversion.py
-    python deepinversion.py --teacher resnet50
+    python deepinversion.py [--teacher resnet50]
 
     loss = CE(f(x'), y) + alpha_bn * R_bn(x') + alpha_tv_l2 * TV2(x') + alpha_tv_l1 * TV1(x') + alpha_l2 * R_l2(x')
 
-where x' is the view of x that the teacher sees in this step: pooled in a low-resolution stage, rolled by a random
-offset, mirrored at random; one draw for the whole batch (released code).
-
-Measured: see the table in README.md, copied from results/.
+where x' is what the teacher sees of x in this step: pooled in a low-resolution stage, rolled by a random offset,
+mirrored at random; one draw for the whole batch (released code).
 
 Where we differ from the paper or its released code:
-- the teacher is frozen (no weight gradients) and the BatchNorm moments come from one fused pass (`kernels/`);
+- the teacher is frozen (no weight gradients) and each BatchNorm input is read once for its moments (`kernels/`);
 - R_l2 is the mean over images of the image's norm for every data set (released CIFAR code: one norm of the batch);
-- images of the *last* step are kept. The released code keeps the images of the lowest loss and never resets that
-  minimum between stages: with two stages this returns the blurred low-resolution ones, and the loss it compares was
-  taken before the step and with another random view. The learning rate ends at zero, so the last iterate is settled.
-  `--keep best` keeps the images whose own loss was lowest in the last stage;
-- CIFAR settings `cifar10` and `cifar10-long` are ours (few steps, flip, clip, cosine); `cifar10-released` is theirs;
-- low-resolution stages optimise the full-resolution pixels through 2x2 average pooling, as the released code does;
-  the paper describes up-sampling a smaller image.
+- each stage hands on, and the run keeps, the *last* images. The released code keeps those of the lowest loss and never
+  resets that minimum between stages: with two stages it returns the blurred low-resolution images, and the loss that
+  it compares belongs to another random view, before the step. Our learning rate ends at zero: the last are settled;
+- settings `cifar10` and `cifar10-long` are ours (flip, clip, cosine); `cifar10-released` is theirs.
+Low-resolution stages optimise the full image through 2x2 average pooling, as released; the paper up-samples.
 
 Writes into --out: samples.png (one row a class), images.npz (`images` uint8 (N, H, W, C), `labels` int64 (N,)),
 result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its terms without their weights
@@ -36,13 +31,10 @@ import inspect
 import json
 import math
 import os
-import platform
 import random
-import shutil
 import subprocess
 import sys
 import time
-import urllib.request
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -77,9 +69,7 @@ class Args:
     std: tuple[float, ...] = ()
     """Per-channel standard deviation, likewise."""
     verifier: str = "auto"
-    """Another network that judges the images and is never optimised against; named like --teacher; auto | none."""
-    verifier_weights: str = ""
-    """State dict of the verifier."""
+    """Network that judges the images, never optimised against: as --teacher (a factory with weights); auto | none."""
     dataset: str = "auto"
     """Family of the images, which chooses --setting and --verifier: cifar10 | mnist | digits | imagenet | auto."""
     data_dir: str = "data"
@@ -110,8 +100,6 @@ class Args:
     """Images to make, in batches; 0: one batch."""
     classes: tuple[int, ...] = ()
     """Wanted classes, repeated in turn; empty: all of them."""
-    keep: str = "last"
-    """last | best: images of the last step, or those with the lowest loss in the last stage."""
     batch_size: int | None = None
     """Images optimised together; part of the method, for the moments are those of the batch."""
     iterations: int | None = None
@@ -169,8 +157,6 @@ def fail(message):
 
 
 # Networks: the paper's ResNets, CIFAR and ImageNet layouts. Everything else comes through file.py:factory.
-
-
 class ResBlock(nn.Module):
     """Residual block (He et al. 2015): two 3x3 convolutions, or as a bottleneck 1x1, 3x3, 1x1 to 4x channels.
 
@@ -256,8 +242,6 @@ IMAGENET_TEACHERS = {  # blocks, bottleneck, official file (its suffix: the firs
 
 
 # Teachers
-
-
 def load_factory(path, name, **options):
     """Call `name` of the Python file at `path` with those of the options that it takes."""
     if not Path(path).is_file():
@@ -270,22 +254,28 @@ def load_factory(path, name, **options):
         factory = getattr(module, name)
         takes = inspect.signature(factory).parameters
         model = factory(**{k: v for k, v in options.items() if k in takes})
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"returned a {type(model).__name__}, expected a torch.nn.Module")
     except Exception as error:  # noqa: BLE001 - anything can go wrong in a user's file
         fail(f"{path}:{name}: {type(error).__name__}: {' '.join(str(error).split())}; mend the factory")
-    if not isinstance(model, nn.Module):
-        fail(f"{path}:{name}: expected a torch.nn.Module, got {type(model).__name__}; return the network itself")
     return model
 
 
-def load_weights(path, sha256=""):
-    """Read a checkpoint without running anything in it; `sha256` is a prefix that its digest must have."""
+def load_weights(path, sha256="", url=""):
+    """Read a checkpoint without running anything in it; `sha256`: how its digest must begin; `url`: its source."""
     path = Path(path)
-    if not path.is_file():
-        fail(f"{path}: no such file; pass an existing checkpoint with --weights")
-    if sha256 and not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256):
-        fail(f"{path}: its SHA-256 does not start with {sha256}: damaged or altered; delete it and fetch it again")
+    if url and not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), sha256)
+        except (OSError, RuntimeError) as error:
+            fail(f"cannot fetch {url} ({error}); put the file at {path} or name it with --weights FILE")
     try:
+        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256):
+            fail(f"{path}: its SHA-256 does not begin with {sha256}: damaged or altered; delete it and fetch it again")
         saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror}); pass an existing checkpoint")
     except Exception as error:  # noqa: BLE001 - truncated, foreign or hostile: refused alike
         fail(f"{path}: no checkpoint that loads without running code ({type(error).__name__}); save a state dict")
     if not isinstance(saved, dict):
@@ -298,108 +288,97 @@ def load_state(model, saved, path):
     for key in ("state_dict", "model", "net"):
         saved = saved[key] if isinstance(saved.get(key), dict) else saved
     state = {k.removeprefix("module."): v for k, v in saved.items() if isinstance(v, torch.Tensor)}
-    wanted = model.state_dict()
-    # The public CIFAR weights call the last layer `linear` and the shortcut `shortcut`.
-    for public, ours in (("linear.", "fc."), ("shortcut.", "downsample.")):
-        if not any(public in k for k in wanted):
-            state = {k.replace(public, ours): v for k, v in state.items()}
-    missing = [k for k in wanted if k not in state and not k.endswith("num_batches_tracked")]
-    extra = [k for k in state if k not in wanted]
-    if missing or extra:
-        names = ", ".join([f"lacks {k}" for k in missing[:2]] + [f"has unknown {k}" for k in extra[:2]])
-        fail(f"{path}: keys do not fit the teacher ({names}); check the architecture")
-    for key, value in state.items():
-        if value.shape != wanted[key].shape:
-            shapes = f"{tuple(value.shape)}, the teacher wants {tuple(wanted[key].shape)}"
-            fail(f"{path}: {key} has shape {shapes}; check --num-classes, the channels of --mean, the architecture")
-    model.load_state_dict(state, strict=False)
+    if isinstance(model, ResNet):  # the public CIFAR weights' names for the last layer and the shortcut
+        state = {k.replace("linear.", "fc.").replace("shortcut.", "downsample."): v for k, v in state.items()}
+    try:
+        missing, unknown = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        what = str(error).splitlines()[-1].strip(" .\t")
+        fail(f"{path}: {what}; check --num-classes, the number of channels in --mean and the architecture")
+    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
+    if missing or unknown:
+        fail(f"{path}: keys do not fit the network (lacks {missing[:2]}, has unknown {unknown[:2]}); check --teacher")
 
 
-def fetch_imagenet(name, data_dir):
-    """Path of torchvision's official weights, downloaded and hash-checked where they are missing."""
-    file = IMAGENET_TEACHERS[name][2]
-    path = Path(data_dir) / file
-    if not path.exists():
-        part = path.with_suffix(".part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with urllib.request.urlopen(IMAGENET_URL + file, timeout=30) as reply, open(part, "wb") as target:
-                shutil.copyfileobj(reply, target)
-        except OSError:
-            part.unlink(missing_ok=True)
-            fail(f"cannot fetch {IMAGENET_URL + file}; put the file at {path} or name it with --weights FILE")
-        os.replace(part, path)
-    return path
+CIFAR_INFO = dict(dataset="cifar10", num_classes=10, image_size=32, accuracy=None)  # what is not said otherwise
+CIFAR_INFO |= dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
+IMAGENET_INFO = dict(dataset="imagenet", num_classes=1000, image_size=224)
+IMAGENET_INFO |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
-def load_teacher(spec, weights, args, role="teacher"):
-    """Build a frozen network from its name; returns a namespace: model, dataset, mean, std, image_size and so on."""
+def load_teacher(spec, args, teacher=None):
+    """The frozen network that `spec` names, with its mean, std and so on; a verifier must take `teacher`'s images."""
+    role = "verifier" if teacher else "teacher"
     index = json.loads((HERE / "teachers/index.json").read_text()) if (HERE / "teachers/index.json").exists() else {}
-    known, sha256, file = {}, "", weights
+    weights, known, file, sha256, url = args.weights if role == "teacher" else "", {}, "", "", ""
     if spec in index:
         known = index[spec]
-        if not weights:
-            file, sha256 = HERE / "teachers" / f"{spec}.pt", known["sha256"]
+        file, sha256 = HERE / "teachers" / f"{spec}.pt", known["sha256"]
     elif spec in IMAGENET_TEACHERS:
-        known = dict(dataset="imagenet", num_classes=1000, image_size=224, accuracy=IMAGENET_TEACHERS[spec][3])
-        known.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-        if not weights:
-            file, sha256 = fetch_imagenet(spec, args.data_dir), IMAGENET_TEACHERS[spec][2][-12:-4]
+        blocks, bottleneck, name, accuracy = IMAGENET_TEACHERS[spec]
+        known = IMAGENET_INFO | {"accuracy": accuracy}
+        file, sha256, url = Path(args.data_dir) / name, name[-12:-4], IMAGENET_URL + name
     elif spec.endswith(".pt"):
-        known = load_weights(spec)
-        file = weights or spec
-        if "arch" not in known:
-            fail(f"{spec}: not a checkpoint of teacher.py; pass it as --weights beside --{role} file.py:factory")
+        known, file = load_weights(spec), spec
+        if not str(known.get("arch")).isidentifier():
+            fail(f"{spec}: not a checkpoint of teacher.py; pass it as --weights beside --teacher file.py:factory")
     elif ".py:" not in spec:
         names = ", ".join([*index, *IMAGENET_TEACHERS])
         fail(f"--{role}: unknown {spec!r}; choose one of {names}, a teacher.pt, or file.py:factory with --weights")
-    elif not weights:
-        fail(f"--{role} {spec}: a factory builds an untrained network; pass its weights with --{role}-weights FILE"
-             .replace("--teacher-weights", "--weights"))  # fmt: skip
-    own = role == "teacher"  # --mean and the like describe the teacher
-    info = SimpleNamespace(name=spec, dataset=known.get("dataset", "cifar10"))
-    info.mean = tuple((own and args.mean) or known.get("mean", (0.4914, 0.4822, 0.4465)))
-    info.std = tuple((own and args.std) or known.get("std", (0.2470, 0.2435, 0.2616)))
-    info.num_classes = (own and args.num_classes) or known.get("num_classes", 10)
-    info.image_size = (own and args.image_size) or known.get("image_size", 32)
-    info.accuracy = None if weights else known.get("accuracy")  # of another file's weights nothing is known
+    elif role == "teacher" and not weights:
+        fail(f"--teacher {spec}: a factory builds an untrained network; pass its weights with --weights FILE")
+    if weights:
+        file, sha256, url, known = weights, "", "", known | {"accuracy": None}
+    described = ("num_classes", "image_size", "mean", "std") if role == "teacher" else ()
+    known = CIFAR_INFO | known | {k: v for k in described if (v := getattr(args, k))}
+    info = SimpleNamespace(name=spec, **{k: known[k] for k in CIFAR_INFO})
     if len(info.mean) != len(info.std) or min(info.std) <= 0:
-        fail(f"--mean and --std: expected as many values, std positive, got {info.mean} and {info.std}")
+        fail(f"--mean and --std: expected as many values each, std positive, got {info.mean} and {info.std}")
 
     options = dict(num_classes=info.num_classes, in_channels=len(info.mean))
     arch = known.get("arch", spec)
-    if arch in IMAGENET_TEACHERS and "arch" not in known:
-        blocks, bottleneck = IMAGENET_TEACHERS[arch][:2]
+    if ".py:" in arch:
+        info.model = load_factory(*arch.rsplit(":", 1), image_size=info.image_size, **options)
+    elif spec in IMAGENET_TEACHERS:
         info.model = ResNet(blocks, WIDE, "B", bottleneck, imagenet=True, **options)
     elif arch in NETWORKS:
         info.model = NETWORKS[arch](**options)
     else:  # a network of teacher.py is a factory like any other
-        path, _, factory = arch.rpartition(":")
-        info.model = load_factory(path or HERE / "teacher.py", factory, image_size=info.image_size, **options)
-    load_state(info.model, load_weights(file, sha256), file)
+        info.model = load_factory(HERE / "teacher.py", arch, **options)
+    if file:
+        load_state(info.model, load_weights(file, sha256, url), file)
     info.model.eval().requires_grad_(False)
+
+    # Two blank images: a network of another size, channel or class count fails here, not after an hour.
+    like = teacher or info
+    shape = (2, len(like.mean), like.image_size, like.image_size)
+    try:
+        logits = info.model(torch.zeros(shape))
+    except Exception as error:  # noqa: BLE001 - a foreign network may raise anything
+        fail(f"--{role} {spec}: cannot take images {shape}: {' '.join(str(error).split())}; check --image-size")
+    if logits.shape != (2, like.num_classes):
+        fail(f"--{role} {spec}: gives logits {tuple(logits.shape)}, expected (2, {like.num_classes}); --num-classes")
+    info.model.to(args.device, memory_format=torch.channels_last)
+    # The range of real pixels, asymmetric in normalised units.
+    bounds = [[(pixel - m) / s for m, s in zip(info.mean, info.std, strict=True)] for pixel in (0.0, 1.0)]
+    info.low, info.high = torch.tensor(bounds, device=args.device).view(2, 1, -1, 1, 1)
     return info
 
 
 # Losses
-
-
 class MomentLoss:
     """R_bn, eq. 4-6: sum over the teacher's BatchNorm2d inputs of ||mean - running_mean|| + ||var - running_var||.
 
-    Norms are not squared, variances are biased, layers are summed. The hooks live from `with` to its end.
+    Norms are not squared, variances are biased, layers are summed. `close` removes the hooks.
     """
 
     def __init__(self, model, first_bn, fused):
         self.loss = bn_moment_loss if fused else bn_moment_loss_ref
         self.first_bn, self.terms = first_bn, []
-        self.layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        self.handles = [m.register_forward_pre_hook(self.hook) for m in layers]
 
-    def __enter__(self):
-        self.handles = [m.register_forward_pre_hook(self.hook) for m in self.layers]
-        return self
-
-    def __exit__(self, *exception):
+    def close(self):
         for handle in self.handles:
             handle.remove()
 
@@ -418,8 +397,6 @@ def image_norm(x):
 
 
 # One step
-
-
 def augmented_view(x, pool, jitter, flip, generator):
     """What the teacher sees: pooled, rolled by one random offset, mirrored or not. (N, C, H, W) -> (N, C, H', W')."""
     if pool > 1:
@@ -445,12 +422,12 @@ def synthesis_loss(view, labels, teacher, moments, setting):
 
 def learning_rate(step, n_steps, setting):
     """Linear warm-up, then a cosine to zero; restarted in every stage (released code)."""
-    if setting["warmup"] is None:
-        return setting["lr"]
-    warmup = min(setting["warmup"], n_steps // 4)
-    if step < warmup:
-        return setting["lr"] * (step + 1) / warmup
-    return setting["lr"] / 2 * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup)))
+    lr, warmup = setting["lr"], setting["warmup"]
+    if warmup is None:
+        return lr
+    warmup = min(warmup, n_steps // 4)
+    cosine = (1 + math.cos(math.pi * max(0, step - warmup) / (n_steps - warmup))) / 2
+    return lr * min((step + 1) / (warmup + 1), cosine)
 
 
 def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting, generator):
@@ -468,34 +445,24 @@ def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting,
 
 
 def synthesise(state, labels, teacher, moments, setting, run):
-    """All stages of one batch, from state["stage"] and state["step"] on; leaves the images in state["kept"].
+    """All stages of one batch, from state["stage"] and state["step"] on; state["x"] is updated in place.
 
     state["x"]: (N, C, H, W) fp32 in normalised units. `run.after_step` logs and checkpoints.
     """
-    x, keep_best = state["x"].requires_grad_(), setting["keep"] == "best"
+    x = state["x"].requires_grad_()
     for i in range(state["stage"], len(setting["stages"])):
         stage = setting["stages"][i]
         optimizer = torch.optim.Adam([x], betas=setting["betas"], fused=True)  # a fresh one each stage (released code)
         if state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
-        elif keep_best:  # each stage starts its own minimum
-            state["kept"], state["lowest"] = x.detach().clone(), torch.full((), math.inf, device=x.device)
         for step in range(state["step"], stage[0]):
-            before = x.detach().clone() if keep_best else None
             terms = synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting, run.generator)
-            if keep_best:  # the images that had this loss, chosen without waiting for the device
-                state["kept"] = torch.where(terms["total"] < state["lowest"], before, state["kept"])
-                state["lowest"] = torch.minimum(terms["total"], state["lowest"])
             state.update(stage=i, step=step + 1)
             run.after_step(state, terms, optimizer)
-        state.update(stage=i + 1, step=0, optimizer=None)
-    if not keep_best:
-        state["kept"] = x.detach()
+        state.update(step=0, optimizer=None)
 
 
 # Evaluation and files
-
-
 def to_uint8(x, info):
     """Normalised (N, C, H, W) float -> (N, C, H, W) uint8 pixels."""
     mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (info.mean, info.std))
@@ -513,7 +480,8 @@ def normalise(x, mean, std):
 @torch.no_grad()
 def agreement(info, images, labels):
     """Percent of uint8 images (N, C, H, W) that a network assigns to their labels: in all, and {class: percent}."""
-    predicted = [info.model(normalise(x, info.mean, info.std)).argmax(1) for x in images.to(info.device).split(100)]
+    batches = images.to(info.low.device).split(100)
+    predicted = [info.model(normalise(x, info.mean, info.std)).argmax(1) for x in batches]
     hits = 100 * (torch.cat(predicted).cpu() == labels).double()
     by_class = {k: round(hits[labels == k].mean().item(), 2) for k in labels.unique().tolist()}
     return round(hits.mean().item(), 2), by_class
@@ -526,8 +494,7 @@ def save_grid(images, labels, names, path, columns=10, rows=10):
     classes = labels.unique()[:rows].tolist()
     sheet = Image.new("RGB", (left + columns * side, len(classes) * side), "white")
     for row, k in enumerate(classes):
-        name = names[k] if names else f"class {k}"
-        ImageDraw.Draw(sheet).text((4, row * side + side // 2 - 6), name, fill="black")
+        ImageDraw.Draw(sheet).text((4, (row + 0.5) * side - 6), names[k] if names else f"class {k}", fill="black")
         for column, image in enumerate(images[labels == k][:columns]):
             tile = Image.fromarray(image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
             tile = tile.resize((side - 2, side - 2), Image.Resampling.NEAREST)
@@ -535,39 +502,15 @@ def save_grid(images, labels, names, path, columns=10, rows=10):
     sheet.save(path)
 
 
-# Copied from teacher.py
-def atomic_save(state, path):
-    """torch.save through a temporary file and rename: a reader never sees half a checkpoint."""
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-# Copied from teacher.py
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=1) + "\n")
-
-
-# Copied from teacher.py
-def versions():
-    """Versions and the commit that a figure was measured with."""
-    command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return dict(python=platform.python_version(), torch=str(torch.__version__), commit=git.stdout.strip() or "unknown")
-
-
 class Run:
     """One run's folder: args.json, metrics.jsonl, checkpoint.pt and the progress bar."""
 
     def __init__(self, args, setting, generator, n_steps):
         self.args, self.generator, self.out = args, generator, Path(args.out)
-        self.lines, self.seconds_before, self.start = [], 0.0, time.time()
-        self.state = dict(batch=0, stage=0, step=0, x=None, kept=None, lowest=None, optimizer=None, done=[])
-        settled = {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "out")} | {
-            "setting": setting
-        }
-        settled = json.loads(json.dumps(settled))  # as it reads back: tuples become lists
-        saved = None
+        self.lines, self.start = [], time.time()
+        self.state = dict(batch=0, stage=0, step=0, x=None, optimizer=None, done=[])
+        saved, settled = None, {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "out")}
+        settled = json.loads(json.dumps(settled | {"setting": setting}))  # as it reads back: tuples become lists
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             if args.resume and (self.out / "checkpoint.pt").exists():
@@ -575,24 +518,21 @@ class Run:
                 if changed := ", ".join(k for k in settled if before.get(k) != settled[k]):
                     fail(f"--resume: {changed} differ from {self.out / 'args.json'}; repeat the first run's options")
                 saved = load_weights(self.out / "checkpoint.pt")
-                self.lines, self.seconds_before = saved["lines"], saved["seconds"]
+                self.lines, self.start = saved["lines"], time.time() - saved["seconds"]
                 self.state = {k: saved[k] for k in self.state}
                 generator.set_state(saved["generator"])
-            write_json(self.out / "args.json", settled)
+            (self.out / "args.json").write_text(json.dumps(settled, indent=1) + "\n")
             (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
         except (OSError, ValueError) as error:
             fail(f"--out {self.out}: cannot be used ({error}); pass another folder")
         self.n_done = saved["n_done"] if saved else 0
         self.bar = tqdm(total=n_steps, initial=self.n_done, disable=None, mininterval=0.5)
 
-    def seconds(self):
-        return round(self.seconds_before + time.time() - self.start, 1)
-
     def after_step(self, state, terms, optimizer):
         """Log every log_every steps, where the host waits for the device and sees a NaN; checkpoint."""
         self.bar.update()
         self.n_done = n = self.n_done + 1
-        if n % self.args.log_every == 0:
+        if n % self.args.log_every == 0 or n % self.args.checkpoint_every == 0:
             values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
             if not math.isfinite(values["total"]):
                 fail(f"the loss is {values['total']} at step {n}; lower --lr or the weights, or --resume before it")
@@ -605,37 +545,36 @@ class Run:
                 print("  ".join([f"step {n:6d}"] + [f"{k} {v:9.4g}" for k, v in values.items()]), flush=True)
         if n % self.args.checkpoint_every == 0:
             saved = dict(state, x=state["x"].detach(), optimizer=optimizer.state_dict(), lines=self.lines, n_done=n)
-            saved.update(generator=self.generator.get_state(), seconds=self.seconds())
-            atomic_save(saved, self.out / "checkpoint.pt")
+            saved.update(generator=self.generator.get_state(), seconds=time.time() - self.start)
+            torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
+            os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
 
     def finish(self, images, labels, teacher, verifier):
         """Write images.npz, samples.png and result.json; print the agreements."""
         np.savez(self.out / "images.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
         save_grid(images, labels, CLASS_NAMES.get(teacher.dataset), self.out / "samples.png")
-        result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None)
-        result |= dict(verifier=verifier.name if verifier else None, n_images=len(images), seconds=self.seconds())
+        seconds, device = round(time.time() - self.start, 1), self.args.device
+        result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None, seconds=seconds)
+        result |= dict(verifier=verifier.name if verifier else None, n_images=len(images), seed=self.args.seed)
         for role, info in (("teacher", teacher), ("verifier", verifier)):
             total, by_class = agreement(info, images, labels) if info else (None, None)
             result |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
             if info:
                 print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
-        on_gpu = teacher.device == "cuda"
-        device_name = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} CPU threads"
-        result |= dict(seed=self.args.seed, device=teacher.device, device_name=device_name, versions=versions())
-        write_json(self.out / "result.json", result)
-        print(f"wrote samples.png, images.npz, result.json into {self.out}; {self.seconds():.0f} s")
+        name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
+        result |= dict(device=device, device_name=name)
+        result |= dict(versions=dict(torch=str(torch.__version__), commit=git.stdout.strip() or "unknown"))
+        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote samples.png, images.npz, result.json into {self.out}; {seconds:.0f} s")
 
 
 # Main
-
-
 def choose_setting(args, dataset):
     """The row of SETTINGS with the command line's values over it, its stages rescaled to --iterations."""
     name = FAMILIES[dataset][0] if args.setting == "auto" else args.setting
-    if name not in SETTINGS:
-        fail(f"--setting: expected one of {', '.join(SETTINGS)}, got {name!r}")
     setting = SETTINGS[name] | {k: v for k in SETTINGS[name] if (v := getattr(args, k, None)) is not None}
-    setting.update(name=name, keep=args.keep, fused=args.fused, bf16=args.bf16)
+    setting.update(name=name, fused=args.fused, bf16=args.bf16)
     if args.smoke:
         setting.update(batch_size=min(setting["batch_size"], 20))
     planned = sum(n for n, _, _ in setting["stages"])
@@ -651,12 +590,11 @@ def check_args(args):
     least = dict(batch_size=2, checkpoint_every=1, log_every=1, iterations=1, lr=1e-12)  # one image has no moments
     names = "image_size num_classes num_images alpha_bn alpha_tv_l2 alpha_tv_l1 alpha_l2 first_bn jitter"
     for name, low in (least | dict.fromkeys(names.split(), 0)).items():
-        value = getattr(args, name)
-        if value is not None and not value >= low:
+        if (value := getattr(args, name)) is not None and not value >= low:
             fail(f"--{name.replace('_', '-')}: expected at least {low}, got {value}")
     if args.image_size % 2 or 0 < args.image_size < 8:
         fail(f"--image-size: expected an even number of at least 8 pixels, got {args.image_size}")
-    choices = dict(keep=("last", "best"), device=("auto", "cpu", "cuda"), dataset=("auto", *FAMILIES))
+    choices = dict(device=("auto", "cpu", "cuda"), dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS))
     for name, allowed in choices.items():
         if getattr(args, name) not in allowed:
             fail(f"--{name}: expected one of {', '.join(allowed)}, got {getattr(args, name)!r}")
@@ -664,47 +602,27 @@ def check_args(args):
         fail("--device cuda: no CUDA device is visible; use --device cpu")
 
 
-def try_out(info, role, teacher):
-    """Feed two blank images: a network of another size, channel or class count fails here, not after an hour."""
-    shape = (2, len(teacher.mean), teacher.image_size, teacher.image_size)
-    try:
-        with torch.no_grad():
-            logits = info.model(torch.zeros(shape))
-    except Exception as error:  # noqa: BLE001 - a foreign network may raise anything
-        fail(f"--{role} {info.name}: cannot take images {shape}: {' '.join(str(error).split())}; check --image-size")
-    if logits.shape != (2, teacher.num_classes):
-        fail(f"--{role} {info.name}: gives logits {tuple(logits.shape)}, expected (2, {teacher.num_classes})")
-
-
 def main(args):
     check_args(args)
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     random.seed(args.seed)
     np.random.seed(args.seed)  # noqa: NPY002 - the legacy stream is what foreign code would draw from
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # classes, noise, jitter and flips
 
-    teacher, verifier = load_teacher(args.teacher, args.weights, args), None
+    teacher, verifier = load_teacher(args.teacher, args), None
     dataset = teacher.dataset if args.dataset == "auto" else args.dataset
     setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10")
     moments = MomentLoss(teacher.model, setting["first_bn"], args.fused)
-    if not moments.layers:
+    if not moments.handles:
         fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which the method matches; take another")
-    try_out(teacher, "teacher", teacher)
     judge = FAMILIES[dataset][1] if args.verifier == "auto" and dataset in FAMILIES else args.verifier
     fits = teacher.num_classes == 10 and (HERE / "teachers" / f"{judge}.pt").exists()  # not where copied alone
     if judge != "none" and (args.verifier != "auto" or fits):
-        verifier = load_teacher(judge, args.verifier_weights, args, role="verifier")
-        try_out(verifier, "verifier", teacher)
-    for info in filter(None, (teacher, verifier)):
-        info.model.to(device, memory_format=torch.channels_last)
-        info.device = device
-    for name, pixel in (("low", 0.0), ("high", 1.0)):  # the range of real pixels, asymmetric in normalised units
-        bound = [(pixel - m) / s for m, s in zip(teacher.mean, teacher.std, strict=True)]
-        setattr(teacher, name, torch.tensor(bound, device=device).view(1, -1, 1, 1))
+        verifier = load_teacher(judge, args, teacher)
 
-    batch_size = setting["batch_size"]
-    classes = torch.tensor(args.classes or range(teacher.num_classes))
+    batch_size, classes = setting["batch_size"], torch.tensor(args.classes or range(teacher.num_classes))
     if classes.min() < 0 or classes.max() >= teacher.num_classes:
         fail(f"--classes: expected numbers from 0 to {teacher.num_classes - 1}, got {args.classes}")
     if len(classes) > batch_size:  # a batch cannot hold them all: draw which
@@ -714,20 +632,19 @@ def main(args):
     shape = (batch_size, len(teacher.mean), teacher.image_size, teacher.image_size)
 
     run = Run(args, setting, generator, n_batches * sum(n for n, _, _ in setting["stages"]))
-    state = run.state
-    path = "fused ops" if args.fused else "plain references"
-    print(f"{teacher.name}: {len(labels)} images, setting {setting['name']}, {device}, {path}", flush=True)
-    with moments:
-        for batch in range(state["batch"], n_batches):
-            if state["x"] is None:
-                state["x"] = torch.randn(shape, generator=generator)
-            for name in ("x", "kept", "lowest"):  # a checkpoint brings them back on the CPU
-                state[name] = state[name] if state[name] is None else state[name].to(device)
-            synthesise(state, labels[batch * batch_size :][:batch_size].to(device), teacher, moments, setting, run)
-            state["done"].append(to_uint8(state["kept"], teacher).cpu())
-            state.update(batch=batch + 1, stage=0, step=0, x=None, kept=None, lowest=None)
+    path = f"{args.device}, {'fused ops' if args.fused else 'plain references'}"
+    print(f"{teacher.name}: {len(labels)} images, setting {setting['name']}, {path}", flush=True)
+    for batch, wanted in enumerate(labels.to(args.device).split(batch_size)):
+        if batch < run.state["batch"]:
+            continue
+        x = torch.randn(shape, generator=generator) if run.state["x"] is None else run.state["x"]
+        run.state["x"] = x.to(args.device)
+        synthesise(run.state, wanted, teacher, moments, setting, run)
+        run.state["done"].append(to_uint8(run.state["x"].detach(), teacher).cpu())
+        run.state.update(batch=batch + 1, stage=0, x=None)
+    moments.close()
     run.bar.close()
-    run.finish(torch.cat(state["done"]), labels, teacher, verifier)
+    run.finish(torch.cat(run.state["done"]), labels, teacher, verifier)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,266 @@
+"""Benchmarks: `python -m kernels.bench` on a GPU, `python -m kernels.bench --cpu` for the CPU path.
+
+One process, the same tensors for every column, columns timed in turn (A B C A B C …) so that a machine whose speed
+drifts slows them alike; medians with the 20th and 80th percentile; ratios only within a row. Before an op is timed it
+must agree with its float64 reference on that very shape, or no time is printed.
+
+Op rows: `eager` is the plain reference, `compile` torch.compile of it (GPU only: on a CPU it needs a compiler),
+`ours` the op of this package. Minimal bytes: every input read once and every gradient written once, with one more
+read of the input in the backward pass. % of copy: these bytes per second over those of `dst.copy_(src)`, 256 MB,
+measured in the same run.
+
+Step rows (`--end-to-end`, always with --cpu): one DeepInversion step on CIFAR-10's ResNet-20 with all terms.
+- bare: the frozen teacher's forward pass and input gradient, nothing else: what no implementation can avoid;
+- conventional: the loop as it is usually written: teacher not frozen, NCHW, forward hooks that take the mean and then
+  the variance of a permuted copy, four shifted tensors for the total variation, one `.item()` a step;
+- ours: `deepinversion.synthesis_step`, fused and with the plain references.
+"""
+
+import argparse
+import csv
+import statistics
+import subprocess
+import time
+from datetime import date
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels._common import triton
+
+TRITON_VERSION = f"triton {getattr(triton, '__version__', 'absent')}"
+COPY_BYTES = 256 * 2**20
+
+
+def time_together(functions, device, seconds=3.0):
+    """Time each function in turn until `seconds` are spent per function; returns {name: (p50, p20, p80)} in ms."""
+    times = {name: [] for name in functions}
+    for run in functions.values():
+        run()
+        run()
+    deadline = time.perf_counter() + seconds * len(functions)
+    while time.perf_counter() < deadline or len(next(iter(times.values()))) < 7:
+        # Every other round goes backwards: no column always runs after the same neighbour.
+        names = list(functions) if len(next(iter(times.values()))) % 2 == 0 else list(functions)[::-1]
+        for name in names:
+            if device == "cuda":
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                functions[name]()
+                end.record()
+                end.synchronize()
+                times[name].append(start.elapsed_time(end))
+            else:
+                start = time.perf_counter()
+                functions[name]()
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: tuple(statistics.quantiles(t, n=10)[i] for i in (4, 1, 7)) for name, t in times.items()}
+
+
+def copy_bandwidth(device):
+    """Bytes per second of a large copy, counting what is read and what is written."""
+    source = torch.randn(COPY_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    ms = time_together({"copy": lambda: target.copy_(source)}, device, 1.0)["copy"][0]
+    return 2 * COPY_BYTES / (ms / 1e3)
+
+
+def op_cases(device):
+    """Yields (op, shape, layout, function, inputs, minimal bytes of forward, of forward + backward)."""
+    channels_last = torch.channels_last
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    layers = [(100, 16, 32, 32), (100, 64, 8, 8)] if device == "cpu" else [(256, 64, 32, 32), (64, 256, 56, 56)]
+    for shape in layers:
+        for layout, memory_format in (("channels_last", channels_last), ("contiguous", torch.contiguous_format)):
+            x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+            moments = torch.randn(shape[1], device=device), torch.rand(shape[1], device=device)
+            size = x.numel() * x.element_size()
+            yield "bn_moment_loss", shape, layout, kernels.bn_moment_loss, (x, *moments), size, 3 * size
+    for shape in [(100, 3, 32, 32)] if device == "cpu" else [(256, 3, 32, 32), (64, 3, 224, 224)]:
+        x = torch.randn(shape, device=device).contiguous(memory_format=channels_last).requires_grad_()
+        size = x.numel() * x.element_size()
+        yield "total_variation", shape, "channels_last", kernels.total_variation, (x,), size, 3 * size
+    for shape in [(100, 10), (100, 1000)] if device == "cpu" else [(256, 10), (256, 1000), (256, 21841)]:
+        p, q = (torch.randn(shape, device=device).mul_(3).requires_grad_() for _ in range(2))
+        size = 2 * p.numel() * p.element_size()
+        yield "js_divergence", shape, "contiguous", kernels.js_divergence, (p, q), size, 3 * size
+
+
+def as_scalar(value):
+    """total_variation returns two losses: their weighted sum, so that both gradients are at work."""
+    return value[0] + 1e-3 * value[1] if isinstance(value, tuple) else value
+
+
+def agrees(function, reference, inputs):
+    """Gate: value and gradients against the reference in float64, errors no larger than a few of the dtype's eps."""
+    leaves = [x for x in inputs if x.requires_grad]
+    exact_inputs = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    exact_leaves = [x for x in exact_inputs if x.requires_grad]
+    value, exact = as_scalar(function(*inputs)), as_scalar(reference(*exact_inputs))
+    pairs = [(value, exact)]
+    pairs += zip(torch.autograd.grad(value, leaves), torch.autograd.grad(exact, exact_leaves), strict=True)
+    return all((a.double() - b).abs().max() <= 64 * torch.finfo(a.dtype).eps * b.abs().max() for a, b in pairs)
+
+
+def bench_ops(device, seconds):
+    """One row per op, shape and mode."""
+    peak = copy_bandwidth(device)
+    print(f"copy of {COPY_BYTES >> 20} MB: {peak / 1e9:.1f} GB/s; times in ms, ratio = eager / ours\n")
+    print(f"{'op':16} {'shape':16} {'layout':14} {'mode':8}     eager   compile      ours  ratio  %copy")
+    rows = []
+    for op, shape, layout, function, inputs, *n_bytes in op_cases(device):
+        reference = getattr(kernels, f"{op}_ref")
+        if not agrees(function, reference, inputs):
+            raise SystemExit(f"{op} {shape} {layout}: disagrees with its float64 reference; not timed")
+        columns = {"eager": reference, "ours": function}
+        if device == "cuda":
+            columns["compile"] = torch.compile(reference)
+        leaves = [x for x in inputs if x.requires_grad]
+
+        def forward(run, inputs=inputs):
+            with torch.no_grad():
+                run(*inputs)
+
+        def both(run, inputs=inputs, leaves=leaves):
+            torch.autograd.grad(as_scalar(run(*inputs)), leaves)
+
+        for mode, call, moved in zip(("forward", "both"), (forward, both), n_bytes, strict=True):
+            ms = time_together({k: partial(call, run) for k, run in columns.items()}, device, seconds)
+            rate = moved / (ms["ours"][0] / 1e3)
+            row = dict(op=op, shape="x".join(map(str, shape)), layout=layout, mode=mode, dtype=str(inputs[0].dtype))
+            for column, (p50, p20, p80) in ms.items():
+                row |= {f"{column}_ms": p50, f"{column}_p20_ms": p20, f"{column}_p80_ms": p80}
+            rows.append(row | dict(minimal_bytes=moved, gb_per_s=rate / 1e9, percent_of_copy=100 * rate / peak))
+            cells = [f"{ms[k][0]:9.4f}" if k in ms else f"{'-':>9}" for k in ("eager", "compile", "ours")]
+            ratio = ms["eager"][0] / ms["ours"][0]
+            cells += [f"{ratio:6.2f}", f"{100 * rate / peak:6.1f}"]
+            print(f"{op:16} {row['shape']:16} {layout:14} {mode:8} {' '.join(cells)}")
+    return rows
+
+
+def conventional_step(x, labels, model, optimizer, setting, terms):
+    """The loop as most public code has it. `terms` collects what the forward hooks of `hook_conventionally` saw."""
+    optimizer.zero_grad()
+    model.zero_grad()
+    view = torch.roll(x, (1, -1), (2, 3))
+    terms.clear()
+    loss = F.cross_entropy(model(view), labels) + setting["alpha_bn"] * sum(terms)
+    differences = [view[:, :, :, :-1] - view[:, :, :, 1:], view[:, :, :-1] - view[:, :, 1:]]
+    differences += [view[:, :, :-1, :-1] - view[:, :, 1:, 1:], view[:, :, 1:, :-1] - view[:, :, :-1, 1:]]
+    loss = loss + setting["alpha_tv_l2"] * sum(torch.norm(d) for d in differences)
+    loss = loss + setting["alpha_tv_l1"] * sum(d.abs().mean() for d in differences)
+    loss = loss + setting["alpha_l2"] * torch.norm(view.reshape(len(view), -1), dim=1).mean()
+    loss.backward()
+    optimizer.step()
+    for c in range(x.shape[1]):
+        x.data[:, c] = torch.clamp(x.data[:, c], -2.0, 2.0)
+    return loss.item()
+
+
+def hook_conventionally(model, terms):
+    """Forward hooks with a mean pass and a variance of a permuted copy, as public implementations have them."""
+
+    def hook(module, inputs, output):
+        x = inputs[0]
+        mean = x.mean([0, 2, 3])
+        var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
+        terms.append(torch.norm(module.running_var - var, 2) + torch.norm(module.running_mean - mean, 2))
+
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.register_forward_hook(hook)
+
+
+def bench_step(device, seconds, batch_size=100):
+    """One synthesis step of ResNet-20 on 32 px, every term switched on; returns one row per column."""
+    import deepinversion
+
+    def network():
+        torch.manual_seed(0)
+        model = deepinversion.NETWORKS["resnet20"]()
+        for m in model.modules():  # moments as a trained network has them: neither 0 nor 1
+            if isinstance(m, torch.nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.3)
+                m.running_var.uniform_(0.5, 1.5)
+        return model.to(device).eval()
+
+    labels = torch.arange(batch_size, device=device) % 10
+    noise = torch.randn(batch_size, 3, 32, 32, device=device)
+    setting = deepinversion.SETTINGS["cifar10"] | dict(alpha_l2=1e-5, alpha_tv_l1=1e-3, fused=True, bf16=True)
+    frozen = network().requires_grad_(False).to(memory_format=torch.channels_last)
+    x_bare = noise.contiguous(memory_format=torch.channels_last).requires_grad_()
+
+    def bare():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = F.cross_entropy(frozen(x_bare), labels)
+        torch.autograd.grad(loss, x_bare)
+
+    usual, terms, x_usual = network(), [], noise.clone().requires_grad_()
+    hook_conventionally(usual, terms)
+    usual_adam = torch.optim.Adam([x_usual], lr=0.1)
+    columns = {
+        "bare": bare,
+        "conventional": lambda: conventional_step(x_usual, labels, usual, usual_adam, setting, terms),
+    }
+    for name, fused in (("ours", True), ("ours --no-fused", False)):
+        model = network().requires_grad_(False).to(memory_format=torch.channels_last)
+        teacher = SimpleNamespace(
+            model=model, low=torch.tensor(-2.0, device=device), high=torch.tensor(2.0, device=device)
+        )
+        moments = deepinversion.MomentLoss(model, 1.0, fused)
+        x = noise.clone().requires_grad_()
+        adam = torch.optim.Adam([x], fused=True)
+        options = setting | {"fused": fused}
+        generator = torch.Generator().manual_seed(0)
+
+        def ours(x=x, teacher=teacher, moments=moments, adam=adam, options=options, generator=generator):
+            stage = (10**9, 1, 2)
+            deepinversion.synthesis_step(x, labels, teacher, moments, adam, stage, 10**6, options, generator)
+
+        columns[name] = ours
+    ms = time_together(columns, device, seconds)
+    print(f"\none step, ResNet-20, {batch_size} images of 32 px, {device}, all terms on")
+    print(f"{'column':16} {'ms':>9} {'p20':>9} {'p80':>9} {'x bare':>8} {'x conventional':>15}")
+    rows = []
+    for name, (p50, p20, p80) in ms.items():
+        to_bare, to_usual = p50 / ms["bare"][0], p50 / ms["conventional"][0]
+        print(f"{name:16} {p50:9.2f} {p20:9.2f} {p80:9.2f} {to_bare:8.2f} {to_usual:15.2f}")
+        row = dict(op=f"step: {name}", shape=f"{batch_size}x3x32x32", mode="step", ours_ms=p50, ours_p20_ms=p20)
+        rows.append(row | dict(ours_p80_ms=p80, times_bare=to_bare, times_conventional=to_usual))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cpu", action="store_true", help="time the CPU path: ops and the whole step")
+    parser.add_argument("--end-to-end", action="store_true", help="time the whole step too")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each column of a row")
+    parser.add_argument("--csv", default="", help="also write the rows to this file")
+    args = parser.parse_args()
+    if not args.cpu and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device is visible; run python -m kernels.bench --cpu")
+    device = "cpu" if args.cpu else "cuda"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {TRITON_VERSION}")
+    rows = bench_ops(device, args.seconds)
+    if args.cpu or args.end_to_end:
+        rows += bench_step(device, args.seconds * 5)
+    if args.csv:
+        commit = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+        ).stdout.strip()
+        common = dict(date=str(date.today()), commit=commit, device=name, torch=torch.__version__)
+        common["triton"] = TRITON_VERSION
+        fields = list(dict.fromkeys(k for row in rows for k in (*common, *row)))
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, fields)
+            writer.writeheader()
+            writer.writerows(common | row for row in rows)
+        print(f"wrote {args.csv}")
+
+
+if __name__ == "__main__":
+    main()

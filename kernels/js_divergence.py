@@ -1,0 +1,336 @@
+"""Jensen-Shannon divergence of two batches of logits, value and gradient from logits alone.
+
+With P = softmax(p_logits / T), Q = softmax(q_logits / T), M = (P + Q) / 2, in nats and as a mean over the batch:
+
+    JS = 1/2 KL(P || M) + 1/2 KL(Q || M),   0 <= JS <= ln 2
+    dJS / dp_logits_k = P_k (log P_k - log M_k - KL(P || M)) / (2 T N),   and likewise for Q
+
+Source: Lin 1991, "Divergence measures based on the Shannon entropy"; DeepInversion (Yin et al. 2019,
+arXiv:1912.08795) equation 8, R_compete = 1 - JS. The released DeepInversion code computes another quantity, which
+does not exist here under this name: P, Q and M clamped to [0.01, 0.99] and the KL reversed, KL(M || P) + KL(M || Q).
+That may exceed ln 2 (1.61 for two confident networks that disagree; its outer clamp then ends the gradient).
+
+Everything follows from d = log Q_k - log P_k, a difference of logits less one number per row. With e = exp(-|d|):
+
+    log P_k - log M_k = ln 2 - max(d, 0) - log(1 + e),   log Q_k - log M_k = ln 2 - max(-d, 0) - log(1 + e)
+    JS = sum_k M_k g(d) / 2,   g(d) = d tanh(d / 2) - 2 log cosh(d / 2) >= 0
+
+No term is negative, and with a series of g ~ d^2 / 4 for small |d| none is a difference of larger numbers: JS of
+nearly equal P and Q keeps its relative accuracy. Nothing is clamped: P_k = 0 gives 0 * finite = 0.
+
+Traffic in passes over one (N, K) tensor of logits (4 N K bytes in fp32):
+    eager  forward about 38, backward about 64 (each of some 17 elementwise steps reads one or two and writes one)
+    fused  forward 2 (each logit once), up to 4 where K > 4096; backward 4 (read 2, write 2)
+    best possible ratio, forward and backward: 102 / 6 = 17
+"""
+
+import math
+
+import torch
+
+from kernels import _common
+from kernels._common import tl, triton
+
+_MAX_BLOCK = 4096  # elements of a tile; a longer row is walked through in blocks of this size
+
+
+def js_divergence_ref(p_logits, q_logits, temperature=1.0):
+    """The definition in plain PyTorch: see js_divergence. float64 stays float64, half precision goes to fp32."""
+    dtype = torch.promote_types(torch.promote_types(p_logits.dtype, q_logits.dtype), torch.float32)
+    log_p = torch.log_softmax(p_logits.to(dtype) / temperature, dim=1)  # (N, K)
+    log_q = torch.log_softmax(q_logits.to(dtype) / temperature, dim=1)  # (N, K)
+    # A class that is ruled out: exp(-1e9) is 0 like exp(-inf), and 0 * finite is 0 where 0 * inf is not.
+    log_p = log_p.masked_fill(log_p == -math.inf, -1e9)
+    log_q = log_q.masked_fill(log_q == -math.inf, -1e9)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    kl_p = (log_p.exp() * (log_p - log_m)).sum(1)  # (N,)
+    kl_q = (log_q.exp() * (log_q - log_m)).sum(1)  # (N,)
+    return (kl_p + kl_q).mean() / 2
+
+
+@triton.jit
+def _log_ratios(d):
+    """log P - log M, log Q - log M and g of d = log Q - log P in [-128, 128]."""
+    size = tl.abs(d)
+    e = tl.exp(-size)
+
+    # |d| >= 1: log(1 + e) = 2 artanh(w), w = e / (2 + e) < 0.16, the series cut off below 4e-8
+    w = e / (2.0 + e)
+    w2 = w * w
+    log_1p_e = 2.0 * w * (1.0 + w2 * (1 / 3 + w2 * (1 / 5 + w2 * (1 / 7))))
+    g_far = 2.0 * (0.6931471805599453 - log_1p_e) - 2.0 * size * e / (1.0 + e)  # tanh = 1 - 2 e / (1 + e)
+    p_far = (0.6931471805599453 - log_1p_e) - tl.maximum(d, 0.0)
+    q_far = (0.6931471805599453 - log_1p_e) - tl.maximum(-d, 0.0)
+
+    # |d| < 1: Taylor series in s = (d / 2)^2 of log cosh(d / 2) and of g, cut off below 2e-8
+    s = 0.25 * d * d
+    tail = 62 / 1575 + s * (-691 / 42525 + s * (21844 / 3274425 + s * (-929569 / 340540200 + s * 0.0011144963)))
+    g_near = s * (1.0 + s * (-1 / 2 + s * (2 / 9 + s * (-17 / 180 + s * tail))))
+    tail = 31 / 14175 + s * (-691 / 935550 + s * (10922 / 42567525))
+    log_cosh = s * (1 / 2 + s * (-1 / 12 + s * (1 / 45 + s * (-17 / 2520 + s * tail))))
+
+    near = size < 1.0
+    p_over_m = tl.where(near, -0.5 * d - log_cosh, p_far)
+    q_over_m = tl.where(near, 0.5 * d - log_cosh, q_far)
+    return p_over_m, q_over_m, tl.where(near, g_near, g_far)
+
+
+@triton.jit
+def _row_terms(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature):
+    """P, Q and d = log Q - log P of a (BLOCK_N, BLOCK_K) tile from the statistics of its rows."""
+    z_p = p_logits - max_p[:, None]
+    z_q = q_logits - max_q[:, None]
+    # q_logits - p_logits is exact for nearly equal rows; rows far apart are shifted first, as a softmax does it
+    close = tl.abs(max_q - max_p) < 1.0
+    shift = tl.where(close, max_q - max_p, 0.0) * inv_temperature + tl.log(sum_q / sum_p)
+    d = tl.where(close[:, None], q_logits - p_logits, z_q - z_p) * inv_temperature - shift[:, None]
+    d = tl.where((p_logits == float("-inf")) & (q_logits == float("-inf")), 0.0, d)
+    d = tl.where(d > 128.0, 128.0, tl.where(d < -128.0, -128.0, d))  # beyond, P or Q is 0 in fp32; NaN stays NaN
+    return tl.exp(z_p * inv_temperature) / sum_p[:, None], tl.exp(z_q * inv_temperature) / sum_q[:, None], d
+
+
+@triton.jit
+def _row_sums(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature):
+    """What a tile adds to KL(P || M), KL(Q || M) and four times JS of its rows."""
+    p, q, d = _row_terms(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature)
+    p_over_m, q_over_m, g = _log_ratios(d)
+    return tl.sum(p * p_over_m, 1), tl.sum(q * q_over_m, 1), tl.sum((p + q) * g, 1)
+
+
+@triton.jit
+def _add_block(logits, row_max, row_sum, inv_temperature):
+    """Maximum and sum of exponentials of rows, continued over one more block; blocks of -inf leave them alone."""
+    new_max = tl.maximum(row_max, tl.max(logits, 1))
+    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+    row_sum *= tl.exp((row_max - shift) * inv_temperature)
+    return new_max, row_sum + tl.sum(tl.exp((logits - shift[:, None]) * inv_temperature), 1)
+
+
+@triton.jit
+def _load(row_ptrs, cols, stride, row_mask, K):
+    """A tile of logits in fp32; beyond the tensor -inf, which adds nothing to any sum."""
+    mask = row_mask[:, None] & (cols < K)[None, :]
+    return tl.load(row_ptrs[:, None] + cols[None, :] * stride, mask=mask, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _js_divergence_fwd_kernel(
+    partials_ptr,  # (n_programs,) fp32: what these rows add to the batch mean
+    stats_ptr,  # (6, N) fp32: max, sum of exp(logit - max), KL to M; of P, then of Q
+    p_ptr,  # (N, K) logits
+    q_ptr,  # (N, K) logits
+    N,  # rows
+    K,  # classes
+    stride_pn,
+    stride_pk,
+    stride_qn,
+    stride_qk,
+    inv_temperature,
+    inv_n,  # 1 / N
+    ONE_BLOCK: tl.constexpr,  # K <= BLOCK_K: every logit is read once
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    rows = pid * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK_K).to(tl.int64)
+    row_mask = rows < N
+    p_rows = p_ptr + rows * stride_pn
+    q_rows = q_ptr + rows * stride_qn
+
+    # The first block stays in registers between the statistics and the sums; further blocks are read twice.
+    p_logits = _load(p_rows, cols, stride_pk, row_mask, K)
+    q_logits = _load(q_rows, cols, stride_qk, row_mask, K)
+    nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    max_p, sum_p = _add_block(p_logits, nothing, tl.zeros((BLOCK_N,), tl.float32), inv_temperature)
+    max_q, sum_q = _add_block(q_logits, nothing, tl.zeros((BLOCK_N,), tl.float32), inv_temperature)
+    if not ONE_BLOCK:
+        for start in range(BLOCK_K, K, BLOCK_K):
+            next_p = _load(p_rows, start + cols, stride_pk, row_mask, K)
+            next_q = _load(q_rows, start + cols, stride_qk, row_mask, K)
+            max_p, sum_p = _add_block(next_p, max_p, sum_p, inv_temperature)
+            max_q, sum_q = _add_block(next_q, max_q, sum_q, inv_temperature)
+
+    kl_p, kl_q, js = _row_sums(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature)
+    if not ONE_BLOCK:
+        for start in range(BLOCK_K, K, BLOCK_K):
+            next_p = _load(p_rows, start + cols, stride_pk, row_mask, K)
+            next_q = _load(q_rows, start + cols, stride_qk, row_mask, K)
+            more_p, more_q, more = _row_sums(next_p, next_q, max_p, sum_p, max_q, sum_q, inv_temperature)
+            kl_p += more_p
+            kl_q += more_q
+            js += more
+
+    tl.store(stats_ptr + rows, max_p, mask=row_mask)
+    tl.store(stats_ptr + N + rows, sum_p, mask=row_mask)
+    tl.store(stats_ptr + 2 * N + rows, kl_p, mask=row_mask)
+    tl.store(stats_ptr + 3 * N + rows, max_q, mask=row_mask)
+    tl.store(stats_ptr + 4 * N + rows, sum_q, mask=row_mask)
+    tl.store(stats_ptr + 5 * N + rows, kl_q, mask=row_mask)
+    tl.store(partials_ptr + pid, tl.sum(tl.where(row_mask, 0.25 * js, 0.0)) * inv_n)
+
+
+@triton.jit
+def _js_divergence_bwd_kernel(
+    dp_ptr,  # (N, K) gradient of p_logits; unused unless NEEDS_P
+    dq_ptr,  # (N, K) gradient of q_logits; unused unless NEEDS_Q
+    grad_ptr,  # () gradient of the loss in the result
+    stats_ptr,  # (6, N) fp32, as the forward wrote it
+    p_ptr,  # (N, K) logits
+    q_ptr,  # (N, K) logits
+    N,  # rows
+    K,  # classes
+    stride_dpn,
+    stride_dpk,
+    stride_dqn,
+    stride_dqk,
+    stride_pn,
+    stride_pk,
+    stride_qn,
+    stride_qk,
+    inv_temperature,
+    scale,  # 1 / (2 T N)
+    NEEDS_P: tl.constexpr,
+    NEEDS_Q: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    row_mask = rows < N
+    mask = row_mask[:, None] & (cols < K)[None, :]
+    p_logits = _load(p_ptr + rows * stride_pn, cols, stride_pk, row_mask, K)
+    q_logits = _load(q_ptr + rows * stride_qn, cols, stride_qk, row_mask, K)
+    max_p = tl.load(stats_ptr + rows, mask=row_mask, other=0.0)
+    sum_p = tl.load(stats_ptr + N + rows, mask=row_mask, other=0.0)
+    kl_p = tl.load(stats_ptr + 2 * N + rows, mask=row_mask, other=0.0)
+    max_q = tl.load(stats_ptr + 3 * N + rows, mask=row_mask, other=0.0)
+    sum_q = tl.load(stats_ptr + 4 * N + rows, mask=row_mask, other=0.0)
+    kl_q = tl.load(stats_ptr + 5 * N + rows, mask=row_mask, other=0.0)
+
+    p, q, d = _row_terms(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature)
+    p_over_m, q_over_m, _ = _log_ratios(d)
+    grad = tl.load(grad_ptr).to(tl.float32) * scale
+    if NEEDS_P:
+        dp = grad * p * (p_over_m - kl_p[:, None])
+        dp_ptrs = dp_ptr + rows[:, None] * stride_dpn + cols[None, :] * stride_dpk
+        tl.store(dp_ptrs, dp.to(dp_ptr.dtype.element_ty), mask=mask)
+    if NEEDS_Q:
+        dq = grad * q * (q_over_m - kl_q[:, None])
+        dq_ptrs = dq_ptr + rows[:, None] * stride_dqn + cols[None, :] * stride_dqk
+        tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
+
+
+def _tiling(K, max_block):
+    """Block sizes and warps: several short rows to a program, one row, or one row in blocks."""
+    block_k = min(triton.next_power_of_2(K), max_block)
+    block_n = max(1, 512 // block_k)
+    # elements of a tile     512, 1024: up to 8 a lane     2048, 4096: up to 16 a lane
+    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4 if block_k <= 1024 else 8}
+
+
+def _row_terms_torch(p_logits, q_logits, inv_temperature):
+    """P, Q, |d|, expm1(-|d|), log P - log M and log Q - log M: _row_terms and _log_ratios in few passes of a CPU."""
+    max_p, max_q = p_logits.amax(1, keepdim=True), q_logits.amax(1, keepdim=True)  # (N, 1)
+    p = torch.softmax((p_logits - max_p).mul_(inv_temperature), 1)
+    q = torch.softmax((q_logits - max_q).mul_(inv_temperature), 1)
+    close = (max_q - max_p).abs() < 1
+    log_sums = (p.amax(1, keepdim=True) / q.amax(1, keepdim=True)).log()  # the largest P is exp(0) / sum
+    shift = torch.where(close, max_q - max_p, 0.0) * inv_temperature + log_sums
+    d = (q_logits - torch.where(close, 0.0, max_q)).sub_(p_logits - torch.where(close, 0.0, max_p))
+    d.mul_(inv_temperature).sub_(shift)
+    d.masked_fill_((p_logits == -math.inf) & (q_logits == -math.inf), 0.0).clamp_(-128.0, 128.0)
+    size = d.abs()
+    expm1 = (-size).expm1_()
+    log_mean = torch.log1p(0.5 * expm1)  # log((1 + exp(-|d|)) / 2), which keeps its relative accuracy at d = 0
+    return p, q, size, expm1, -d.clamp_min(0) - log_mean, d.clamp_max(0) - log_mean
+
+
+def _forward_torch(p_logits, q_logits, inv_temperature):
+    p, q, size, expm1, p_over_m, q_over_m = _row_terms_torch(p_logits, q_logits, inv_temperature)
+    # For |d| < 1 the terms of the two KL nearly cancel: there (P + Q) / 2 (|d| u + log(1 - u^2)), u = tanh(|d| / 2)
+    u = expm1.div_(-2.0 - expm1)
+    near = torch.log1p(-u * u).addcmul_(u, size).mul_(p + q).mul_(0.5)
+    return torch.where(size < 1, near, p_over_m.mul_(p).add_(q_over_m.mul_(q))).sum() / (2 * len(p))
+
+
+class _JSDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, p_logits, q_logits, temperature):
+        N, K = p_logits.shape
+        if _common.runs_triton(p_logits):
+            meta = _tiling(K, _MAX_BLOCK)
+            n_programs = triton.cdiv(N, meta["BLOCK_N"])
+            partials = torch.empty(n_programs, device=p_logits.device, dtype=torch.float32)
+            stats = torch.empty(6, N, device=p_logits.device, dtype=torch.float32)
+            strides, one_block = (*p_logits.stride(), *q_logits.stride()), meta["BLOCK_K"] >= K
+            _js_divergence_fwd_kernel[(n_programs,)](
+                partials, stats, p_logits, q_logits, N, K, *strides, 1 / temperature, 1 / N, one_block, **meta
+            )
+            js = partials.sum()
+        else:
+            js, stats = _forward_torch(p_logits.float(), q_logits.float(), 1 / temperature), None
+        ctx.save_for_backward(p_logits, q_logits, stats)
+        ctx.temperature = temperature
+        return js
+
+    @staticmethod
+    def backward(ctx, grad):
+        _common.refuse_double_backward("js_divergence")
+        p_logits, q_logits, stats = ctx.saved_tensors
+        needs_p, needs_q, _ = ctx.needs_input_grad
+        N, K = p_logits.shape
+        inv_temperature, scale = 1 / ctx.temperature, 1 / (2 * ctx.temperature * N)
+        if not _common.runs_triton(p_logits):
+            p, q, _, _, p_over_m, q_over_m = _row_terms_torch(p_logits.float(), q_logits.float(), inv_temperature)
+            dp = p_over_m.sub_((p * p_over_m).sum(1, keepdim=True)).mul_(p.mul_(grad * scale)) if needs_p else None
+            dq = q_over_m.sub_((q * q_over_m).sum(1, keepdim=True)).mul_(q.mul_(grad * scale)) if needs_q else None
+            return dp.to(p_logits.dtype) if needs_p else None, dq.to(q_logits.dtype) if needs_q else None, None
+        dp = torch.empty_like(p_logits) if needs_p else None
+        dq = torch.empty_like(q_logits) if needs_q else None
+        meta = _tiling(K, _MAX_BLOCK // 4)
+        grid = (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(K, meta["BLOCK_K"]))
+        strides = [s for x in (dp, dq, p_logits, q_logits) for s in ((0, 0) if x is None else x.stride())]
+        _js_divergence_bwd_kernel[grid](
+            dp, dq, grad, stats, p_logits, q_logits, N, K, *strides, inv_temperature, scale, needs_p, needs_q, **meta
+        )
+        return dp, dq, None
+
+
+def js_divergence(p_logits, q_logits, temperature=1.0):
+    """Jensen-Shannon divergence between the softmaxes of two batches of logits: nats, mean over the batch.
+
+    JS = 1/2 KL(P || M) + 1/2 KL(Q || M), P = softmax(p_logits / T), Q = softmax(q_logits / T), M = (P + Q) / 2.
+
+    Args:
+        p_logits: (N, K) logits, not probabilities; float32, float16 or bfloat16, any strides.
+        q_logits: (N, K) logits of the other network, not necessarily of the same dtype.
+        temperature: T, a positive python number; divides both logits. No factor T^2 is applied to the result.
+
+    Returns:
+        fp32 scalar in [0, ln 2], up to rounding at ln 2; 0 exactly where the logits are equal.
+
+    Raises:
+        TypeError: logits that are no tensors or of another dtype, temperature that is no python number.
+        ValueError: empty or not 2-D logits, unequal shapes or devices, a temperature not positive and finite.
+
+    Note:
+        Differentiable, once, in both logits; a gradient that is not needed is not computed. A logit of -inf is a
+        class ruled out: finite result, gradient 0. A row of -inf only, a +inf or a NaN gives NaN. Symmetric, and
+        unchanged by a constant added to a row. For the quantity of the released code see the top of this file.
+
+    Example:
+        >>> p_logits, q_logits = torch.tensor([[0.0, -200.0]]), torch.tensor([[-200.0, 0.0]])
+        >>> round(js_divergence(p_logits, q_logits).item(), 4)  # disjoint: ln 2
+        0.6931
+    """
+    _common.check_float("js_divergence", p_logits=p_logits, q_logits=q_logits)
+    shapes = tuple(p_logits.shape), tuple(q_logits.shape)
+    if p_logits.ndim != 2 or shapes[0] != shapes[1]:
+        raise ValueError(f"js_divergence: expected logits of one shape (N, K), got {shapes}; reshape them to rows")
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        kind = type(temperature).__name__
+        raise TypeError(f"js_divergence: expected temperature to be a python number, got {kind}; pass a float")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"js_divergence: expected a finite temperature > 0, got {temperature}; 1.0 changes nothing")
+    return _JSDivergence.apply(p_logits, q_logits, float(temperature))

@@ -1,0 +1,397 @@
+"""deepinversion.py: its terms against hand-made cases, whole runs on the shipped digits teacher, refusals."""
+
+import json
+import math
+import pickle
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import deepinversion as di
+from kernels import _common
+
+FAST = dict(teacher="digits-resnet8", iterations=12, batch_size=10, checkpoint_every=5, log_every=1)
+
+
+@pytest.fixture(autouse=True)
+def cpu_path(monkeypatch):
+    """Scripts run the CPU path: the interpreter would take minutes. One line of stderr is checked: fix the name."""
+    monkeypatch.setattr(_common, "INTERPRET", False)
+    monkeypatch.setattr(sys, "argv", ["deepinversion.py"])
+
+
+def run(out, **options):
+    args = di.Args(**(FAST | options), out=str(out), device="cpu")
+    di.main(args)
+    return json.loads((out / "result.json").read_text())
+
+
+def refused(capsys, **options):
+    """The one line that a refused run prints."""
+    with pytest.raises(SystemExit) as stop:
+        di.main(di.Args(**({"device": "cpu"} | options)))
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+# Terms
+
+
+def test_moment_loss_equals_a_hand_computed_case():
+    bn = nn.BatchNorm2d(2).eval()
+    bn.running_mean.copy_(torch.tensor([1.0, 0.0]))
+    bn.running_var.copy_(torch.tensor([1.0, 2.0]))
+    # Channel 0 is 0 and 2 (mean 1, variance 1); channel 1 is 3 and 5 (mean 4, variance 1).
+    x = torch.tensor([[[[0.0]], [[3.0]]], [[[2.0]], [[5.0]]]])
+    for fused in (True, False):
+        moments = di.MomentLoss(nn.Sequential(bn), 1.0, fused)
+        bn(x)
+        assert moments.total().item() == pytest.approx(4 + 1)
+        moments.close()
+
+
+def test_first_layer_weight_and_hook_removal():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).eval()
+    moments = di.MomentLoss(model, 10.0, True)
+    model(torch.randn(4, 3, 5, 5))
+    first, second = (t.item() for t in moments.terms)
+    assert moments.total().item() == pytest.approx(10 * first + second, rel=1e-6)
+    moments.close()
+    model(torch.randn(4, 3, 5, 5))
+    assert moments.terms == []
+
+
+def test_learning_rate_warms_up_and_ends_near_zero():
+    setting = dict(lr=0.2, warmup=100)
+    rates = [di.learning_rate(i, 2000, setting) for i in range(2000)]
+    assert rates[0] < 0.01 * 0.2 + 1e-9
+    assert max(rates) == pytest.approx(0.2, rel=1e-2)
+    assert rates[1050] == pytest.approx(0.1, rel=1e-6)  # halfway through the cosine
+    assert rates[-1] < 1e-5
+    assert all(a <= b for a, b in zip(rates[:100], rates[1:101], strict=True))
+    assert all(a >= b for a, b in zip(rates[101:], rates[102:], strict=False))
+    assert di.learning_rate(7, 10, dict(lr=0.05, warmup=None)) == 0.05
+    assert di.learning_rate(0, 1, setting) > 0
+
+
+def test_augmented_view_rolls_pools_and_mirrors():
+    x = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
+    generator = torch.Generator().manual_seed(3)
+    state = generator.get_state()
+    view = di.augmented_view(x, 1, 2, False, generator)
+    generator.set_state(state)
+    dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    assert torch.equal(view, x.roll((dy, dx), (2, 3)))
+    assert view.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(di.augmented_view(x, 2, 0, False, generator), nn.functional.avg_pool2d(x, 2))
+    views = [di.augmented_view(x, 1, 0, True, generator) for _ in range(20)]
+    mirrored = sum(torch.equal(v, x.flip(3)) for v in views)
+    assert 0 < mirrored < 20
+    assert all(torch.equal(v, x.flip(3)) or torch.equal(v, x) for v in views)
+    offsets = {tuple(torch.randint(-2, 3, (2,), generator=generator).tolist()) for _ in range(300)}
+    assert len(offsets) == 25  # both ends of the range are drawn
+
+
+def test_image_norm_is_the_mean_of_the_images_norms():
+    x = torch.zeros(2, 1, 2, 2)
+    x[0, 0, 0] = torch.tensor([3.0, 4.0])
+    x[1, 0, 1, 1] = 1.0
+    assert di.image_norm(x).item() == pytest.approx((5 + 1) / 2)
+
+
+def test_stages_scale_with_iterations_and_jitter_with_resolution():
+    args = di.Args(setting="imagenet-0", iterations=300, jitter=20)
+    setting = di.choose_setting(args, "imagenet")
+    assert setting["stages"] == [(200, 2, 10), (100, 1, 20)]
+    untouched = di.choose_setting(di.Args(), "imagenet")
+    assert untouched["stages"] == [(2000, 2, 15), (1000, 1, 30)]
+    assert untouched["alpha_bn"] == 0.05
+    assert di.choose_setting(di.Args(alpha_bn=0.0, flip=False), "cifar10")["alpha_bn"] == 0.0
+
+
+@pytest.mark.parametrize("setting", list(di.SETTINGS))
+def test_every_setting_has_every_option(setting):
+    assert set(di.SETTINGS[setting]) == set(di.SETTINGS["cifar10"])
+
+
+# Networks
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "keys"),
+    [
+        pytest.param("resnet18", 11_689_512, 122, id="resnet18"),
+        pytest.param("resnet34", 21_797_672, 218, id="resnet34"),
+        pytest.param("resnet50", 25_557_032, 320, id="resnet50"),
+        pytest.param("resnet101", 44_549_160, 626, id="resnet101"),
+        pytest.param("resnet152", 60_192_808, 932, id="resnet152"),
+    ],
+)
+def test_imagenet_resnets_have_torchvisions_sizes_and_keys(name, parameters, keys):
+    blocks, bottleneck = di.IMAGENET_TEACHERS[name][:2]
+    with torch.device("meta"):
+        model = di.ResNet(blocks, di.WIDE, "B", bottleneck, imagenet=True, num_classes=1000)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    state = model.state_dict()
+    assert len(state) == keys
+    assert {"conv1.weight", "bn1.running_var", "layer1.0.conv2.weight", "layer4.1.bn2.bias", "fc.weight"} <= set(state)
+    assert state["conv1.weight"].shape == (64, 3, 7, 7)
+    assert state["layer2.0.downsample.0.weight"].shape[2:] == (1, 1)
+    if bottleneck:  # the stride is in the 3x3 convolution
+        assert model.layer2[0].conv2.stride == (2, 2)
+        assert model.layer2[0].conv1.stride == (1, 1)
+
+
+def test_public_cifar_weights_load_under_their_own_names(tmp_path):
+    """Keys of the widely used files: DataParallel's prefix, `linear`, wrapped in {'state_dict': …}."""
+    torch.manual_seed(0)
+    source = di.NETWORKS["resnet20"]()
+    for m in source.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_()
+    renamed = {"module." + k.replace("fc.", "linear."): v for k, v in source.state_dict().items()}
+    torch.save({"state_dict": renamed, "best_prec1": 91.78}, tmp_path / "public.th")
+    args = di.Args(teacher="cifar10-resnet20", weights=str(tmp_path / "public.th"), device="cpu")
+    info = di.load_teacher(args.teacher, args)
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(info.model(x), source.eval()(x))
+    assert info.accuracy is None  # the shipped accuracy is not this file's
+    assert not any(p.requires_grad for p in info.model.parameters())
+    assert not info.model.training
+
+
+def test_imagenet_weights_come_by_file_and_run(tmp_path):
+    blocks, bottleneck = di.IMAGENET_TEACHERS["resnet18"][:2]
+    torch.save(di.ResNet(blocks, di.WIDE, "B", bottleneck, True, num_classes=1000).state_dict(), tmp_path / "r18.pth")
+    out = tmp_path / "run"
+    result = run(out, teacher="resnet18", weights=str(tmp_path / "r18.pth"), image_size=32, iterations=2, batch_size=4)
+    assert result["verifier_agreement"] is None
+    with np.load(out / "images.npz") as made:
+        assert made["images"].shape == (4, 32, 32, 3)
+        assert len(set(made["labels"].tolist())) == 4  # of 1000 classes, four different ones are drawn
+
+
+FACTORY = """
+import torch.nn as nn
+
+def factory(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+                         nn.Linear(4, num_classes))
+
+def without_batchnorm(num_classes):
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(num_classes) if False else nn.Linear(3 * 16 * 16, num_classes))
+
+def broken():
+    raise KeyError("nothing here")
+"""
+
+
+@pytest.fixture
+def foreign(tmp_path):
+    """A user's own file and weights for it."""
+    (tmp_path / "my_nets.py").write_text(FACTORY)
+    scope = {}
+    exec(FACTORY, scope)  # noqa: S102 - the text above
+    torch.save(scope["factory"](7).state_dict(), tmp_path / "w.pth")
+    torch.save(scope["without_batchnorm"](7).state_dict(), tmp_path / "flat.pth")
+    return tmp_path
+
+
+def test_a_users_own_network_is_inverted(foreign):
+    options = dict(weights=str(foreign / "w.pth"), num_classes=7, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    result = run(foreign / "run", teacher=f"{foreign / 'my_nets.py'}:factory", batch_size=14, **options)
+    assert result["teacher_accuracy"] is None
+    assert result["verifier_agreement"] is None
+    with np.load(foreign / "run/images.npz") as made:
+        assert made["images"].shape == (14, 16, 16, 3)
+
+
+# Runs
+
+
+def test_a_run_writes_everything_and_the_loss_falls(tmp_path):
+    result = run(tmp_path, iterations=40)
+    for name in ("args.json", "metrics.jsonl", "result.json", "samples.png", "images.npz", "checkpoint.pt"):
+        assert (tmp_path / name).stat().st_size > 0, name
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    assert rows[-1]["loss/total"] < 0.5 * rows[0]["loss/total"]
+    assert all(math.isfinite(v) for row in rows for v in row.values())
+    with np.load(tmp_path / "images.npz") as made:
+        assert made["images"].shape == (10, 32, 32, 1)
+        assert made["images"].dtype == np.uint8
+        assert made["labels"].dtype == np.int64
+        assert made["labels"].tolist() == list(range(10))
+    assert {"teacher_accuracy", "student_accuracy", "seconds", "seed", "device", "versions"} <= set(result)
+    assert result["teacher_agreement"] >= 80
+    assert result["student_accuracy"] is None
+
+
+def test_same_seed_same_images_and_another_seed_others(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run(tmp_path / name, seed=seed)
+    a, b, c = ((tmp_path / name / "images.npz").read_bytes() for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_fused_and_plain_losses_agree(tmp_path):
+    rows = []
+    for fused in (True, False):
+        run(tmp_path / str(fused), fused=fused)
+        rows.append([json.loads(line) for line in (tmp_path / str(fused) / "metrics.jsonl").read_text().splitlines()])
+    for ours, plain in zip(rows[0][:3], rows[1][:3], strict=True):
+        for key in ("loss/total", "loss/bn", "loss/tv_l1", "loss/tv_l2"):
+            assert ours[key] == pytest.approx(plain[key], rel=1e-4)
+
+
+@pytest.mark.parametrize("stop_at", [3, 7, 17], ids=["before the first checkpoint", "between", "in the second batch"])
+def test_an_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, stop_at):
+    options = dict(num_images=20)  # two batches of 12 steps
+    run(tmp_path / "whole", **options)
+    after_step = di.Run.after_step
+
+    def dies(self, *rest):
+        if self.n_done == stop_at:
+            raise InterruptedError
+        after_step(self, *rest)
+
+    monkeypatch.setattr(di.Run, "after_step", dies)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "cut", **options)
+    monkeypatch.setattr(di.Run, "after_step", after_step)
+    run(tmp_path / "cut", resume=True, **options)
+    for name in ("images.npz", "metrics.jsonl", "samples.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+
+
+def test_two_stages_of_two_resolutions(tmp_path, monkeypatch):
+    two = di.SETTINGS["digits"] | {"stages": [(4, 2, 1), (4, 1, 2)]}
+    monkeypatch.setitem(di.SETTINGS, "digits", two)
+    run(tmp_path, iterations=None)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["stage"] for row in rows] == [0] * 4 + [1] * 4
+
+
+def test_clipped_images_stay_in_the_pixels_range(tmp_path):
+    args = di.Args(teacher="digits-resnet8", device="cpu")
+    info = di.load_teacher(args.teacher, args)
+    assert di.to_uint8(info.low.expand(1, 1, 2, 2), info).max() == 0
+    assert di.to_uint8(info.high.expand(1, 1, 2, 2), info).min() == 255
+    assert info.low.item() == pytest.approx(-info.mean[0] / info.std[0])
+    assert info.high.item() == pytest.approx((1 - info.mean[0]) / info.std[0])
+
+
+def test_agreement_counts_in_all_and_by_class():
+    info = type("Info", (), dict(model=lambda x: x.flatten(1)[:, :2], mean=(0.0,), std=(1.0,), low=torch.zeros(1)))
+    images = torch.tensor([[[[200, 0]]], [[[0, 200]]], [[[0, 200]]], [[[0, 200]]]], dtype=torch.uint8)
+    total, by_class = di.agreement(info, images, torch.tensor([0, 0, 1, 1]))
+    assert total == 75.0
+    assert by_class == {0: 50.0, 1: 100.0}
+
+
+# Refusals: one line, exit code 2
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        pytest.param(dict(teacher="resnet7000"), "unknown 'resnet7000'", id="unknown teacher"),
+        pytest.param(dict(batch_size=1), "--batch-size: expected at least 2", id="batch of one"),
+        pytest.param(dict(iterations=-3), "--iterations: expected at least 1", id="negative steps"),
+        pytest.param(dict(iterations=0), "--iterations: expected at least 1", id="no steps"),
+        pytest.param(dict(num_images=-1), "--num-images: expected at least 0", id="negative images"),
+        pytest.param(dict(alpha_bn=-1.0), "--alpha-bn: expected at least 0", id="negative weight"),
+        pytest.param(dict(lr=float("nan")), "--lr: expected at least", id="lr NaN"),
+        pytest.param(dict(image_size=33), "--image-size: expected an even number", id="odd size"),
+        pytest.param(dict(classes=(3, 99)), "--classes: expected numbers from 0 to 9", id="class out of range"),
+        pytest.param(dict(setting="best"), "--setting: expected one of", id="unknown setting"),
+        pytest.param(dict(dataset="svhn"), "--dataset: expected one of", id="unknown data set"),
+        pytest.param(dict(device="tpu"), "--device: expected one of", id="unknown device"),
+        pytest.param(dict(mean=(0.5,), std=(0.5, 0.5)), "--mean and --std", id="mean and std of two lengths"),
+        pytest.param(dict(mean=(0.5,) * 3, std=(0.0,) * 3), "--mean and --std", id="std zero"),
+        pytest.param(dict(weights="nowhere.pt"), "cannot be read", id="missing weights"),
+        pytest.param(dict(teacher="nowhere.pt"), "cannot be read", id="missing checkpoint"),
+        pytest.param(dict(teacher="nowhere.py:net", weights="w.pt"), "no such file", id="missing factory file"),
+        pytest.param(dict(teacher="teacher.py:wrn_16_1"), "--weights FILE", id="factory without weights"),
+        pytest.param(dict(num_classes=100), "check --num-classes", id="class count mismatch"),
+        pytest.param(dict(verifier="digits-lenet5"), "--verifier digits-lenet5", id="verifier of other channels"),
+    ],
+)
+def test_bad_options_are_refused(capsys, tmp_path, options, says):
+    assert says in refused(capsys, out=str(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_checkpoints_are_refused(capsys, tmp_path):
+    good = di.HERE / "teachers" / "cifar10-resnet20.pt"
+    (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:20000])
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+
+    with open(tmp_path / "hostile.pt", "wb") as file:
+        pickle.dump({"state_dict": Hostile()}, file)
+    torch.save({"layer.weight": torch.ones(3)}, tmp_path / "keys.pt")
+    torch.save([torch.ones(3)], tmp_path / "list.pt")
+    said = {name: refused(capsys, weights=str(tmp_path / f"{name}.pt")) for name in ("cut", "hostile", "keys", "list")}
+    assert "no checkpoint that loads without running code" in said["cut"]
+    assert "no checkpoint that loads without running code" in said["hostile"]
+    assert not (tmp_path / "owned").exists()
+    assert "keys do not fit" in said["keys"]
+    assert "expected a state dict" in said["list"]
+    assert "not a checkpoint of teacher.py" in refused(capsys, teacher=str(tmp_path / "keys.pt"))
+
+
+def test_an_altered_shipped_teacher_is_refused(capsys, tmp_path, monkeypatch):
+    shutil.copytree(di.HERE / "teachers", tmp_path / "teachers")
+    blob = bytearray((tmp_path / "teachers/cifar10-resnet20.pt").read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (tmp_path / "teachers/cifar10-resnet20.pt").write_bytes(blob)
+    monkeypatch.setattr(di, "HERE", tmp_path)
+    assert "SHA-256" in refused(capsys)
+
+
+def test_bad_networks_are_refused(capsys, foreign):
+    name = f"{foreign / 'my_nets.py'}:"
+    described = dict(weights=str(foreign / "w.pth"), num_classes=7, image_size=16)
+    said = refused(capsys, teacher=name + "without_batchnorm", **(described | {"weights": str(foreign / "flat.pth")}))
+    assert "no BatchNorm2d" in said
+    assert "KeyError" in refused(capsys, teacher=name + "broken", **described)
+    assert "AttributeError" in refused(capsys, teacher=name + "absent", **described)
+    said = refused(capsys, teacher=name + "without_batchnorm", weights=str(foreign / "flat.pth"), num_classes=7)
+    assert "--image-size" in said  # 32 px images do not fit its linear layer
+
+
+def test_no_network_names_address_place_and_option(capsys, tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "urlopen", no_network)
+    said = refused(capsys, teacher="resnet50", data_dir=str(tmp_path))
+    assert "https://download.pytorch.org/models/resnet50-0676ba61.pth" in said
+    assert str(tmp_path / "resnet50-0676ba61.pth") in said
+    assert "--weights" in said
+
+
+def test_an_out_that_is_a_file_is_refused(capsys, tmp_path):
+    (tmp_path / "taken").write_text("mine")
+    assert "--out" in refused(capsys, out=str(tmp_path / "taken"))
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(capsys, tmp_path):
+    run(tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    capsys.readouterr()
+    said = refused(capsys, **(FAST | dict(out=str(tmp_path), resume=True, lr=1e30)))
+    assert "--resume: lr, setting differ" in said  # nothing was touched
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert "the loss is" in refused(capsys, **(FAST | dict(out=str(tmp_path / "b"), lr=1e38, clip=False)))
