@@ -16,7 +16,8 @@ Everything follows from d = log Q_k - log P_k, a difference of logits less one n
     JS = sum_k M_k g(d) / 2,   g(d) = d tanh(d / 2) - 2 log cosh(d / 2) >= 0
 
 No term is negative, and with a series of g ~ d^2 / 4 for small |d| none is a difference of larger numbers: JS of
-nearly equal P and Q keeps its relative accuracy. Nothing is clamped: P_k = 0 gives 0 * finite = 0.
+nearly equal P and Q keeps its relative accuracy (the CPU path adds up the two KL instead: absolute accuracy, and never
+below 0). Nothing is clamped: P_k = 0 gives 0 * finite = 0.
 
 Traffic in passes over one (N, K) tensor of logits (4 N K bytes in fp32):
     eager  forward about 38, backward about 64 (each of some 17 elementwise steps reads one or two and writes one)
@@ -30,8 +31,6 @@ import torch
 
 from kernels import _common
 from kernels._common import tl, triton
-
-_MAX_BLOCK = 4096  # elements of a tile; a longer row is walked through in blocks of this size
 
 
 def js_divergence_ref(p_logits, q_logits, temperature=1.0):
@@ -229,29 +228,22 @@ def _tiling(K, max_block):
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4 if block_k <= 1024 else 8}
 
 
-def _row_terms_torch(p_logits, q_logits, inv_temperature):
-    """P, Q, |d|, expm1(-|d|), log P - log M and log Q - log M: _row_terms and _log_ratios in few passes of a CPU."""
-    max_p, max_q = p_logits.amax(1, keepdim=True), q_logits.amax(1, keepdim=True)  # (N, 1)
-    p = torch.softmax((p_logits - max_p).mul_(inv_temperature), 1)
-    q = torch.softmax((q_logits - max_q).mul_(inv_temperature), 1)
-    close = (max_q - max_p).abs() < 1
-    log_sums = (p.amax(1, keepdim=True) / q.amax(1, keepdim=True)).log()  # the largest P is exp(0) / sum
-    shift = torch.where(close, max_q - max_p, 0.0) * inv_temperature + log_sums
-    d = (q_logits - torch.where(close, 0.0, max_q)).sub_(p_logits - torch.where(close, 0.0, max_p))
-    d.mul_(inv_temperature).sub_(shift)
-    d.masked_fill_((p_logits == -math.inf) & (q_logits == -math.inf), 0.0).clamp_(-128.0, 128.0)
-    size = d.abs()
-    expm1 = (-size).expm1_()
-    log_mean = torch.log1p(0.5 * expm1)  # log((1 + exp(-|d|)) / 2), which keeps its relative accuracy at d = 0
-    return p, q, size, expm1, -d.clamp_min(0) - log_mean, d.clamp_max(0) - log_mean
-
-
-def _forward_torch(p_logits, q_logits, inv_temperature):
-    p, q, size, expm1, p_over_m, q_over_m = _row_terms_torch(p_logits, q_logits, inv_temperature)
-    # For |d| < 1 the terms of the two KL nearly cancel: there (P + Q) / 2 (|d| u + log(1 - u^2)), u = tanh(|d| / 2)
-    u = expm1.div_(-2.0 - expm1)
-    near = torch.log1p(-u * u).addcmul_(u, size).mul_(p + q).mul_(0.5)
-    return torch.where(size < 1, near, p_over_m.mul_(p).add_(q_over_m.mul_(q))).sum() / (2 * len(p))
+def _forward_torch(p_logits, q_logits, temperature, needs_p, needs_q):
+    """Value and gradients (None where not needed) on the CPU: formed together, where P, Q and M are at hand."""
+    log_p = torch.log_softmax(p_logits / temperature, 1).clamp_min_(-1e9)  # (N, K); -inf alone is affected
+    log_q = torch.log_softmax(q_logits / temperature, 1).clamp_min_(-1e9)
+    d = log_q - log_p
+    log_mean = (-d.abs()).expm1_().mul_(0.5).log1p_()  # log((1 + e) / 2), which keeps its relative accuracy at d = 0
+    p_over_m = (-d).clamp_max_(0).sub_(log_mean)  # log P - log M
+    q_over_m = d.clamp_max_(0).sub_(log_mean)  # log Q - log M
+    p, q = log_p.exp_(), log_q.exp_()
+    kl_p = (p * p_over_m).sum(1, keepdim=True)
+    kl_q = (q * q_over_m).sum(1, keepdim=True)
+    scale = 1 / (2 * len(p))
+    js = (kl_p + kl_q).sum().mul_(scale).clamp_min_(0)
+    dp = p_over_m.sub_(kl_p).mul_(p).mul_(scale / temperature) if needs_p else None
+    dq = q_over_m.sub_(kl_q).mul_(q).mul_(scale / temperature) if needs_q else None
+    return js, dp, dq
 
 
 class _JSDivergence(torch.autograd.Function):
@@ -259,7 +251,7 @@ class _JSDivergence(torch.autograd.Function):
     def forward(ctx, p_logits, q_logits, temperature):
         N, K = p_logits.shape
         if _common.runs_triton(p_logits):
-            meta = _tiling(K, _MAX_BLOCK)
+            meta = _tiling(K, max_block=4096)
             n_programs = triton.cdiv(N, meta["BLOCK_N"])
             partials = torch.empty(n_programs, device=p_logits.device, dtype=torch.float32)
             stats = torch.empty(6, N, device=p_logits.device, dtype=torch.float32)
@@ -268,27 +260,27 @@ class _JSDivergence(torch.autograd.Function):
                 partials, stats, p_logits, q_logits, N, K, *strides, 1 / temperature, 1 / N, one_block, **meta
             )
             js = partials.sum()
+            ctx.save_for_backward(p_logits, q_logits, stats)
         else:
-            js, stats = _forward_torch(p_logits.float(), q_logits.float(), 1 / temperature), None
-        ctx.save_for_backward(p_logits, q_logits, stats)
+            js, dp, dq = _forward_torch(p_logits.float(), q_logits.float(), temperature, *ctx.needs_input_grad[:2])
+            ctx.save_for_backward(dp, dq)
         ctx.temperature = temperature
+        ctx.dtypes = p_logits.dtype, q_logits.dtype
         return js
 
     @staticmethod
     def backward(ctx, grad):
         _common.refuse_double_backward("js_divergence")
+        if not _common.runs_triton(grad):
+            dp_dq = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            return *(None if dx is None else (grad * dx).to(dtype) for dx, dtype in dp_dq), None
         p_logits, q_logits, stats = ctx.saved_tensors
         needs_p, needs_q, _ = ctx.needs_input_grad
         N, K = p_logits.shape
         inv_temperature, scale = 1 / ctx.temperature, 1 / (2 * ctx.temperature * N)
-        if not _common.runs_triton(p_logits):
-            p, q, _, _, p_over_m, q_over_m = _row_terms_torch(p_logits.float(), q_logits.float(), inv_temperature)
-            dp = p_over_m.sub_((p * p_over_m).sum(1, keepdim=True)).mul_(p.mul_(grad * scale)) if needs_p else None
-            dq = q_over_m.sub_((q * q_over_m).sum(1, keepdim=True)).mul_(q.mul_(grad * scale)) if needs_q else None
-            return dp.to(p_logits.dtype) if needs_p else None, dq.to(q_logits.dtype) if needs_q else None, None
         dp = torch.empty_like(p_logits) if needs_p else None
         dq = torch.empty_like(q_logits) if needs_q else None
-        meta = _tiling(K, _MAX_BLOCK // 4)
+        meta = _tiling(K, max_block=1024)
         grid = (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(K, meta["BLOCK_K"]))
         strides = [s for x in (dp, dq, p_logits, q_logits) for s in ((0, 0) if x is None else x.stride())]
         _js_divergence_bwd_kernel[grid](

@@ -131,12 +131,14 @@ def test_identical(K, backend, device):
 
 @pytest.mark.parametrize("difference", [1e-1, 1e-3, 1e-5])
 def test_nearly_identical(difference, backend, device):
-    """fp32 keeps four digits where eager has none: each term is formed without cancellation."""
+    """Never negative; and the kernel keeps four digits where eager has none: its terms do not cancel."""
     p_logits, noise = logits((4, 200), device)
     q_logits = p_logits + difference * noise
     value, *_ = assert_exact(p_logits, q_logits)
     exact = js_divergence_ref(p_logits.double(), q_logits.double())
-    assert value.item() == pytest.approx(exact.item(), rel=1e-4) and value > 0
+    assert value >= 0
+    if backend == "triton":
+        assert value.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
 EXTREMES = {

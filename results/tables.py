@@ -1,0 +1,101 @@
+"""Write the tables of README.md and teachers/README.md from the JSON and CSV files behind them.
+
+    python results/tables.py
+
+Each table stands between `<!-- begin:NAME -->` and `<!-- end:NAME -->`; a test fails where text and files differ.
+"""
+
+import csv
+import json
+import re
+import statistics
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def teachers_table():
+    """Shipped teachers, from teachers/index.json."""
+    index = json.loads((ROOT / "teachers/index.json").read_text())
+    lines = ["| teacher | test accuracy | data | trained by | SHA-256 |", "|---|---|---|---|---|"]
+    for name, t in index.items():
+        command = t["command"].split(" --export")[0]
+        lines.append(f"| `{name}` | {t['accuracy']:.2f} % | {t['data']} | `{command}` | `{t['sha256']}` |")
+    return "\n".join(lines)
+
+
+def inversion_table():
+    """Agreement of teacher and verifier, mean ± std over the seeds of a setting, from results/inversion-*.json."""
+    runs = {}
+    for path in sorted((ROOT / "results").glob("inversion-*.json")):
+        result = json.loads(path.read_text())
+        runs.setdefault((result["command"], result["teacher"], result["verifier"]), []).append(result)
+    lines = ["| command | teacher | teacher agrees | verifier | verifier agrees | seeds | seconds, device | files |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    for (command, teacher, verifier), group in runs.items():
+
+        def spread(key, group=group):
+            values = [r[key] for r in group]
+            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+            return f"{statistics.mean(values):.1f} ± {deviation:.1f} %" if len(values) > 1 else f"{values[0]:.1f} %"
+
+        seconds = statistics.mean(r["seconds"] for r in group)
+        files = f"`results/inversion-{group[0]['setting']}-*.json`"
+        lines.append(
+            f"| `{command}` | `{teacher}` | {spread('teacher_agreement')} | `{verifier}` "
+            f"| {spread('verifier_agreement')} | {len(group)} | {seconds:.0f} s, {group[0]['device_name']} | {files} |"
+        )
+    return "\n".join(lines)
+
+
+def rows_of(name):
+    with open(ROOT / "results" / name) as file:
+        return list(csv.DictReader(file))
+
+
+def cpu_ops_table():
+    """Op rows of `python -m kernels.bench --cpu`."""
+    lines = ["| op | shape | layout | mode | eager ms | ours ms | ratio | % of copy |", "|---|---|---|---|---|---|---|---|"]
+    for r in rows_of("bench-cpu.csv"):
+        if r["mode"] != "step":
+            eager, ours = float(r["eager_ms"]), float(r["ours_ms"])
+            cells = [r["op"], r["shape"], r["layout"], "forward" if r["mode"] == "forward" else "forward + backward"]
+            cells += [f"{eager:.3f}", f"{ours:.3f}", f"{eager / ours:.2f}", f"{float(r['percent_of_copy']):.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
+
+
+def cpu_step_table():
+    """Step rows of `python -m kernels.bench --cpu`."""
+    lines = ["| one step, ResNet-20, 100 images of 32 px | ms | × bare | × conventional |", "|---|---|---|---|"]
+    for r in rows_of("bench-cpu.csv"):
+        if r["mode"] == "step":
+            ratios = f"{float(r['times_bare']):.2f} | {float(r['times_conventional']):.2f}"
+            lines.append(f"| {r['op'].removeprefix('step: ')} | {float(r['ours_ms']):.1f} | {ratios} |")
+    return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
+
+
+def measured_on(name):
+    r = rows_of(name)[0]
+    return f"{r['device']}, torch {r['torch']}, float32, commit {r['commit']}; medians; `results/{name}`."
+
+
+def tables():
+    """{name: text between its markers}."""
+    makers = dict(teachers=teachers_table, inversion=inversion_table, cpu_ops=cpu_ops_table, cpu_step=cpu_step_table)
+    return {name: make() for name, make in makers.items()}
+
+
+def main():
+    made = tables()
+    for path in (ROOT / "README.md", ROOT / "teachers/README.md"):
+        text = path.read_text()
+        for name, table in made.items():
+            pattern = rf"(<!-- begin:{name} -->\n).*?(\n<!-- end:{name} -->)"
+            text = re.sub(pattern, lambda m, table=table: m[1] + table + m[2], text, flags=re.DOTALL)
+        path.write_text(text)
+        print(f"wrote {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
