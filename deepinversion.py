@@ -18,7 +18,7 @@ Where we differ from the paper or its released code:
   resets that minimum between stages: with two stages it returns the blurred low-resolution images, and the loss that
   it compares belongs to another random view, before the step. Our learning rate ends at zero: the last are settled;
 - settings `cifar10` and `cifar10-long` are ours (flip, clip, cosine); `cifar10-released` is theirs.
-Low-resolution stages optimise the full image through 2x2 average pooling, as released; the paper up-samples.
+Low-resolution stages optimise the full image through 2x2 pooling, as released; the paper up-samples.
 
 Writes into --out: samples.png (one row a class), images.npz (`images` uint8 (N, H, W, C), `labels` int64 (N,)),
 result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its terms without their weights
@@ -32,6 +32,7 @@ import json
 import math
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -300,7 +301,7 @@ def load_state(model, saved, path):
         fail(f"{path}: keys do not fit the network (lacks {missing[:2]}, has unknown {unknown[:2]}); check --teacher")
 
 
-CIFAR_INFO = dict(dataset="cifar10", num_classes=10, image_size=32, accuracy=None)  # what is not said otherwise
+CIFAR_INFO = dict(dataset="", num_classes=10, image_size=32, accuracy=None)  # what is not said otherwise
 CIFAR_INFO |= dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 IMAGENET_INFO = dict(dataset="imagenet", num_classes=1000, image_size=224)
 IMAGENET_INFO |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -349,15 +350,14 @@ def load_teacher(spec, args, teacher=None):
         load_state(info.model, load_weights(file, sha256, url), file)
     info.model.eval().requires_grad_(False)
 
-    # Two blank images: a network of another size, channel or class count fails here, not after an hour.
     like = teacher or info
     shape = (2, len(like.mean), like.image_size, like.image_size)
-    try:
+    try:  # a network of another size, channel or class count fails here, not after an hour
         logits = info.model(torch.zeros(shape))
     except Exception as error:  # noqa: BLE001 - a foreign network may raise anything
-        fail(f"--{role} {spec}: cannot take images {shape}: {' '.join(str(error).split())}; check --image-size")
+        fail(f"--{role} {spec}: cannot take images {shape} ({' '.join(str(error).split())}); check --image-size")
     if logits.shape != (2, like.num_classes):
-        fail(f"--{role} {spec}: gives logits {tuple(logits.shape)}, expected (2, {like.num_classes}); --num-classes")
+        fail(f"--{role} {spec}: gives logits {tuple(logits.shape)}, expected (2, {like.num_classes}); choose another")
     info.model.to(args.device, memory_format=torch.channels_last)
     # The range of real pixels, asymmetric in normalised units.
     bounds = [[(pixel - m) / s for m, s in zip(info.mean, info.std, strict=True)] for pixel in (0.0, 1.0)]
@@ -513,7 +513,9 @@ class Run:
         settled = json.loads(json.dumps(settled | {"setting": setting}))  # as it reads back: tuples become lists
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            if args.resume and (self.out / "checkpoint.pt").exists():
+            if not args.resume:  # an older run's state must not pass for this one's
+                (self.out / "checkpoint.pt").unlink(missing_ok=True)
+            elif (self.out / "checkpoint.pt").exists():
                 before = json.loads((self.out / "args.json").read_text())
                 if changed := ", ".join(k for k in settled if before.get(k) != settled[k]):
                     fail(f"--resume: {changed} differ from {self.out / 'args.json'}; repeat the first run's options")
@@ -523,7 +525,7 @@ class Run:
                 generator.set_state(saved["generator"])
             (self.out / "args.json").write_text(json.dumps(settled, indent=1) + "\n")
             (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError) as error:
             fail(f"--out {self.out}: cannot be used ({error}); pass another folder")
         self.n_done = saved["n_done"] if saved else 0
         self.bar = tqdm(total=n_steps, initial=self.n_done, disable=None, mininterval=0.5)
@@ -532,7 +534,7 @@ class Run:
         """Log every log_every steps, where the host waits for the device and sees a NaN; checkpoint."""
         self.bar.update()
         self.n_done = n = self.n_done + 1
-        if n % self.args.log_every == 0 or n % self.args.checkpoint_every == 0:
+        if n % self.args.log_every == 0 or n % self.args.checkpoint_every == 0 or n == self.bar.total:
             values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
             if not math.isfinite(values["total"]):
                 fail(f"the loss is {values['total']} at step {n}; lower --lr or the weights, or --resume before it")
@@ -549,10 +551,10 @@ class Run:
             torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
             os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
 
-    def finish(self, images, labels, teacher, verifier):
+    def finish(self, images, labels, teacher, verifier, names):
         """Write images.npz, samples.png and result.json; print the agreements."""
         np.savez(self.out / "images.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-        save_grid(images, labels, CLASS_NAMES.get(teacher.dataset), self.out / "samples.png")
+        save_grid(images, labels, names, self.out / "samples.png")
         seconds, device = round(time.time() - self.start, 1), self.args.device
         result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None, seconds=seconds)
         result |= dict(verifier=verifier.name if verifier else None, n_images=len(images), seed=self.args.seed)
@@ -562,9 +564,9 @@ class Run:
             if info:
                 print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE)
-        result |= dict(device=device, device_name=name)
-        result |= dict(versions=dict(torch=str(torch.__version__), commit=git.stdout.strip() or "unknown"))
+        failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(HERE))} describe --always --dirty")
+        versions = dict(torch=str(torch.__version__), commit="unknown" if failed else commit)
+        result |= dict(device=device, device_name=name, versions=versions)
         (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote samples.png, images.npz, result.json into {self.out}; {seconds:.0f} s")
 
@@ -596,8 +598,8 @@ def check_args(args):
         fail(f"--image-size: expected an even number of at least 8 pixels, got {args.image_size}")
     choices = dict(device=("auto", "cpu", "cuda"), dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS))
     for name, allowed in choices.items():
-        if getattr(args, name) not in allowed:
-            fail(f"--{name}: expected one of {', '.join(allowed)}, got {getattr(args, name)!r}")
+        if (value := getattr(args, name)) not in allowed:
+            fail(f"--{name}: expected one of {', '.join(allowed)}, got {value!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device is visible; use --device cpu")
 
@@ -617,34 +619,32 @@ def main(args):
     moments = MomentLoss(teacher.model, setting["first_bn"], args.fused)
     if not moments.handles:
         fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which the method matches; take another")
-    judge = FAMILIES[dataset][1] if args.verifier == "auto" and dataset in FAMILIES else args.verifier
-    fits = teacher.num_classes == 10 and (HERE / "teachers" / f"{judge}.pt").exists()  # not where copied alone
-    if judge != "none" and (args.verifier != "auto" or fits):
+    judge = FAMILIES.get(dataset, ("", "none"))[1] if args.verifier == "auto" else args.verifier
+    if judge != "none" and (args.verifier != "auto" or (HERE / f"teachers/{judge}.pt").exists()):  # not copied alone
         verifier = load_teacher(judge, args, teacher)
 
     batch_size, classes = setting["batch_size"], torch.tensor(args.classes or range(teacher.num_classes))
     if classes.min() < 0 or classes.max() >= teacher.num_classes:
         fail(f"--classes: expected numbers from 0 to {teacher.num_classes - 1}, got {args.classes}")
-    if len(classes) > batch_size:  # a batch cannot hold them all: draw which
-        classes = classes[torch.randperm(len(classes), generator=generator)[:batch_size]]
     n_batches = -(-(args.num_images or batch_size) // batch_size)
-    labels = classes.repeat(-(-n_batches * batch_size // len(classes)))[: n_batches * batch_size]
+    n_images = n_batches * batch_size  # whole batches: their size is part of the method
+    if len(classes) > batch_size:  # a batch cannot hold them all: mix them
+        classes = classes[torch.randperm(len(classes), generator=generator)]
+    labels = classes.repeat(-(-n_images // len(classes)))[:n_images]
     shape = (batch_size, len(teacher.mean), teacher.image_size, teacher.image_size)
 
     run = Run(args, setting, generator, n_batches * sum(n for n, _, _ in setting["stages"]))
-    path = f"{args.device}, {'fused ops' if args.fused else 'plain references'}"
-    print(f"{teacher.name}: {len(labels)} images, setting {setting['name']}, {path}", flush=True)
-    for batch, wanted in enumerate(labels.to(args.device).split(batch_size)):
-        if batch < run.state["batch"]:
-            continue
+    print(
+        f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}", flush=True
+    )
+    for wanted in labels.to(args.device).split(batch_size)[run.state["batch"] :]:
         x = torch.randn(shape, generator=generator) if run.state["x"] is None else run.state["x"]
-        run.state["x"] = x.to(args.device)
+        run.state.update(x=x.to(args.device))
         synthesise(run.state, wanted, teacher, moments, setting, run)
         run.state["done"].append(to_uint8(run.state["x"].detach(), teacher).cpu())
-        run.state.update(batch=batch + 1, stage=0, x=None)
-    moments.close()
-    run.bar.close()
-    run.finish(torch.cat(run.state["done"]), labels, teacher, verifier)
+        run.state.update(batch=run.state["batch"] + 1, stage=0, x=None)
+    moments.close(), run.bar.close()
+    run.finish(torch.cat(run.state["done"]), labels, teacher, verifier, CLASS_NAMES.get(dataset))
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -137,7 +138,8 @@ def download(url, path, md5):
             while chunk := reply.read(1 << 20):
                 file.write(chunk)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
         fail(f"{path} is missing and {url} cannot be fetched ({error}); download it by hand or pass --data-dir")
     if (got := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
         part.unlink()
@@ -154,10 +156,11 @@ def load_mnist(data_dir, split):
         if not path.exists():
             download(MNIST_URL + name, path, MNIST_MD5[name])
         try:
-            arrays.append(np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header))
-        except (OSError, EOFError, ValueError) as error:
+            array = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+            arrays.append(array.reshape(-1, 1, 28, 28) if header == 16 else array)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             fail(f"{path} is damaged ({error}); delete it and run again")
-    images = torch.from_numpy(arrays[0].reshape(-1, 1, 28, 28).copy())
+    images = torch.from_numpy(arrays[0].copy())
     return F.pad(images, (2, 2, 2, 2)), torch.from_numpy(arrays[1].astype(np.int64))
 
 
@@ -171,9 +174,12 @@ def load_cifar(dataset, data_dir, split):
         if not archive.exists():
             download(CIFAR_URL + archive.name, archive, md5)
         (root / folder).mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive) as tar:
-            for name in [*train_files, test_file]:  # only the members we know, never the archive's own paths
-                (root / folder / name).write_bytes(tar.extractfile(f"{folder}/{name}").read())
+        try:
+            with tarfile.open(archive) as tar:
+                for name in [*train_files, test_file]:  # only the members we know, never the archive's own paths
+                    (root / folder / name).write_bytes(tar.extractfile(f"{folder}/{name}").read())
+        except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+            fail(f"{archive} is damaged ({' '.join(str(error).split())}); delete it and run again")
     raw = np.concatenate([np.fromfile(root / folder / name, np.uint8) for name in names])
     if len(raw) == 0 or len(raw) % (label_bytes + 3072):
         fail(f"{root / folder}: {len(raw)} bytes are no records of {label_bytes + 3072} bytes; fetch the files again")
@@ -456,7 +462,7 @@ def train_epoch(model, optimizer, schedule, images, labels, info, generator, arg
         total_loss += loss.detach()
         total_correct += (logits.detach().argmax(1) == labels[index]).sum()
         bar.update()
-        if bar.n % 50 == 0:  # the only other sync: a live figure every 50 steps
+        if not bar.disable and i % 50 == 49:  # the only other sync: a live figure every 50 steps
             bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{schedule.get_last_lr()[0]:.3f}")
     return total_loss.item() / n_steps, 100 * total_correct.item() / (n_steps * args.batch_size)
 
@@ -510,8 +516,11 @@ def ship(path, name):
 def versions():
     """Versions and the commit that a figure was measured with."""
     command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return dict(python=platform.python_version(), torch=str(torch.__version__), commit=git.stdout.strip() or "unknown")
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+    except OSError:  # no git on this machine
+        commit = ""
+    return dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit or "unknown")
 
 
 def check_args(args):
@@ -520,9 +529,13 @@ def check_args(args):
         fail(f"--dataset: expected one of {', '.join(DATASETS)}, got {args.dataset!r}")
     if args.arch not in ARCHS:
         fail(f"--arch: expected one of {', '.join(ARCHS)}, got {args.arch!r}")
-    for name in ("epochs", "batch_size", "lr"):
+    for name in ("epochs", "batch_size", "lr", "momentum"):
         if getattr(args, name) <= 0:
             fail(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
+    if not args.weight_decay >= 0:
+        fail(f"--weight-decay: expected at least 0, got {args.weight_decay}")
+    if args.device not in ("auto", "cpu", "cuda"):
+        fail(f"--device: expected auto, cpu or cuda, got {args.device!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device is visible; use --device cpu")
 
@@ -551,10 +564,14 @@ def main(args):
     images, labels = (t.to(device) for t in load_dataset(args.dataset, args.data_dir, "train"))
     if args.smoke:
         images, labels = images[:512], labels[:512]
+    if args.batch_size > len(images):
+        fail(f"--batch-size: expected at most the {len(images)} training images, got {args.batch_size}")
 
     out = Path(args.out or f"runs/teacher/{args.dataset}-{args.arch}")
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not args.resume:  # what an earlier run left here must not be continued as if it were this one
+            (out / "checkpoint.pt").unlink(missing_ok=True)
         write_json(out / "args.json", asdict(args))
     except OSError as error:
         fail(f"--out {out}: cannot be written ({error}); pass another folder")
@@ -569,14 +586,17 @@ def main(args):
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / rise, (n_steps - step) / max(1, n_steps - rise))
     )
-    first_epoch, seconds_before = 0, 0.0
+    first_epoch, seconds_before, lines = 0, 0.0, []
     if args.resume and (out / "checkpoint.pt").exists():
-        state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        generator.set_state(state["generator"].cpu())
-        first_epoch, seconds_before = state["epoch"], state["seconds"]
+        try:
+            state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            generator.set_state(state["generator"].cpu())
+            first_epoch, seconds_before, lines = state["epoch"], state["seconds"], state["lines"]
+        except Exception as error:  # noqa: BLE001 - damaged, or of another network
+            fail(f"--resume: {out / 'checkpoint.pt'} does not fit this run ({type(error).__name__}); start afresh")
     network = torch.compile(model) if args.compile else model
 
     start = time.time()
@@ -590,10 +610,10 @@ def main(args):
             row["eval/acc"] = evaluate(model, test_images, test_labels, mean, std)
         row["seconds"] = seconds_before + time.time() - start
         tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(row) + "\n")
+        lines.append(json.dumps(row) + "\n")
+        (out / "metrics.jsonl").write_text("".join(lines))
         state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-        state.update(generator=generator.get_state(), epoch=epoch + 1, seconds=row["seconds"])
+        state.update(generator=generator.get_state(), epoch=epoch + 1, seconds=row["seconds"], lines=lines)
         atomic_save(state, out / "checkpoint.pt")
     bar.close()
 

@@ -8,12 +8,11 @@
 The loss is one layer's term of R_feature in Yin et al., "Dreaming to Distill", arXiv:1912.08795, eq. 4-6. The released
 code takes the same two norms, neither squared nor divided by C, and the biased variance; it sums over layers.
 Variance never comes from E[x^2] - E[x]^2: every lane keeps a running mean and sum of squared deviations, and groups
-are merged as in Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
+are merged as in Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for sample variances", 1979.
 
 Traffic, in sizes of x. Eager: forward reads x, reads x and writes x - mean, reads it and writes its square, reads
-that: 6; backward, as autograd composes it (2 centred^1, times the expanded gradient, its sum, the expanded gradient of
-the mean, their addition): about 12. Fused: forward reads x: 1; backward reads x, writes dx: 2. Best possible ratio: 6
-forward, 18 / 3 = 6 forward and backward.
+that: 6; backward, as autograd composes it (power, product, sum, expanded gradients, their addition): about 12.
+Fused: forward reads x: 1; backward reads x, writes dx: 2. Best possible ratio: 6 forward, 18 / 3 = 6 with backward.
 """
 
 import functools
@@ -196,7 +195,7 @@ def _bn_moments_bwd_dx_kernel(
 ):
     channel = tl.program_id(0).to(tl.int64)
     offs_col = tl.program_id(1).to(tl.int64) * BLOCK_COL + tl.arange(0, BLOCK_COL)
-    first_row = tl.program_id(2).to(tl.int64) * rows_per_program
+    chunk = tl.program_id(2).to(tl.int64)
     mask_col = offs_col < n_columns
     if CHANNELS_INSIDE:
         channels, mask_c = offs_col[None, :], mask_col[None, :]
@@ -209,14 +208,14 @@ def _bn_moments_bwd_dx_kernel(
     b = tl.load(grad_ptr + n_channels + channels, mask=mask_c, other=0.0) * (2.0 * inverse_n)
     shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)
     for start in range(0, rows_per_program, BLOCK_ROW):
-        rows = first_row + start + tl.arange(0, BLOCK_ROW)
+        rows = chunk * rows_per_program + start + tl.arange(0, BLOCK_ROW)
         mask = (rows < n_rows)[:, None] & mask_col[None, :]
         offs_row = _row_offsets(rows, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3)
         x = tl.load(x_ptr + offs_row[:, None] + offs_col[None, :] * stride_xcol, mask=mask, other=0.0)
         dx = a + b * (x.to(tl.float32) - shift - mean)  # mean + shift, rounded, would be too coarse
         offs_row = _row_offsets(rows, size_1, size_2, size_3, stride_dx0, stride_dx1, stride_dx2, stride_dx3)
-        offs = offs_row[:, None] + offs_col[None, :] * stride_dxcol
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        dx = dx.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + offs_row[:, None] + offs_col[None, :] * stride_dxcol, dx, mask=mask)
 
 
 # (up to so many elements of x, elements per tile, warps): small layers need many programs more than long ones.
@@ -224,14 +223,14 @@ def _bn_moments_bwd_dx_kernel(
 _TILES = ((1 << 20, 2048, 4), (math.inf, 4096, 8))
 _CHANNEL_BLOCK = 64  # most channels per tile in channels_last: 128 bytes of fp16 in a row, and rows left to reduce
 _FORWARD_PROGRAMS, _BACKWARD_PROGRAMS = 1024, 4096  # aimed at; forward pays for each with a row of partials
+_SMALL = 1 << 15  # CPU: below this many elements of x its two ways take the same time, most of it in calls
 
 
 @functools.lru_cache(maxsize=4096)
 def _plan(programs, shape, *strides):
     """How to launch about `programs` programs on tensors of one shape: grid, sizes, strides of each tensor, constants.
 
-    Sizes and strides are in the kernels' order. Dimensions that are one run in memory in all tensors become one.
-    A sweep over _TILES has to call _plan.cache_clear().
+    Dimensions that are one run in memory in all tensors become one. A sweep over _TILES must call _plan.cache_clear().
     """
     dims = [(n, [s[d] for s in strides]) for d, n in enumerate(shape) if d != 1 and n > 1]
     merged = []  # outermost first, by the strides of the first tensor; stride 0 goes outside
@@ -268,9 +267,8 @@ def _triton_moments(x, shift):
     _bn_moments_partial_kernel[grid](partial, x, shift, *sizes, n_partials * n_channels, *strides, **blocks)
     block_part = min(triton.next_power_of_2(n_partials), 1024)
     block_c = min(triton.next_power_of_2(n_channels), 2048 // block_part, 32)
-    _bn_moments_merge_kernel[(triton.cdiv(n_channels, block_c),)](
-        moments, partial, n_channels, n_partials, BLOCK_PART=block_part, BLOCK_C=block_c, num_warps=4
-    )
+    blocks = {"BLOCK_PART": block_part, "BLOCK_C": block_c, "num_warps": 4}
+    _bn_moments_merge_kernel[(triton.cdiv(n_channels, block_c),)](moments, partial, n_channels, n_partials, **blocks)
     return moments
 
 
@@ -280,9 +278,6 @@ def _triton_dx(x, shift, mean, grads):
     inverse_n = x.size(1) / x.numel()
     _bn_moments_bwd_dx_kernel[grid](dx, x, shift, mean, grads, *sizes, *strides, *dx_strides, inverse_n, **blocks)
     return dx
-
-
-_SMALL = 1 << 15  # CPU: below this many elements of x the two ways take the same time, most of it in calls
 
 
 def _torch_moments(x, shift):
@@ -316,8 +311,7 @@ def _torch_moments(x, shift):
 
 def _torch_dx(x, origin, mean, grads):
     """a + b (x - mean). As x b + (a - b mean), one pass by F.batch_norm, only where that does not cancel."""
-    a, b = grads * (x.size(1) / x.numel())
-    b = 2 * b
+    a, b = grads[0] * (x.size(1) / x.numel()), grads[1] * (2 * x.size(1) / x.numel())
     if origin is None and x.dtype == torch.float32:  # |mean| <= 5 sqrt(var)
         return F.batch_norm(x, mean, torch.ones_like(mean), b, a, training=False, eps=0.0)
     by_channel = x.movedim(1, -1)
@@ -356,16 +350,11 @@ class _BNMoments(torch.autograd.Function):
 def _check(op, x, **vectors):
     _common.check_float(op, x=x, **vectors)
     if not 2 <= x.dim() <= 5:
-        shape = tuple(x.shape)
-        raise ValueError(
-            f"{op}: expected x of shape (N, C, *spatial), 0 to 3 spatial dimensions, got {shape}; reshape it"
-        )
+        raise ValueError(f"{op}: expected x of shape (N, C, *spatial), 2-D to 5-D, got {tuple(x.shape)}; reshape it")
     for name, vector in vectors.items():
         if vector is None or vector.shape != x.shape[1:2]:
             shape = None if vector is None else tuple(vector.shape)
-            raise ValueError(
-                f"{op}: expected {name} of shape ({x.size(1)},), got {shape}; pass x's layer's statistics"
-            )
+            raise ValueError(f"{op}: expected {name} of shape ({x.size(1)},), got {shape}; pass one value per channel")
 
 
 def bn_moments(x, shift=None):
@@ -376,9 +365,8 @@ def bn_moments(x, shift=None):
     Args:
         x: (N, C, *spatial) with 0 to 3 spatial dimensions; fp32, fp16 or bf16; any unit, any strides, not copied on
             the GPU. On the CPU half precision is converted to fp32 first.
-        shift: (C,) of a float dtype, in the unit of x, or None. Subtracted before anything is summed: a value near
-            the mean, such as the running mean, keeps precision where |mean| >> std; mathematically it does not
-            matter. By default the first value of each channel.
+        shift: (C,) of a float dtype, in the unit of x, subtracted first: near the mean it keeps precision where
+            |mean| >> std, mathematically it does not matter. None takes the first value of each channel.
 
     Returns:
         mean, var: (C,) fp32 each.
@@ -396,11 +384,9 @@ def bn_moments(x, shift=None):
         >>> bn_moments(x)
         (tensor([2., 5.]), tensor([1., 0.]))
     """
-    if shift is None:
-        _check("bn_moments", x)
+    _check("bn_moments", x, **({} if shift is None else {"shift": shift}))
+    if shift is None:  # a value of the channel is a few sigma from its mean, wherever that is
         shift = x.detach()[(0, slice(None), *[0] * (x.dim() - 2))]  # (C,)
-    else:
-        _check("bn_moments", x, shift=shift)
     return _BNMoments.apply(x, shift.contiguous(), None)
 
 

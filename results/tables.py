@@ -55,7 +55,7 @@ def rows_of(name):
 
 def cpu_ops_table():
     """Op rows of `python -m kernels.bench --cpu`."""
-    lines = ["| op | shape | layout | mode | eager ms | ours ms | ratio | % of copy |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| op | shape | layout | mode | eager ms | ours ms | ratio | % of copy |", "|---" * 8 + "|"]
     for r in rows_of("bench-cpu.csv"):
         if r["mode"] != "step":
             eager, ours = float(r["eager_ms"]), float(r["ours_ms"])
