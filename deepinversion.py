@@ -17,8 +17,8 @@ Where we differ from the paper or its released code:
 - each stage hands on, and the run keeps, the *last* images. The released code keeps those of the lowest loss and never
   resets that minimum between stages: with two stages it returns the blurred low-resolution images, and the loss that
   it compares belongs to another random view, before the step. Our learning rate ends at zero: the last are settled;
-- settings `cifar10` and `cifar10-long` are ours (flip, clip, cosine); `cifar10-released` is theirs.
-Low-resolution stages optimise the full image through 2x2 pooling, as released; the paper up-samples.
+- settings `cifar10` and `cifar10-long` are ours; low-resolution stages pool the full image (released), the paper's
+  up-sample a small one.
 
 Writes into --out: samples.png (one row a class), images.npz (`images` uint8 (N, H, W, C), `labels` int64 (N,)),
 result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its terms without their weights
@@ -506,7 +506,7 @@ class Run:
     """One run's folder: args.json, metrics.jsonl, checkpoint.pt and the progress bar."""
 
     def __init__(self, args, setting, generator, n_steps):
-        self.args, self.generator, self.out = args, generator, Path(args.out)
+        self.args, self.setting, self.generator, self.out = args, setting, generator, Path(args.out)
         self.lines, self.start = [], time.time()
         self.state = dict(batch=0, stage=0, step=0, x=None, optimizer=None, done=[])
         saved, settled = None, {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "out")}
@@ -544,7 +544,7 @@ class Run:
                 file.write(self.lines[-1])
             self.bar.set_postfix({k: f"{values[k]:.3g}" for k in ("total", "ce", "bn", "tv_l2", "teacher")})
             if self.bar.disable and n % (10 * self.args.log_every) == 0:  # no terminal: rows instead of a bar
-                print("  ".join([f"step {n:6d}"] + [f"{k} {v:9.4g}" for k, v in values.items()]), flush=True)
+                print(f"step {n:6d}  " + "  ".join(f"{k} {v:9.4g}" for k, v in values.items()), flush=True)
         if n % self.args.checkpoint_every == 0:
             saved = dict(state, x=state["x"].detach(), optimizer=optimizer.state_dict(), lines=self.lines, n_done=n)
             saved.update(generator=self.generator.get_state(), seconds=time.time() - self.start)
@@ -566,7 +566,8 @@ class Run:
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
         failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(HERE))} describe --always --dirty")
         versions = dict(torch=str(torch.__version__), commit="unknown" if failed else commit)
-        result |= dict(device=device, device_name=name, versions=versions)
+        result |= dict(setting=self.setting["name"], device=device, device_name=name, versions=versions)
+        result |= dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
         (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote samples.png, images.npz, result.json into {self.out}; {seconds:.0f} s")
 
@@ -634,9 +635,7 @@ def main(args):
     shape = (batch_size, len(teacher.mean), teacher.image_size, teacher.image_size)
 
     run = Run(args, setting, generator, n_batches * sum(n for n, _, _ in setting["stages"]))
-    print(
-        f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}", flush=True
-    )
+    print(f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}")
     for wanted in labels.to(args.device).split(batch_size)[run.state["batch"] :]:
         x = torch.randn(shape, generator=generator) if run.state["x"] is None else run.state["x"]
         run.state.update(x=x.to(args.device))
