@@ -471,10 +471,9 @@ def to_uint8(x, info):
 
 # Copied from teacher.py
 def normalise(x, mean, std):
-    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation."""
-    shape = (1, len(mean), 1, 1)
-    scale = 1 / (255 * torch.tensor(std, device=x.device).view(shape))
-    return x.float() * scale - (torch.tensor(mean, device=x.device) / torch.tensor(std, device=x.device)).view(shape)
+    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation; mean, std: C numbers in [0, 1]."""
+    mean, std = (torch.as_tensor(v, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
+    return x.float() * (1 / (255 * std)) - mean / std
 
 
 @torch.no_grad()

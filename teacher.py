@@ -67,7 +67,7 @@ class Args:
     smoke: bool = False
     """A run of seconds: one epoch on 512 images."""
     compile: bool = False
-    """torch.compile the network (on a CPU this needs a C++ compiler)."""
+    """torch.compile the network on a CPU too (needs a C++ compiler); on a GPU it always is."""
     evaluate: str = ""
     """Only measure this teacher.pt on the test split of --dataset."""
     export: str = ""
@@ -209,23 +209,22 @@ def load_dataset(dataset, data_dir, split):
 
 
 def normalise(x, mean, std):
-    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation."""
-    shape = (1, len(mean), 1, 1)
-    scale = 1 / (255 * torch.tensor(std, device=x.device).view(shape))
-    return x.float() * scale - (torch.tensor(mean, device=x.device) / torch.tensor(std, device=x.device)).view(shape)
+    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation; mean, std: C numbers in [0, 1]."""
+    mean, std = (torch.as_tensor(v, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
+    return x.float() * (1 / (255 * std)) - mean / std
 
 
 def augment(x, pad, flip, generator):
     """Random crop of the zero-padded images and random mirror, one gather for the whole batch.
 
-    x: (N, C, H, W) uint8; returns the same shape in channels_last memory.
+    x: (N, C, H, W) uint8; returns the same shape in channels_last memory. The generator lives on x's device.
     """
     N, _, H, W = x.shape
-    top, left = (torch.randint(0, 2 * pad + 1, (2, N), generator=generator)).to(x.device)
+    top, left = torch.randint(0, 2 * pad + 1, (2, N), generator=generator, device=x.device)
     rows = top[:, None] + torch.arange(H, device=x.device)  # (N, H)
     cols = left[:, None] + torch.arange(W, device=x.device)  # (N, W)
     if flip:
-        mirrored = (torch.rand(N, generator=generator) < 0.5).to(x.device)
+        mirrored = torch.rand(N, generator=generator, device=x.device) < 0.5
         cols = torch.where(mirrored[:, None], cols.flip(1), cols)
     padded = F.pad(x, (pad, pad, pad, pad))
     n = torch.arange(N, device=x.device)[:, None, None]
@@ -445,13 +444,14 @@ def evaluate(model, images, labels, mean, std, batch_size=500):
 def train_epoch(model, optimizer, schedule, images, labels, info, generator, args, bar):
     """One pass; returns (mean loss, accuracy in percent). The host waits for the device once, at the end."""
     model.train()
-    order = torch.randperm(len(images), generator=generator).to(images.device)
+    mean, std = (torch.tensor(info[k], device=images.device) for k in ("mean", "std"))
+    order = torch.randperm(len(images), generator=generator, device=images.device)
     n_steps = len(images) // args.batch_size  # the short last batch is dropped: it would disturb the moments
     total_loss = torch.zeros((), device=images.device)
     total_correct = torch.zeros((), dtype=torch.int64, device=images.device)
     for i in range(n_steps):
         index = order[i * args.batch_size : (i + 1) * args.batch_size]
-        x = normalise(augment(images[index], info["pad"], info["flip"], generator), info["mean"], info["std"])
+        x = normalise(augment(images[index], info["pad"], info["flip"], generator), mean, std)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             logits = model(x)
             loss = F.cross_entropy(logits, labels[index])
@@ -488,6 +488,8 @@ def load_export(path):
     """Read a `teacher.pt`; returns (model in eval mode, checkpoint dict)."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not {"mean", "std", "dataset"} <= saved.keys():
+            raise TypeError("not a dict with mean, std and data set")
         model = ARCHS[saved["arch"]](num_classes=saved["num_classes"], in_channels=saved["channels"])
         model.load_state_dict(saved["state_dict"])
     except Exception as error:  # noqa: BLE001 - whatever a broken file raises, the user gets one line
@@ -548,7 +550,7 @@ def main(args):
     random.seed(args.seed)
     np.random.seed(args.seed)  # noqa: NPY002 - the legacy stream is what foreign code would draw from
     torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)  # data order and augmentation
+    generator = torch.Generator(device).manual_seed(args.seed)  # data order and augmentation
     info = DATASETS[args.dataset]
     mean, std = info["mean"], info["std"]
 
@@ -597,7 +599,7 @@ def main(args):
             first_epoch, seconds_before, lines = state["epoch"], state["seconds"], state["lines"]
         except Exception as error:  # noqa: BLE001 - damaged, or of another network
             fail(f"--resume: {out / 'checkpoint.pt'} does not fit this run ({type(error).__name__}); start afresh")
-    network = torch.compile(model) if args.compile else model
+    network = torch.compile(model) if args.compile or device == "cuda" else model
 
     start = time.time()
     bar = tqdm(total=n_steps, initial=first_epoch * (n_steps // args.epochs), disable=None, mininterval=1)
