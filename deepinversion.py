@@ -16,15 +16,16 @@ Where we differ from the paper or its released code:
 - R_l2 is the mean over images of the image's norm for every data set (released CIFAR code: one norm of the batch);
 - each stage hands on, and the run keeps, the *last* images. The released code keeps those of the lowest loss and never
   resets that minimum between stages: with two stages it returns the blurred low-resolution images, and the loss that
-  it compares belongs to another random view, before the step. Our learning rate ends at zero: the last are settled;
-- settings `cifar10` and `cifar10-long` are ours; low-resolution stages pool the full image (released), the paper's
-  up-sample a small one.
+  it compares belongs to another random view, before the step. With the cosine the last images are settled;
+- settings `cifar10` and `cifar10-long` are ours; classes that do not all fit a batch are drawn, not a fixed list;
+- low-resolution stages pool the full image (as released); the paper up-samples a small one.
 
 Writes into --out: samples.png (one row a class), images.npz (`images` uint8 (N, H, W, C), `labels` int64 (N,)),
 result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its terms without their weights
 `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of this step's views on target.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -82,7 +83,7 @@ class Args:
     device: str = "auto"
     """auto | cpu | cuda."""
     resume: bool = False
-    """Continue from checkpoint.pt of the output folder, bit-exactly on the same machine."""
+    """Continue from checkpoint.pt of the output folder; on a CPU (same machine, threads, versions) bit-exactly."""
     smoke: bool = False
     """A run of seconds: 6 steps on 20 images."""
     fused: bool = True
@@ -92,7 +93,7 @@ class Args:
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
-    """Steps between rows of metrics.jsonl (the only host syncs of the loop)."""
+    """Steps between rows of metrics.jsonl; the host waits for the device then, and at checkpoints, only."""
 
     # Method. None: as --setting has it.
     setting: str = "auto"
@@ -125,8 +126,7 @@ class Args:
     """Clip to the range of real pixels after each step, [-m/s, (1 - m)/s] per channel."""
 
 
-# One row a setting. stages: (steps, pooling factor, jitter in pixels the teacher sees). `warmup` steps of linear rise,
-# then a cosine to zero, restarted in each stage; warmup None: constant.
+# stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup None: constant learning rate.
 # fmt: off
 ADAM = dict(lr=0.1, betas=(0.9, 0.999), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True)
 IMAGENET = dict(ADAM, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4, alpha_l2=1e-5)
@@ -243,22 +243,29 @@ IMAGENET_TEACHERS = {  # blocks, bottleneck, official file (its suffix: the firs
 
 
 # Teachers
+@contextlib.contextmanager
+def one_line(subject, advice):
+    """Report whatever fails inside in one line: foreign files and networks may raise anything."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"{subject}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {advice}")
+
+
 def load_factory(path, name, **options):
     """Call `name` of the Python file at `path` with those of the options that it takes."""
-    if not Path(path).is_file():
-        fail(f"{path}:{name}: no such file; give the path of a Python file that defines {name}")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(spec.name, module)  # dataclasses of that file look themselves up there
+    sys.path.insert(0, str(Path(path).resolve().parent))  # as if the file were run: it may import its neighbours
     try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules.setdefault(spec.name, module)  # dataclasses of that file look themselves up there
         spec.loader.exec_module(module)
-        factory = getattr(module, name)
-        takes = inspect.signature(factory).parameters
-        model = factory(**{k: v for k, v in options.items() if k in takes})
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"returned a {type(model).__name__}, expected a torch.nn.Module")
-    except Exception as error:  # noqa: BLE001 - anything can go wrong in a user's file
-        fail(f"{path}:{name}: {type(error).__name__}: {' '.join(str(error).split())}; mend the factory")
+        takes = inspect.signature(getattr(module, name)).parameters
+        model = getattr(module, name)(**{k: v for k, v in options.items() if k in takes})
+    except SystemExit as stop:
+        raise RuntimeError(f"{path} ends the program") from stop
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{name} returned a {type(model).__name__}, expected a torch.nn.Module")
     return model
 
 
@@ -266,19 +273,15 @@ def load_weights(path, sha256="", url=""):
     """Read a checkpoint without running anything in it; `sha256`: how its digest must begin; `url`: its source."""
     path = Path(path)
     if url and not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with one_line(f"cannot fetch {url}", f"put the file at {path} or name it with --weights FILE"):
             torch.hub.download_url_to_file(url, str(path), sha256)
-        except (OSError, RuntimeError) as error:
-            fail(f"cannot fetch {url} ({error}); put the file at {path} or name it with --weights FILE")
-    try:
-        if not hashlib.sha256(path.read_bytes()).hexdigest().startswith(sha256):
-            fail(f"{path}: its SHA-256 does not begin with {sha256}: damaged or altered; delete it and fetch it again")
+    with one_line(f"{path} cannot be read", "pass an existing checkpoint"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(sha256):
+        fail(f"{path}: its SHA-256 does not begin with {sha256}: damaged or altered; delete it and fetch it again")
+    with one_line(f"{path}: no checkpoint that loads without running code", "save a state dict with torch.save"):
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        fail(f"{path}: cannot be read ({error.strerror}); pass an existing checkpoint")
-    except Exception as error:  # noqa: BLE001 - truncated, foreign or hostile: refused alike
-        fail(f"{path}: no checkpoint that loads without running code ({type(error).__name__}); save a state dict")
     if not isinstance(saved, dict):
         fail(f"{path}: expected a state dict, got {type(saved).__name__}; save model.state_dict()")
     return saved
@@ -288,14 +291,10 @@ def load_state(model, saved, path):
     """Copy a state dict, also a wrapped one ({'state_dict': …}) or one of DataParallel ('module.…'), into `model`."""
     for key in ("state_dict", "model", "net"):
         saved = saved[key] if isinstance(saved.get(key), dict) else saved
-    state = {k.removeprefix("module."): v for k, v in saved.items() if isinstance(v, torch.Tensor)}
-    if isinstance(model, ResNet):  # the public CIFAR weights' names for the last layer and the shortcut
+    state = {str(k).removeprefix("module."): v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    if "fc.weight" in model.state_dict():  # the public CIFAR weights' names for the last layer and the shortcut
         state = {k.replace("linear.", "fc.").replace("shortcut.", "downsample."): v for k, v in state.items()}
-    try:
-        missing, unknown = model.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        what = str(error).splitlines()[-1].strip(" .\t")
-        fail(f"{path}: {what}; check --num-classes, the number of channels in --mean and the architecture")
+    missing, unknown = model.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     if missing or unknown:
         fail(f"{path}: keys do not fit the network (lacks {missing[:2]}, has unknown {unknown[:2]}); check --teacher")
@@ -307,13 +306,17 @@ IMAGENET_INFO = dict(dataset="imagenet", num_classes=1000, image_size=224)
 IMAGENET_INFO |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
+def shipped():
+    """teachers/index.json: {name: what is known of it}; empty where this script was copied alone."""
+    path = HERE / "teachers/index.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def load_teacher(spec, args, teacher=None):
-    """The frozen network that `spec` names, with its mean, std and so on; a verifier must take `teacher`'s images."""
-    role = "verifier" if teacher else "teacher"
-    index = json.loads((HERE / "teachers/index.json").read_text()) if (HERE / "teachers/index.json").exists() else {}
-    weights, known, file, sha256, url = args.weights if role == "teacher" else "", {}, "", "", ""
-    if spec in index:
-        known = index[spec]
+    """The frozen network that `spec` names, with its mean, std and so on; with `teacher`, that one's verifier."""
+    known, file, sha256, url, weights = {}, "", "", "", "" if teacher else args.weights
+    if spec in shipped():
+        known = shipped()[spec]
         file, sha256 = HERE / "teachers" / f"{spec}.pt", known["sha256"]
     elif spec in IMAGENET_TEACHERS:
         blocks, bottleneck, name, accuracy = IMAGENET_TEACHERS[spec]
@@ -321,23 +324,24 @@ def load_teacher(spec, args, teacher=None):
         file, sha256, url = Path(args.data_dir) / name, name[-12:-4], IMAGENET_URL + name
     elif spec.endswith(".pt"):
         known, file = load_weights(spec), spec
-        if not str(known.get("arch")).isidentifier():
+        if not str(known.get("arch", "no name")).isidentifier():  # a checkpoint names a network, never a file
             fail(f"{spec}: not a checkpoint of teacher.py; pass it as --weights beside --teacher file.py:factory")
-    elif ".py:" not in spec:
-        names = ", ".join([*index, *IMAGENET_TEACHERS])
-        fail(f"--{role}: unknown {spec!r}; choose one of {names}, a teacher.pt, or file.py:factory with --weights")
-    elif role == "teacher" and not weights:
-        fail(f"--teacher {spec}: a factory builds an untrained network; pass its weights with --weights FILE")
+    elif ".py:" not in spec and spec not in NETWORKS:
+        names = ", ".join([*shipped(), *IMAGENET_TEACHERS])
+        fail(f"unknown network {spec!r}; choose one of {names}, a teacher.pt, or file.py:factory with --weights")
+    elif not teacher and not weights:
+        fail(f"--teacher {spec}: this builds an untrained network; pass its weights with --weights FILE")
     if weights:
         file, sha256, url, known = weights, "", "", known | {"accuracy": None}
-    described = ("num_classes", "image_size", "mean", "std") if role == "teacher" else ()
-    known = CIFAR_INFO | known | {k: v for k in described if (v := getattr(args, k))}
+    given = {} if teacher else {k: getattr(args, k) for k in ("num_classes", "image_size", "mean", "std")}
+    base = {k: getattr(teacher, k) for k in CIFAR_INFO} | {"accuracy": None} if teacher else CIFAR_INFO
+    known = base | known | {k: v for k, v in given.items() if v}
     info = SimpleNamespace(name=spec, **{k: known[k] for k in CIFAR_INFO})
-    if len(info.mean) != len(info.std) or min(info.std) <= 0:
-        fail(f"--mean and --std: expected as many values each, std positive, got {info.mean} and {info.std}")
-
+    numbers = torch.tensor([*info.mean, *info.std])
+    if len(info.mean) != len(info.std) or not numbers.isfinite().all() or min(info.std) <= 0:
+        fail(f"--mean and --std: expected as many finite values each, std positive, got {info.mean} and {info.std}")
     options = dict(num_classes=info.num_classes, in_channels=len(info.mean))
-    arch = known.get("arch", spec)
+    arch = str(known.get("arch", spec))
     if ".py:" in arch:
         info.model = load_factory(*arch.rsplit(":", 1), image_size=info.image_size, **options)
     elif spec in IMAGENET_TEACHERS:
@@ -348,29 +352,25 @@ def load_teacher(spec, args, teacher=None):
         info.model = load_factory(HERE / "teacher.py", arch, **options)
     if file:
         load_state(info.model, load_weights(file, sha256, url), file)
-    info.model.eval().requires_grad_(False)
-
-    like = teacher or info
-    shape = (2, len(like.mean), like.image_size, like.image_size)
-    try:  # a network of another size, channel or class count fails here, not after an hour
-        logits = info.model(torch.zeros(shape))
-    except Exception as error:  # noqa: BLE001 - a foreign network may raise anything
-        fail(f"--{role} {spec}: cannot take images {shape} ({' '.join(str(error).split())}); check --image-size")
-    if logits.shape != (2, like.num_classes):
-        fail(f"--{role} {spec}: gives logits {tuple(logits.shape)}, expected (2, {like.num_classes}); choose another")
-    info.model.to(args.device, memory_format=torch.channels_last)
+    info.model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
     # The range of real pixels, asymmetric in normalised units.
     bounds = [[(pixel - m) / s for m, s in zip(info.mean, info.std, strict=True)] for pixel in (0.0, 1.0)]
     info.low, info.high = torch.tensor(bounds, device=args.device).view(2, 1, -1, 1, 1)
     return info
 
 
+def try_out(info, n_channels, size, n_classes):
+    """Feed two blank images: a network of another size, channel or class count fails here, not after an hour."""
+    logits = info.model(torch.zeros(2, n_channels, size, size, device=info.low.device))
+    if logits.shape != (2, n_classes):
+        raise ValueError(f"gives logits of shape {tuple(logits.shape)}, expected (2, {n_classes})")
+
+
 # Losses
 class MomentLoss:
     """R_bn, eq. 4-6: sum over the teacher's BatchNorm2d inputs of ||mean - running_mean|| + ||var - running_var||.
 
-    Norms are not squared, variances are biased, layers are summed. `close` removes the hooks.
-    """
+    Norms are not squared, variances are biased. "First" is the first layer that runs. `close` removes the hooks."""
 
     def __init__(self, model, first_bn, fused):
         self.loss = bn_moment_loss if fused else bn_moment_loss_ref
@@ -391,11 +391,6 @@ class MomentLoss:
         return terms.sum() + (self.first_bn - 1) * terms[0]
 
 
-def image_norm(x):
-    """R_l2: mean over the batch of each image's un-squared l2 norm. x: (N, C, H, W)."""
-    return x.flatten(1).norm(dim=1).mean()
-
-
 # One step
 def augmented_view(x, pool, jitter, flip, generator):
     """What the teacher sees: pooled, rolled by one random offset, mirrored or not. (N, C, H, W) -> (N, C, H', W')."""
@@ -412,7 +407,8 @@ def synthesis_loss(view, labels, teacher, moments, setting):
     """Total loss (scalar) and a dict of its unweighted terms, for one view (N, C, H, W)."""
     with torch.autocast(view.device.type, torch.bfloat16, enabled=setting["bf16"] and view.is_cuda):
         logits = teacher.model(view)  # (N, K)
-    terms = {"ce": F.cross_entropy(logits.float(), labels), "bn": moments.total(), "l2": image_norm(view)}
+    terms = {"ce": F.cross_entropy(logits.float(), labels), "bn": moments.total()}
+    terms["l2"] = view.flatten(1).norm(dim=1).mean()  # R_l2: mean of the images' un-squared norms
     terms["tv_l1"], terms["tv_l2"] = (total_variation if setting["fused"] else total_variation_ref)(view)
     # A term of weight 0 is only reported.
     total = terms["ce"] + sum(w * terms[k] for k in terms if k != "ce" and (w := setting[f"alpha_{k}"]))
@@ -421,13 +417,13 @@ def synthesis_loss(view, labels, teacher, moments, setting):
 
 
 def learning_rate(step, n_steps, setting):
-    """Linear warm-up, then a cosine to zero; restarted in every stage (released code)."""
-    lr, warmup = setting["lr"], setting["warmup"]
-    if warmup is None:
-        return lr
-    warmup = min(warmup, n_steps // 4)
-    cosine = (1 + math.cos(math.pi * max(0, step - warmup) / (n_steps - warmup))) / 2
-    return lr * min((step + 1) / (warmup + 1), cosine)
+    """Linear warm-up (at most a quarter: ours), then a cosine to zero; restarted in every stage (released code)."""
+    if setting["warmup"] is None:
+        return setting["lr"]
+    warmup = min(setting["warmup"], n_steps // 4)
+    if step < warmup:
+        return setting["lr"] * (step + 1) / warmup
+    return setting["lr"] / 2 * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup)))
 
 
 def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting, generator):
@@ -436,7 +432,7 @@ def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting,
     optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps, setting)
     view = augmented_view(x, pool, jitter, setting["flip"], generator)
     total, terms = synthesis_loss(view, labels, teacher, moments, setting)
-    (x.grad,) = torch.autograd.grad(total, x)
+    x.grad = torch.autograd.grad(total, x)[0].contiguous()  # fused Adam pairs by memory order, not by stride
     optimizer.step()
     if setting["clip"]:
         with torch.no_grad():
@@ -445,10 +441,7 @@ def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting,
 
 
 def synthesise(state, labels, teacher, moments, setting, run):
-    """All stages of one batch, from state["stage"] and state["step"] on; state["x"] is updated in place.
-
-    state["x"]: (N, C, H, W) fp32 in normalised units. `run.after_step` logs and checkpoints.
-    """
+    """All stages of one batch on, from state["stage"] and ["step"]; updates state["x"] (N, C, H, W) fp32 in place."""
     x = state["x"].requires_grad_()
     for i in range(state["stage"], len(setting["stages"])):
         stage = setting["stages"][i]
@@ -479,7 +472,7 @@ def normalise(x, mean, std):
 @torch.no_grad()
 def agreement(info, images, labels):
     """Percent of uint8 images (N, C, H, W) that a network assigns to their labels: in all, and {class: percent}."""
-    batches = images.to(info.low.device).split(100)
+    batches = (x.to(info.low.device) for x in images.split(100))
     predicted = [info.model(normalise(x, info.mean, info.std)).argmax(1) for x in batches]
     hits = 100 * (torch.cat(predicted).cpu() == labels).double()
     by_class = {k: round(hits[labels == k].mean().item(), 2) for k in labels.unique().tolist()}
@@ -493,7 +486,7 @@ def save_grid(images, labels, names, path, columns=10, rows=10):
     classes = labels.unique()[:rows].tolist()
     sheet = Image.new("RGB", (left + columns * side, len(classes) * side), "white")
     for row, k in enumerate(classes):
-        ImageDraw.Draw(sheet).text((4, (row + 0.5) * side - 6), names[k] if names else f"class {k}", fill="black")
+        ImageDraw.Draw(sheet).text((4, (row + 0.5) * side - 6), names.get(k, f"class {k}"), fill="black")
         for column, image in enumerate(images[labels == k][:columns]):
             tile = Image.fromarray(image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
             tile = tile.resize((side - 2, side - 2), Image.Resampling.NEAREST)
@@ -506,27 +499,23 @@ class Run:
 
     def __init__(self, args, setting, generator, n_steps):
         self.args, self.setting, self.generator, self.out = args, setting, generator, Path(args.out)
-        self.lines, self.start = [], time.time()
+        self.lines, self.start, self.n_done = [], time.time(), 0
         self.state = dict(batch=0, stage=0, step=0, x=None, optimizer=None, done=[])
-        saved, settled = None, {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "out")}
-        settled = json.loads(json.dumps(settled | {"setting": setting}))  # as it reads back: tuples become lists
-        try:
+        settled = {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "out")}
+        self.settled = json.dumps(settled | {"setting": setting}, indent=1)
+        with one_line(f"--out {self.out} cannot be used", "pass another folder, or run without --resume"):
             self.out.mkdir(parents=True, exist_ok=True)
-            if not args.resume:  # an older run's state must not pass for this one's
-                (self.out / "checkpoint.pt").unlink(missing_ok=True)
-            elif (self.out / "checkpoint.pt").exists():
-                before = json.loads((self.out / "args.json").read_text())
-                if changed := ", ".join(k for k in settled if before.get(k) != settled[k]):
-                    fail(f"--resume: {changed} differ from {self.out / 'args.json'}; repeat the first run's options")
+            if args.resume and (self.out / "checkpoint.pt").exists():
                 saved = load_weights(self.out / "checkpoint.pt")
-                self.lines, self.start = saved["lines"], time.time() - saved["seconds"]
+                before, now = json.loads(saved["settled"]), json.loads(self.settled)
+                if changed := ", ".join(k for k in now if before.get(k) != now[k]):
+                    fail(f"--resume: {changed} differ from the first run's (args.json); repeat its options")
+                self.lines, self.start, self.n_done = saved["lines"], time.time() - saved["seconds"], saved["n_done"]
                 self.state = {k: saved[k] for k in self.state}
                 generator.set_state(saved["generator"])
-            (self.out / "args.json").write_text(json.dumps(settled, indent=1) + "\n")
+            (self.out / "args.json").write_text(self.settled + "\n")
             (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
-        except (OSError, ValueError, KeyError) as error:
-            fail(f"--out {self.out}: cannot be used ({error}); pass another folder")
-        self.n_done = saved["n_done"] if saved else 0
+            (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
         self.bar = tqdm(total=n_steps, initial=self.n_done, disable=None, mininterval=0.5)
 
     def after_step(self, state, terms, optimizer):
@@ -536,7 +525,7 @@ class Run:
         if n % self.args.log_every == 0 or n % self.args.checkpoint_every == 0 or n == self.bar.total:
             values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
             if not math.isfinite(values["total"]):
-                fail(f"the loss is {values['total']} at step {n}; lower --lr or the weights, or --resume before it")
+                fail(f"the loss is {values['total']} at step {n}; lower --lr or the weights of the terms")
             row = {("eval/" if k == "teacher" else "loss/") + k: round(v, 6) for k, v in values.items()}
             self.lines.append(json.dumps({"step": n, "batch": state["batch"], "stage": state["stage"]} | row) + "\n")
             with open(self.out / "metrics.jsonl", "a") as file:
@@ -545,8 +534,10 @@ class Run:
             if self.bar.disable and n % (10 * self.args.log_every) == 0:  # no terminal: rows instead of a bar
                 print(f"step {n:6d}  " + "  ".join(f"{k} {v:9.4g}" for k, v in values.items()), flush=True)
         if n % self.args.checkpoint_every == 0:
+            if not state["x"].isfinite().all():  # the loss above belongs to the images before this step
+                fail(f"the images are not finite after step {n}; lower --lr or the weights of the terms")
             saved = dict(state, x=state["x"].detach(), optimizer=optimizer.state_dict(), lines=self.lines, n_done=n)
-            saved.update(generator=self.generator.get_state(), seconds=time.time() - self.start)
+            saved.update(generator=self.generator.get_state(), seconds=time.time() - self.start, settled=self.settled)
             torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
             os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
 
@@ -564,9 +555,8 @@ class Run:
                 print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
         name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
         failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(HERE))} describe --always --dirty")
-        versions = dict(torch=str(torch.__version__), commit="unknown" if failed else commit)
+        versions = dict(torch=str(torch.__version__), numpy=np.__version__, commit="unknown" if failed else commit)
         result |= dict(setting=self.setting["name"], device=device, device_name=name, versions=versions)
-        result |= dict(command=shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]))
         (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote samples.png, images.npz, result.json into {self.out}; {seconds:.0f} s")
 
@@ -590,59 +580,70 @@ def choose_setting(args, dataset):
 def check_args(args):
     """Refuse impossible settings before anything is loaded or written."""
     least = dict(batch_size=2, checkpoint_every=1, log_every=1, iterations=1, lr=1e-12)  # one image has no moments
-    names = "image_size num_classes num_images alpha_bn alpha_tv_l2 alpha_tv_l1 alpha_l2 first_bn jitter"
+    names = "seed image_size num_classes num_images alpha_bn alpha_tv_l2 alpha_tv_l1 alpha_l2 first_bn jitter"
     for name, low in (least | dict.fromkeys(names.split(), 0)).items():
-        if (value := getattr(args, name)) is not None and not value >= low:
-            fail(f"--{name.replace('_', '-')}: expected at least {low}, got {value}")
-    if args.image_size % 2 or 0 < args.image_size < 8:
-        fail(f"--image-size: expected an even number of at least 8 pixels, got {args.image_size}")
+        if (value := getattr(args, name)) is not None and not low <= value < 2**31:
+            fail(f"--{name.replace('_', '-')}: expected at least {low} (and below 2^31), got {value}")
     choices = dict(device=("auto", "cpu", "cuda"), dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS))
     for name, allowed in choices.items():
         if (value := getattr(args, name)) not in allowed:
             fail(f"--{name}: expected one of {', '.join(allowed)}, got {value!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device is visible; use --device cpu")
 
 
 def main(args):
     check_args(args)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     random.seed(args.seed)
     np.random.seed(args.seed)  # noqa: NPY002 - the legacy stream is what foreign code would draw from
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # classes, noise, jitter and flips
 
-    teacher, verifier = load_teacher(args.teacher, args), None
-    dataset = teacher.dataset if args.dataset == "auto" else args.dataset
-    setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10")
-    moments = MomentLoss(teacher.model, setting["first_bn"], args.fused)
-    if not moments.handles:
+    with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
+        teacher, verifier = load_teacher(args.teacher, args), None
+        n_classes, n_channels, size = teacher.num_classes, len(teacher.mean), teacher.image_size
+        if size % 2 or size < 8:
+            fail(f"--image-size: expected an even number of at least 8 pixels, got {size}")
+        dataset = teacher.dataset if args.dataset == "auto" else args.dataset
+        setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10")
+        moments = MomentLoss(teacher.model, setting["first_bn"], args.fused)
+        for _, pool, _ in setting["stages"]:
+            try_out(teacher, n_channels, size // pool, n_classes)
+    if not moments.terms:
         fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which the method matches; take another")
-    judge = FAMILIES.get(dataset, ("", "none"))[1] if args.verifier == "auto" else args.verifier
-    if judge != "none" and (args.verifier != "auto" or (HERE / f"teachers/{judge}.pt").exists()):  # not copied alone
-        verifier = load_teacher(judge, args, teacher)
+    moments.terms = []
+    likely = FAMILIES.get(dataset, ("", "none"))[1]  # taken where it is shipped and fits this teacher's images
+    takes = [shipped().get(likely, {}).get(k) for k in ("num_classes", "channels", "image_size")]
+    likely = likely if takes == [n_classes, n_channels, size] else "none"
+    judge = likely if args.verifier == "auto" else args.verifier
+    if judge != "none":
+        with one_line(f"--verifier {judge}", "choose another, or --verifier none"):
+            verifier = load_teacher(judge, args, teacher)
+            try_out(verifier, n_channels, size, n_classes)
 
-    batch_size, classes = setting["batch_size"], torch.tensor(args.classes or range(teacher.num_classes))
-    if classes.min() < 0 or classes.max() >= teacher.num_classes:
-        fail(f"--classes: expected numbers from 0 to {teacher.num_classes - 1}, got {args.classes}")
+    batch_size = setting["batch_size"]
+    if not all(0 <= k < n_classes for k in args.classes):
+        fail(f"--classes: expected numbers from 0 to {n_classes - 1}, got {args.classes}")
+    classes = torch.tensor(args.classes or range(n_classes))
     n_batches = -(-(args.num_images or batch_size) // batch_size)
-    n_images = n_batches * batch_size  # whole batches: their size is part of the method
     if len(classes) > batch_size:  # a batch cannot hold them all: mix them
         classes = classes[torch.randperm(len(classes), generator=generator)]
+    n_images = n_batches * batch_size  # whole batches: their size is part of the method
     labels = classes.repeat(-(-n_images // len(classes)))[:n_images]
-    shape = (batch_size, len(teacher.mean), teacher.image_size, teacher.image_size)
 
     run = Run(args, setting, generator, n_batches * sum(n for n, _, _ in setting["stages"]))
-    print(f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}")
+    print(f"{teacher.name}: {len(labels)} images, setting {setting['name']}, {args.device}, fused={args.fused}")
     for wanted in labels.to(args.device).split(batch_size)[run.state["batch"] :]:
-        x = torch.randn(shape, generator=generator) if run.state["x"] is None else run.state["x"]
-        run.state.update(x=x.to(args.device))
+        if run.state["x"] is None:
+            run.state["x"] = torch.randn(batch_size, n_channels, size, size, generator=generator)
+        run.state["x"] = run.state["x"].to(args.device)
         synthesise(run.state, wanted, teacher, moments, setting, run)
         run.state["done"].append(to_uint8(run.state["x"].detach(), teacher).cpu())
         run.state.update(batch=run.state["batch"] + 1, stage=0, x=None)
     moments.close(), run.bar.close()
-    run.finish(torch.cat(run.state["done"]), labels, teacher, verifier, CLASS_NAMES.get(dataset))
+    run.finish(torch.cat(run.state["done"]), labels, teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))))
 
 
 if __name__ == "__main__":

@@ -29,21 +29,21 @@ def inversion_table():
     runs = {}
     for path in sorted((ROOT / "results").glob("inversion-*.json")):
         result = json.loads(path.read_text())
-        runs.setdefault((result["command"], result["teacher"], result["verifier"]), []).append(result)
-    lines = ["| command | teacher | teacher agrees | verifier | verifier agrees | seeds | seconds, device | files |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
-    for (command, teacher, verifier), group in runs.items():
+        runs.setdefault((result["setting"], result["teacher"], result["verifier"]), []).append(result)
+    lines = ["| setting | teacher | it agrees | verifier | it agrees | seeds | seconds, device | files |"]
+    lines.append("|---" * 8 + "|")
+    for (setting, teacher, verifier), group in runs.items():
 
         def spread(key, group=group):
             values = [r[key] for r in group]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            return f"{statistics.mean(values):.1f} ± {deviation:.1f} %" if len(values) > 1 else f"{values[0]:.1f} %"
+            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+            return f"{statistics.mean(values):.1f}{deviation} %"
 
         seconds = statistics.mean(r["seconds"] for r in group)
-        files = f"`results/inversion-{group[0]['setting']}-*.json`"
         lines.append(
-            f"| `{command}` | `{teacher}` | {spread('teacher_agreement')} | `{verifier}` "
-            f"| {spread('verifier_agreement')} | {len(group)} | {seconds:.0f} s, {group[0]['device_name']} | {files} |"
+            f"| `{setting}` | `{teacher}` | {spread('teacher_agreement')} | `{verifier}` "
+            f"| {spread('verifier_agreement')} | {len(group)} | {seconds:.0f} s, {group[0]['device_name']} "
+            f"| `results/inversion-{setting}-*.json` |"
         )
     return "\n".join(lines)
 
@@ -91,8 +91,8 @@ def main():
     for path in (ROOT / "README.md", ROOT / "teachers/README.md"):
         text = path.read_text()
         for name, table in made.items():
-            pattern = rf"(<!-- begin:{name} -->\n).*?(\n<!-- end:{name} -->)"
-            text = re.sub(pattern, lambda m, table=table: m[1] + table + m[2], text, flags=re.DOTALL)
+            pattern = rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)"
+            text = re.sub(pattern, lambda m, table=table: m[1] + table + "\n" + m[2], text, flags=re.DOTALL)
         path.write_text(text)
         print(f"wrote {path.relative_to(ROOT)}")
 
