@@ -469,7 +469,7 @@ def hostile_teachers():
         yield state | odd, ""
 
 
-@pytest.mark.parametrize(("blob", "says"), hostile_teachers())
+@pytest.mark.parametrize(("blob", "says"), list(hostile_teachers()))
 def test_hostile_teacher_files_are_refused_and_run_nothing(capsys, tmp_path, monkeypatch, blob, says):
     (tmp_path / "evil.py").write_text("open('owned', 'w')")
     monkeypatch.chdir(tmp_path)
