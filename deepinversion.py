@@ -128,19 +128,20 @@ class Args:
 
 # stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup None: constant learning rate.
 # fmt: off
-ADAM = dict(lr=0.1, betas=(0.9, 0.999), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True)
-IMAGENET = dict(ADAM, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4, alpha_l2=1e-5)
-GREY = dict(ADAM, batch_size=100, alpha_bn=1.0, alpha_tv_l2=3e-3, flip=False)
+BASE = dict(lr=0.3, betas=(0.5, 0.9), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True)
+CIFAR = dict(BASE, batch_size=100, alpha_bn=1.0, alpha_tv_l2=1.5e-2)
+GREY = dict(BASE, batch_size=100, alpha_bn=1.0, alpha_tv_l2=1.5e-2, flip=False)
+IMAGENET = dict(BASE, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4, alpha_l2=1e-5)
 SETTINGS = {
-    "cifar10": dict(ADAM, stages=[(400, 1, 2)], batch_size=100, alpha_bn=0.3, alpha_tv_l2=3e-3),  # ours
-    "cifar10-long": dict(ADAM, stages=[(2000, 1, 2)], batch_size=100, alpha_bn=1.0, alpha_tv_l2=3e-3),  # ours
-    "cifar10-released": dict(ADAM, stages=[(2000, 1, 2)], batch_size=256, alpha_bn=10.0, alpha_tv_l2=2.5e-5,
-                             lr=0.05, warmup=None, flip=False, clip=False),  # "paper parameters" for ResNet-34
+    "cifar10": dict(CIFAR, stages=[(400, 1, 2)]),  # ours
+    "cifar10-long": dict(CIFAR, stages=[(1500, 1, 2)], alpha_bn=3.0),  # ours
+    "cifar10-released": dict(CIFAR, stages=[(2000, 1, 2)], batch_size=256, alpha_bn=10.0, alpha_tv_l2=2.5e-5, lr=0.05,
+                             betas=(0.9, 0.999), warmup=None, flip=False, clip=False),  # for ResNet-34, "paper"
     "mnist": dict(GREY, stages=[(300, 1, 2)]),  # ours
     "digits": dict(GREY, stages=[(300, 1, 2)]),  # ours
-    "imagenet-0": dict(IMAGENET, stages=[(2000, 2, 15), (1000, 1, 30)], betas=(0.5, 0.9)),  # released default
-    "imagenet-1": dict(IMAGENET, stages=[(2000, 1, 30)], betas=(0.5, 0.9)),
-    "imagenet-2": dict(IMAGENET, stages=[(20000, 1, 30)], clip=False),  # closest to the paper's section 4.2
+    "imagenet-0": dict(IMAGENET, stages=[(2000, 2, 15), (1000, 1, 30)]),  # released default
+    "imagenet-1": dict(IMAGENET, stages=[(2000, 1, 30)]),
+    "imagenet-2": dict(IMAGENET, stages=[(20000, 1, 30)], betas=(0.9, 0.999), clip=False),  # nearest the paper's 4.2
 }
 FAMILIES = {  # default setting and verifier of a data set
     "cifar10": ("cifar10", "cifar10-wrn-16-1"), "mnist": ("mnist", "mnist-lenet5"),
@@ -228,8 +229,8 @@ class ResNet(nn.Module):
         return self.forward_groups(x)[0]
 
 
-CIFAR, WIDE = (16, 32, 64), (64, 128, 256, 512)  # widths of the three- and the four-stage layout
-NETWORKS = {f"resnet{6 * n + 2}": partial(ResNet, (n, n, n), CIFAR, "A") for n in (1, 3, 5, 7, 9)}
+NARROW, WIDE = (16, 32, 64), (64, 128, 256, 512)  # widths of the three- and the four-stage layout
+NETWORKS = {f"resnet{6 * n + 2}": partial(ResNet, (n, n, n), NARROW, "A") for n in (1, 3, 5, 7, 9)}
 NETWORKS["resnet18_cifar"] = partial(ResNet, (2, 2, 2, 2), WIDE, "B")
 NETWORKS["resnet34_cifar"] = partial(ResNet, (3, 4, 6, 3), WIDE, "B")
 IMAGENET_URL = "https://download.pytorch.org/models/"

@@ -601,7 +601,7 @@ def main(args):
             fail(f"--resume: {out / 'checkpoint.pt'} does not fit this run ({type(error).__name__}); start afresh")
     network = torch.compile(model) if args.compile or device == "cuda" else model
 
-    start = time.time()
+    start, ran_with = time.time(), versions()  # now: the files may change while this runs
     bar = tqdm(total=n_steps, initial=first_epoch * (n_steps // args.epochs), disable=None, mininterval=1)
     for epoch in range(first_epoch, args.epochs):
         loss, accuracy = train_epoch(network, optimizer, schedule, images, labels, info, generator, args, bar)
@@ -627,7 +627,7 @@ def main(args):
     command = "python teacher.py " + shlex.join(sys.argv[1:])
     saved = dict(format=1, arch=args.arch, dataset=args.dataset, data=args.data_note or args.dataset, command=command)
     saved.update(num_classes=info["num_classes"], channels=info["channels"], image_size=32, mean=mean, std=std)
-    saved.update(accuracy=accuracy, seed=args.seed, seconds=seconds, versions=versions(), state_dict=rounded)
+    saved.update(accuracy=accuracy, seed=args.seed, seconds=seconds, versions=ran_with, state_dict=rounded)
     atomic_save(saved, out / "teacher.pt")
     result = {key: value for key, value in saved.items() if key != "state_dict"}
     write_json(out / "result.json", dict(result, teacher_accuracy=accuracy, student_accuracy=None, device=device))
