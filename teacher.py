@@ -32,6 +32,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -487,7 +488,8 @@ def exported(model):
 def load_export(path):
     """Read a `teacher.pt`; returns (model in eval mode, checkpoint dict)."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(saved, dict) or not {"mean", "std", "dataset"} <= saved.keys():
             raise TypeError("not a dict with mean, std and data set")
         model = ARCHS[saved["arch"]](num_classes=saved["num_classes"], in_channels=saved["channels"])
