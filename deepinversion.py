@@ -132,7 +132,7 @@ class Args:
 # fmt: off
 BASE = dict(lr=0.3, betas=(0.5, 0.9), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True)
 CIFAR = dict(BASE, batch_size=100, alpha_bn=1.0, first_bn=10.0, alpha_tv_l2=1.5e-2)
-GREY = dict(BASE, batch_size=100, alpha_bn=1.0, alpha_tv_l2=1.5e-2, flip=False)
+GREY = dict(BASE, batch_size=100, alpha_bn=3.0, alpha_tv_l2=2e-3, flip=False)
 IMAGENET = dict(BASE, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4, alpha_l2=1e-5)
 SETTINGS = {
     "cifar10": dict(CIFAR, stages=[(400, 1, 2)]),  # ours
