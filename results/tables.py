@@ -32,7 +32,7 @@ def inversion_table():
         runs.setdefault((result["setting"], result["teacher"], result["verifier"]), []).append(result)
     lines = ["| setting | teacher | it agrees | verifier | it agrees | seeds | seconds, device | files |"]
     lines.append("|---" * 8 + "|")
-    for (setting, teacher, verifier), group in runs.items():
+    for (setting, teacher, verifier), group in sorted(runs.items(), key=str):
 
         def spread(key, group=group):
             values = [r[key] for r in group]
