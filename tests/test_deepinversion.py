@@ -323,10 +323,8 @@ def test_fused_and_plain_losses_agree_on_rgb_images_and_fall(tmp_path):
     assert rows[0][-1]["loss/total"] < 0.8 * rows[0][0]["loss/total"]
 
 
-@pytest.mark.parametrize("stop_at", [3, 7, 17], ids=["before the first checkpoint", "between", "in the second batch"])
-def test_an_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, stop_at):
-    options = dict(num_images=20)  # two batches of 12 steps
-    run(tmp_path / "whole", **options)
+def assert_resumes_as_if_never_cut(tmp_path, monkeypatch, stop_at, **options):
+    """Cut a second run short before its step `stop_at`, resume it, and compare with the one in tmp_path / "whole"."""
     after_step = di.Run.after_step
 
     def dies(self, *rest):
@@ -343,11 +341,18 @@ def test_an_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, stop_at):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
 
 
+@pytest.mark.parametrize("stop_at", [3, 7, 17], ids=["before the first checkpoint", "between", "in the second batch"])
+def test_an_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, stop_at):
+    options = dict(num_images=20)  # two batches of 12 steps
+    run(tmp_path / "whole", **options)
+    assert_resumes_as_if_never_cut(tmp_path, monkeypatch, stop_at, **options)
+
+
 @pytest.mark.parametrize("stop_at", [4, 6], ids=["at the boundary", "in the second stage"])
 def test_two_stages_of_two_resolutions_and_their_resume(tmp_path, monkeypatch, stop_at):
     two = di.SETTINGS["digits"] | {"stages": [(4, 2, 1), (4, 1, 2)]}
     monkeypatch.setitem(di.SETTINGS, "digits", two)
-    sizes, synthesis_loss, after_step = [], di.synthesis_loss, di.Run.after_step
+    sizes, synthesis_loss = [], di.synthesis_loss
 
     def watched(view, *rest):
         sizes.append(view.shape[-1])
@@ -360,18 +365,7 @@ def test_two_stages_of_two_resolutions_and_their_resume(tmp_path, monkeypatch, s
     assert [row["stage"] for row in rows] == [0] * 4 + [1] * 4
     assert sizes == [16] * 4 + [32] * 4
 
-    def dies(self, *rest):
-        if self.n_done == stop_at:
-            raise InterruptedError
-        after_step(self, *rest)
-
-    monkeypatch.setattr(di.Run, "after_step", dies)
-    with pytest.raises(InterruptedError):
-        run(tmp_path / "cut", **options)
-    monkeypatch.setattr(di.Run, "after_step", after_step)
-    run(tmp_path / "cut", resume=True, **options)
-    for name in ("images.npz", "metrics.jsonl"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+    assert_resumes_as_if_never_cut(tmp_path, monkeypatch, stop_at, **options)
 
 
 def test_classes_are_shared_out_over_the_batches(tmp_path):
