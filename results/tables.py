@@ -43,7 +43,7 @@ def inversion_table():
         lines.append(
             f"| `{setting}` | `{teacher}` | {spread('teacher_agreement')} | `{verifier}` "
             f"| {spread('verifier_agreement')} | {len(group)} | {seconds:.0f} s, {group[0]['device_name']} "
-            f"| `results/inversion-{setting}-*.json` |"
+            f"| `results/inversion-{setting}-seed*.json` |"
         )
     return "\n".join(lines)
 
