@@ -292,8 +292,9 @@ def load_state(model, saved, path):
     for key in ("state_dict", "model", "net"):
         saved = saved[key] if isinstance(saved.get(key), dict) else saved
     state = {str(k).removeprefix("module."): v for k, v in saved.items() if isinstance(v, torch.Tensor)}
-    if "fc.weight" in model.state_dict():  # the public CIFAR weights' names for the last layer and the shortcut
-        state = {k.replace("linear.", "fc.").replace("shortcut.", "downsample."): v for k, v in state.items()}
+    wanted = model.state_dict()  # a key it lacks may be the public CIFAR weights' name for the last layer or shortcut
+    public = {k: k.replace("linear.", "fc.").replace("shortcut.", "downsample.") for k in state if k not in wanted}
+    state = {public[k] if public.get(k) in wanted else k: v for k, v in state.items()}
     missing, unknown = model.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     if missing or unknown:

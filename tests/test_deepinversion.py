@@ -233,6 +233,15 @@ def test_public_four_stage_weights_load_with_their_shortcuts(tmp_path):
         assert torch.allclose(info.model(x), source.eval()(x), atol=1e-4)
 
 
+def test_a_networks_own_layer_names_are_left_alone():
+    """`fc` and `linear` side by side: neither is mistaken for the other's public name."""
+    torch.manual_seed(0)
+    source, target = (nn.ModuleDict({"fc": nn.Linear(2, 2), "linear": nn.Linear(2, 2)}) for _ in range(2))
+    di.load_state(target, source.state_dict(), "file")
+    for key, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[key], value), key
+
+
 def test_imagenet_weights_come_by_file_and_run(tmp_path):
     blocks, bottleneck = di.IMAGENET_TEACHERS["resnet18"][:2]
     torch.save(di.ResNet(blocks, di.WIDE, "B", bottleneck, True, num_classes=1000).state_dict(), tmp_path / "r18.pth")
@@ -524,10 +533,17 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(capsys, tmp_path, 
     said = refused(capsys, **(FAST | dict(out=str(tmp_path))))
     assert "the loss is nan at step 9" in said
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["n_done"] == 5
+
+    def poisoned_gradient(*rest):  # the loss of a step is finite, the images after it are not
+        calls.append(1)
+        total, terms = synthesis_loss(*rest)
+        return total * (math.nan if len(calls) == 9 else 1.0), terms
+
     calls.clear()
+    monkeypatch.setattr(di, "synthesis_loss", poisoned_gradient)
     said = refused(capsys, **(FAST | dict(out=str(tmp_path / "late"), log_every=100, checkpoint_every=9)))
-    assert "is" in said
-    assert not (tmp_path / "late/checkpoint.pt").exists()  # the loss was finite before the ninth step, the images not
+    assert "the images are not finite after step 9" in said
+    assert not (tmp_path / "late/checkpoint.pt").exists()
     monkeypatch.setattr(di, "synthesis_loss", synthesis_loss)
     run(tmp_path, resume=True)
     assert (tmp_path / "result.json").exists()
