@@ -245,11 +245,11 @@ IMAGENET_TEACHERS = {  # blocks, bottleneck, official file (its suffix: the firs
 # Teachers
 @contextlib.contextmanager
 def one_line(subject, advice):
-    """Report whatever fails inside in one line: foreign files and networks may raise anything."""
+    """Report what fails inside in one line, its first sentence: PyTorch goes on to advise loading unsafely."""
     try:
         yield
     except Exception as error:
-        fail(f"{subject}: {type(error).__name__}: {' '.join(str(error).split())[:300]}; {advice}")
+        fail(f"{subject}: {type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:300]}; {advice}")
 
 
 def load_factory(path, name, **options):

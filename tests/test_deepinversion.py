@@ -455,6 +455,7 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path):
     assert "no safe checkpoint" in said["cut"]
     assert "no safe checkpoint" in said["hostile"]
     assert not (tmp_path / "owned").exists()
+    assert "weights_only" not in said["hostile"]  # PyTorch's advice how to run it all the same
     assert "keys do not fit" in said["keys"]
     assert "expected a state dict" in said["list"]
     torch.save({0: torch.ones(3)}, tmp_path / "numbers.pt")
