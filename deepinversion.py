@@ -19,29 +19,19 @@ Where we differ from the paper or its released code:
 - low-resolution stages pool the full image (as released); the paper up-samples a small one.
 Measured: on `cifar10`, 100 images a seed, 3 seeds, a verifier of another architecture agrees on 97.7 ± 1.5 % (2 CPU
 threads, 95 s, torch 2.13, commits a045d5f and 0083e38; `cifar10-long` 97.7 ± 0.6 %): results/inversion-*.json.
-Run `python deepinversion.py [--teacher resnet50]`. It writes into --out: samples.png (one row a class), images.npz
-(`images` uint8 (N, H, W, C), `labels` int64 (N,)), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics:
-`loss/total`; its terms without their weights `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher`
-percent of this step's views on target.
+Run `python deepinversion.py [--teacher resnet50]`. It writes into --out: samples.png, images.npz (`images` uint8
+(N, H, W, C), `labels` int64 (N,)), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its
+unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of views on target.
 """
 
-import contextlib
-import hashlib
-import importlib.util
-import inspect
 import json
 import math
 import os
 import random
-import shlex
-import subprocess
-import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -52,8 +42,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from kernels import bn_moment_loss, bn_moment_loss_ref, total_variation, total_variation_ref
-
-HERE = Path(__file__).resolve().parent
+from kernels.contract import fail, load_network, load_weights, one_line, ran_on, shipped, try_out
 
 
 @dataclass
@@ -150,13 +139,6 @@ FAMILIES = {"cifar10": ("cifar10", "cifar10-wrn-16-1"), "mnist": ("mnist", "mnis
 CLASS_NAMES = {"cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}
 
 
-# Copied from teacher.py
-def fail(message):
-    """Print one line that says what to do and leave with exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 # Networks: the paper's ResNets, CIFAR and ImageNet layouts. Everything else comes through file.py:factory.
 class ResBlock(nn.Module):
     """Residual block (He et al. 2015): two 3x3 convolutions, or as a bottleneck 1x1, 3x3, 1x1 to 4x channels.
@@ -232,139 +214,21 @@ NARROW, WIDE = (16, 32, 64), (64, 128, 256, 512)  # widths of the three- and the
 NETWORKS = {f"resnet{6 * n + 2}": partial(ResNet, (n, n, n), NARROW, "A") for n in (1, 3, 5, 7, 9)}
 NETWORKS["resnet18_cifar"] = partial(ResNet, (2, 2, 2, 2), WIDE, "B")
 NETWORKS["resnet34_cifar"] = partial(ResNet, (3, 4, 6, 3), WIDE, "B")
-IMAGENET_URL = "https://download.pytorch.org/models/"
-IMAGENET_TEACHERS = {  # blocks, bottleneck, official file (its suffix: the first 8 digits of its SHA-256), top-1 in %
-    "resnet18": ((2, 2, 2, 2), False, "resnet18-f37072fd.pth", 69.758),
-    "resnet34": ((3, 4, 6, 3), False, "resnet34-b627a593.pth", 73.314),
-    "resnet50": ((3, 4, 6, 3), True, "resnet50-0676ba61.pth", 76.130),
-    "resnet101": ((3, 4, 23, 3), True, "resnet101-63fe2227.pth", 77.374),
-    "resnet152": ((3, 8, 36, 3), True, "resnet152-394f9c45.pth", 78.312),
-}
+PUBLIC = {}  # teachers to be downloaded, as teachers/index.json describes the shipped ones
+for _name, _blocks, _file, _accuracy in (  # the official file's suffix: first 8 digits of its SHA-256; top-1 in %
+    ("resnet18", (2, 2, 2, 2), "resnet18-f37072fd.pth", 69.758),
+    ("resnet34", (3, 4, 6, 3), "resnet34-b627a593.pth", 73.314),
+    ("resnet50", (3, 4, 6, 3), "resnet50-0676ba61.pth", 76.130),
+    ("resnet101", (3, 4, 23, 3), "resnet101-63fe2227.pth", 77.374),
+    ("resnet152", (3, 8, 36, 3), "resnet152-394f9c45.pth", 78.312),
+):
+    NETWORKS[_name] = partial(ResNet, _blocks, WIDE, "B", bottleneck=int(_name[6:]) >= 50, imagenet=True)
+    PUBLIC[_name] = dict(arch=_name, dataset="imagenet", num_classes=1000, image_size=224, accuracy=_accuracy)
+    PUBLIC[_name] |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    PUBLIC[_name] |= dict(file=_file, sha256=_file[-12:-4], url=f"https://download.pytorch.org/models/{_file}")
 
 
-# Teachers
-@contextlib.contextmanager
-def one_line(subject, advice):
-    """Report what fails inside in one line, its first sentence: PyTorch goes on to advise loading unsafely."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"{subject}: {type(error).__name__}: {' '.join(str(error).split()).split('. ')[0][:300]}; {advice}")
-
-
-def load_factory(path, name, **options):
-    """Call `name` of the Python file at `path` with those of the options that it takes."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)  # dataclasses of that file look themselves up there
-    sys.path.insert(0, str(Path(path).resolve().parent))  # as if the file were run: it may import its neighbours
-    try:
-        spec.loader.exec_module(module)
-        takes = inspect.signature(getattr(module, name)).parameters
-        model = getattr(module, name)(**{k: v for k, v in options.items() if k in takes})
-    except SystemExit as stop:
-        raise RuntimeError(f"{path} ends the program") from stop
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{name} returned a {type(model).__name__}, expected a torch.nn.Module")
-    return model
-
-
-def load_weights(path, sha256="", url=""):
-    """Read a checkpoint without running anything in it; `sha256`: how its digest must begin; `url`: its source."""
-    path = Path(path)
-    if url and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with one_line(f"cannot fetch {url}", f"put the file at {path} or name it with --weights FILE"):
-            torch.hub.download_url_to_file(url, str(path), sha256)
-    with one_line(f"{path} cannot be read", "pass an existing checkpoint"):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not digest.startswith(sha256):
-        fail(f"{path}: its SHA-256 does not begin with {sha256}: damaged or altered; delete it and fetch it again")
-    with warnings.catch_warnings(action="ignore"), one_line(f"{path}: no safe checkpoint", "save a state dict"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(saved, dict):
-        fail(f"{path}: expected a state dict, got {type(saved).__name__}; save model.state_dict()")
-    return saved
-
-
-def load_state(model, saved, path):
-    """Copy a state dict, also a wrapped one ({'state_dict': …}) or one of DataParallel ('module.…'), into `model`."""
-    for key in ("state_dict", "model", "net"):
-        saved = saved[key] if isinstance(saved.get(key), dict) else saved
-    state = {str(k).removeprefix("module."): v for k, v in saved.items() if isinstance(v, torch.Tensor)}
-    wanted = model.state_dict()  # a key it lacks may be the public CIFAR weights' name for the last layer or shortcut
-    public = {k: k.replace("linear.", "fc.").replace("shortcut.", "downsample.") for k in state if k not in wanted}
-    state = {public[k] if public.get(k) in wanted else k: v for k, v in state.items()}
-    missing, unknown = model.load_state_dict(state, strict=False)
-    missing = [k for k in missing if not k.endswith("num_batches_tracked")]
-    if missing or unknown:
-        fail(f"{path}: keys do not fit the network (lacks {missing[:2]}, has unknown {unknown[:2]}); check --teacher")
-
-
-CIFAR_INFO = dict(dataset="", num_classes=10, image_size=32, accuracy=None)  # what is not said otherwise
-CIFAR_INFO |= dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
-IMAGENET_INFO = dict(dataset="imagenet", num_classes=1000, image_size=224)
-IMAGENET_INFO |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-
-
-def shipped():
-    """teachers/index.json: {name: what is known of it}; empty where this script was copied alone."""
-    path = HERE / "teachers/index.json"
-    return json.loads(path.read_text()) if path.exists() else {}
-
-
-def load_teacher(spec, args, teacher=None):
-    """The frozen network that `spec` names, with its mean, std and so on; with `teacher`, that one's verifier."""
-    known, file, sha256, url, weights = {}, "", "", "", "" if teacher else args.weights
-    if spec in shipped():
-        known = shipped()[spec]
-        file, sha256 = HERE / "teachers" / f"{spec}.pt", known["sha256"]
-    elif spec in IMAGENET_TEACHERS:
-        blocks, bottleneck, name, accuracy = IMAGENET_TEACHERS[spec]
-        known = IMAGENET_INFO | {"accuracy": accuracy}
-        file, sha256, url = Path(args.data_dir) / name, name[-12:-4], IMAGENET_URL + name
-    elif spec.endswith(".pt"):
-        known, file = load_weights(spec), spec
-        if not str(known.get("arch", "no name")).isidentifier():  # a checkpoint names a network, never a file
-            fail(f"{spec}: not a checkpoint of teacher.py; pass it as --weights beside --teacher file.py:factory")
-    elif ".py:" not in spec and spec not in NETWORKS:
-        names = ", ".join([*shipped(), *IMAGENET_TEACHERS])
-        fail(f"unknown network {spec!r}; choose one of {names}, a teacher.pt, or file.py:factory with --weights")
-    elif not teacher and not weights:
-        fail(f"--teacher {spec}: this builds an untrained network; pass its weights with --weights FILE")
-    if weights:
-        file, sha256, url, known = weights, "", "", known | {"accuracy": None}
-    given = {} if teacher else {k: getattr(args, k) for k in ("num_classes", "image_size", "mean", "std")}
-    base = {k: getattr(teacher, k) for k in CIFAR_INFO} | {"accuracy": None} if teacher else CIFAR_INFO
-    known = base | known | {k: v for k, v in given.items() if v}
-    info = SimpleNamespace(name=spec, **{k: known[k] for k in CIFAR_INFO})
-    finite = torch.tensor([*info.mean, *info.std]).isfinite().all()
-    if len(info.mean) != len(info.std) or not finite or min(info.std) <= 0:
-        fail(f"--mean and --std: expected as many finite values each, std positive, got {info.mean} and {info.std}")
-    options = dict(num_classes=info.num_classes, in_channels=len(info.mean))
-    arch = str(known.get("arch", spec))
-    if ".py:" in arch:
-        info.model = load_factory(*arch.rsplit(":", 1), image_size=info.image_size, **options)
-    elif spec in IMAGENET_TEACHERS:
-        info.model = ResNet(blocks, WIDE, "B", bottleneck, imagenet=True, **options)
-    elif arch in NETWORKS:
-        info.model = NETWORKS[arch](**options)
-    else:  # a network of teacher.py is a factory like any other
-        info.model = load_factory(HERE / "teacher.py", arch, **options)
-    if file:
-        load_state(info.model, load_weights(file, sha256, url), file)
-    info.model.eval().requires_grad_(False).to(args.device, memory_format=torch.channels_last)
-    # The range of real pixels, asymmetric in normalised units.
-    bounds = [[(pixel - m) / s for m, s in zip(info.mean, info.std, strict=True)] for pixel in (0.0, 1.0)]
-    info.low, info.high = torch.tensor(bounds, device=args.device).view(2, 1, -1, 1, 1)
-    return info
-
-
-def try_out(info, n_channels, size, n_classes):
-    """Feed two blank images: a network of another size, channel or class count fails here, not after an hour."""
-    logits = info.model(torch.zeros(2, n_channels, size, size, device=info.low.device))
-    if logits.shape != (2, n_classes):
-        raise ValueError(f"gives logits of shape {tuple(logits.shape)}, expected (2, {n_classes})")
+load = partial(load_network, networks=NETWORKS, public=PUBLIC)
 
 
 # Losses
@@ -444,8 +308,7 @@ def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting,
 def synthesise(state, labels, teacher, moments, setting, run):
     """All stages of one batch on, from state["stage"] and ["step"]; updates state["x"] (N, C, H, W) fp32 in place."""
     x = state["x"].requires_grad_()
-    for i in range(state["stage"], len(setting["stages"])):
-        stage = setting["stages"][i]
+    for i, stage in list(enumerate(setting["stages"]))[state["stage"] :]:
         optimizer = torch.optim.Adam([x], betas=setting["betas"], fused=True)  # a fresh one each stage (released code)
         if state["optimizer"] is not None:
             optimizer.load_state_dict(state["optimizer"])
@@ -457,6 +320,12 @@ def synthesise(state, labels, teacher, moments, setting, run):
 
 
 # Evaluation and files
+def pixel_range(info, device):
+    """Real pixels, 0 to 1, in normalised units: (low, high), (1, C, 1, 1) each; asymmetric about 0."""
+    bounds = [[(pixel - m) / s for m, s in zip(info.mean, info.std, strict=True)] for pixel in (0.0, 1.0)]
+    return torch.tensor(bounds, device=device).view(2, 1, -1, 1, 1)
+
+
 def to_uint8(x, info):
     """Normalised (N, C, H, W) float -> (N, C, H, W) uint8 pixels."""
     mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (info.mean, info.std))
@@ -473,7 +342,7 @@ def normalise(x, mean, std):
 @torch.no_grad()
 def agreement(info, images, labels):
     """Percent of uint8 images (N, C, H, W) that a network assigns to their labels: in all, and {class: percent}."""
-    batches = (x.to(info.low.device) for x in images.split(100))
+    batches = (x.to(info.device) for x in images.split(100))
     predicted = [info.model(normalise(x, info.mean, info.std)).argmax(1) for x in batches]
     hits = 100 * (torch.cat(predicted).cpu() == labels).double()
     by_class = {k: round(hits[labels == k].mean().item(), 2) for k in labels.unique().tolist()}
@@ -546,7 +415,7 @@ class Run:
         """Write images.npz, samples.png and result.json; print the agreements."""
         np.savez(self.out / "images.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
         save_grid(images, labels, names, self.out / "samples.png")
-        seconds, device = round(time.time() - self.start, 1), self.args.device
+        seconds = round(time.time() - self.start, 1)
         result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None, seconds=seconds)
         result |= dict(verifier=verifier.name if verifier else None, n_images=len(images), seed=self.args.seed)
         for role, info in (("teacher", teacher), ("verifier", verifier)):
@@ -554,10 +423,7 @@ class Run:
             result |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
             if info:
                 print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
-        name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        failed, commit = subprocess.getstatusoutput(f"git -C {shlex.quote(str(HERE))} describe --always --dirty")
-        versions = dict(torch=str(torch.__version__), numpy=np.__version__, commit="unknown" if failed else commit)
-        result |= dict(setting=self.setting["name"], device=device, device_name=name, versions=versions)
+        result |= dict(setting=self.setting["name"]) | ran_on(self.args.device)
         (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         print(f"wrote samples.png, images.npz, result.json into {self.out}; {seconds:.0f} s")
 
@@ -602,7 +468,8 @@ def main(args):
     generator = torch.Generator().manual_seed(args.seed)  # classes, noise, jitter and flips
 
     with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
-        teacher, verifier = load_teacher(args.teacher, args), None
+        teacher, verifier = load(args.teacher, args), None
+        teacher.low, teacher.high = pixel_range(teacher, args.device)
         n_classes, n_channels, size = teacher.num_classes, len(teacher.mean), teacher.image_size
         if size % 2 or size < 8:
             fail(f"--image-size: expected an even number of at least 8 pixels, got {size}")
@@ -620,7 +487,7 @@ def main(args):
     judge = likely if args.verifier == "auto" else args.verifier
     if judge != "none":
         with one_line(f"--verifier {judge}", "choose another, or --verifier none"):
-            verifier = load_teacher(judge, args, teacher)
+            verifier = load(judge, args, teacher=teacher)
             try_out(verifier, n_channels, size, n_classes)
 
     batch_size = setting["batch_size"]

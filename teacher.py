@@ -33,7 +33,6 @@ import tarfile
 import time
 import urllib.request
 import warnings
-import zlib
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +43,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
+
+from kernels.contract import fail, one_line
 
 
 @dataclass
@@ -89,12 +90,6 @@ class Args:
     """L2 penalty on all weights (DAFL recipe)."""
 
 
-def fail(message):
-    """Print one line that says what to do and leave with exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
 # Data
 
 # Per data set: classes, channels, padding of the random crop, mirrored or not, and mean and standard deviation of the
@@ -109,29 +104,28 @@ DATASETS = {
         num_classes=100, channels=3, pad=4, flip=True, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
     ),
 }
+# Official files: folder, training files, test files, bytes of labels before each image (the last one counts).
+FILES = {
+    "mnist": ("mnist", *([f"{s}-images-idx3-ubyte.gz", f"{s}-labels-idx1-ubyte.gz"] for s in ("train", "t10k")), 0),
+    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
+    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"], 2),
+}
 # Official addresses and the MD5 sums published beside them.
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-MNIST_MD5 = {
+CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
+MD5 = {
     "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
     "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
     "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
     "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-}
-CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
-CIFAR_FILES = {  # folder, training files, test file, archive's MD5, label bytes per record (the last one counts)
-    "cifar10": (
-        "cifar-10-batches-bin",
-        [f"data_batch_{i}.bin" for i in range(1, 6)],
-        "test_batch.bin",
-        "c32a1d4ab5d03f1284b67883e8d87530",
-        1,
-    ),
-    "cifar100": ("cifar-100-binary", ["train.bin"], "test.bin", "03b5dce01913d631647c71ecec9e9cb8", 2),
+    "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+    "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
 }
 
 
-def download(url, path, md5):
+def download(url, path):
     """Fetch `url` into `path` atomically and compare its MD5; one clear line when there is no network."""
+    md5 = MD5[path.name]
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,45 +142,24 @@ def download(url, path, md5):
     os.replace(part, path)
 
 
-def load_mnist(data_dir, split):
-    """Read the official IDX files; returns images (N, 1, 32, 32) uint8, zero-padded from 28 px, and labels (N,)."""
-    prefix = "train" if split == "train" else "t10k"
-    arrays = []
-    for name, header in ((f"{prefix}-images-idx3-ubyte.gz", 16), (f"{prefix}-labels-idx1-ubyte.gz", 8)):
-        path = Path(data_dir) / "mnist" / name
-        if not path.exists():
-            download(MNIST_URL + name, path, MNIST_MD5[name])
-        try:
-            array = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
-            arrays.append(array.reshape(-1, 1, 28, 28) if header == 16 else array)
-        except (OSError, EOFError, ValueError, zlib.error) as error:
-            fail(f"{path} is damaged ({error}); delete it and run again")
-    images = torch.from_numpy(arrays[0].copy())
-    return F.pad(images, (2, 2, 2, 2)), torch.from_numpy(arrays[1].astype(np.int64))
-
-
-def load_cifar(dataset, data_dir, split):
-    """Read the official *binary* files (no pickles); returns images (N, 3, 32, 32) uint8 and labels (N,) int64."""
-    folder, train_files, test_file, md5, label_bytes = CIFAR_FILES[dataset]
-    names = train_files if split == "train" else [test_file]
+def fetch(dataset, data_dir):
+    """Download what is missing of a data set's official files into `data_dir`."""
+    if dataset == "digits":
+        return
+    folder, train_files, test_files, _ = FILES[dataset]
     root = Path(data_dir)
-    if not all((root / folder / name).exists() for name in names):
+    missing = [name for name in (*train_files, *test_files) if not (root / folder / name).exists()]
+    if dataset == "mnist":
+        for name in missing:
+            download(MNIST_URL + name, root / folder / name)
+    elif missing:
         archive = root / f"cifar-{dataset[5:]}-binary.tar.gz"
         if not archive.exists():
-            download(CIFAR_URL + archive.name, archive, md5)
-        (root / folder).mkdir(parents=True, exist_ok=True)
-        try:
-            with tarfile.open(archive) as tar:
-                for name in [*train_files, test_file]:  # only the members we know, never the archive's own paths
-                    (root / folder / name).write_bytes(tar.extractfile(f"{folder}/{name}").read())
-        except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
-            fail(f"{archive} is damaged ({' '.join(str(error).split())}); delete it and run again")
-    raw = np.concatenate([np.fromfile(root / folder / name, np.uint8) for name in names])
-    if len(raw) == 0 or len(raw) % (label_bytes + 3072):
-        fail(f"{root / folder}: {len(raw)} bytes are no records of {label_bytes + 3072} bytes; fetch the files again")
-    records = raw.reshape(-1, label_bytes + 3072)
-    images = torch.from_numpy(records[:, label_bytes:].reshape(-1, 3, 32, 32).copy())
-    return images, torch.from_numpy(records[:, label_bytes - 1].astype(np.int64))
+            download(CIFAR_URL + archive.name, archive)
+        with one_line(f"{archive} cannot be unpacked", "delete it and run again"), tarfile.open(archive) as tar:
+            (root / folder).mkdir(parents=True, exist_ok=True)
+            for name in missing:  # only the members we know, never the archive's own paths
+                (root / folder / name).write_bytes(tar.extractfile(f"{folder}/{name}").read())
 
 
 def load_digits(split):
@@ -206,7 +179,20 @@ def load_dataset(dataset, data_dir, split):
     """Returns images (N, C, 32, 32) uint8 and labels (N,) int64 of the `train` or `test` split, on the CPU."""
     if dataset == "digits":
         return load_digits(split)
-    return load_mnist(data_dir, split) if dataset == "mnist" else load_cifar(dataset, data_dir, split)
+    folder, train_files, test_files, n_labels = FILES[dataset]
+    parts, command = [], f"python teacher.py --dataset {dataset} --data-dir {data_dir}"
+    for name in train_files if split == "train" else test_files:
+        path = Path(data_dir) / folder / name
+        header, width = (8, 1) if "labels" in name else (16, 784) if dataset == "mnist" else (0, n_labels + 3072)
+        with one_line(f"{path} cannot be read", f"check --data-dir; {command} fetches what is missing or was deleted"):
+            raw = gzip.decompress(path.read_bytes()) if header else path.read_bytes()
+            parts.append(torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(-1, width))
+            if width == 1 and len(parts[0]) != len(parts[1]):
+                raise ValueError(f"{len(parts[1])} labels of {len(parts[0])} images")
+    if dataset == "mnist":  # zero-padded from 28 px
+        return F.pad(parts[0].view(-1, 1, 28, 28), (2, 2, 2, 2)), parts[1][:, 0].long()
+    records = torch.cat(parts)
+    return records[:, n_labels:].reshape(-1, 3, 32, 32), records[:, n_labels - 1].long()
 
 
 def normalise(x, mean, std):
@@ -556,6 +542,7 @@ def main(args):
     info = DATASETS[args.dataset]
     mean, std = info["mean"], info["std"]
 
+    fetch(args.dataset, args.data_dir)
     test_images, test_labels = (t.to(device) for t in load_dataset(args.dataset, args.data_dir, "test"))
     if args.evaluate:
         model, saved = load_export(args.evaluate)

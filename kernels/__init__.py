@@ -1,16 +1,28 @@
-"""Fused ops of the inversion losses; each file holds definition, reference, kernels and public function."""
+"""Fused ops, each file with definition, reference, kernels and public function; graphs and metrics of whole steps."""
 
+from kernels.attention_transfer import attention_map, attention_map_ref, attention_transfer, attention_transfer_ref
 from kernels.bn_moments import bn_moment_loss, bn_moment_loss_ref, bn_moments, bn_moments_ref
+from kernels.graphs import Captured
 from kernels.js_divergence import js_divergence, js_divergence_ref
+from kernels.kl_divergence import kl_divergence, kl_divergence_ref
 from kernels.total_variation import total_variation, total_variation_ref
+from kernels.transitions import transition_curves
 
 __all__ = [
+    "Captured",
+    "attention_map",
+    "attention_map_ref",
+    "attention_transfer",
+    "attention_transfer_ref",
     "bn_moment_loss",
     "bn_moment_loss_ref",
     "bn_moments",
     "bn_moments_ref",
     "js_divergence",
     "js_divergence_ref",
+    "kl_divergence",
+    "kl_divergence_ref",
     "total_variation",
     "total_variation_ref",
+    "transition_curves",
 ]

@@ -89,6 +89,18 @@ def op_cases(device):
         p, q = (torch.randn(shape, device=device).mul_(3).requires_grad_() for _ in range(2))
         size = 2 * p.numel() * p.element_size()
         yield "js_divergence", shape, "contiguous", kernels.js_divergence, (p, q), size, 3 * size
+    for shape in [(128, 10), (128, 1000)]:  # the student's step: the teacher's logits are constants
+        p, q = (torch.randn(shape, device=device).mul_(3).requires_grad_(needs) for needs in (False, True))
+        size = p.numel() * p.element_size()
+        yield "kl_divergence", shape, "contiguous", kernels.kl_divergence, (p, q), 2 * size, 5 * size
+    groups = [(128, 16, 32, 32), (128, 32, 32, 32), (128, 64, 8, 8), (128, 6, 28, 28)]  # of two WRNs, of LeNet-5
+    layouts = [("channels_last", channels_last)] * len(groups) + [("contiguous", torch.contiguous_format)]
+    for shape, (layout, memory_format) in zip([*groups, groups[0]], layouts, strict=True):
+        target = kernels.attention_map_ref(torch.randn(shape, device=device))
+        x = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+        size, maps = x.numel() * x.element_size(), target.numel() * target.element_size()
+        n_bytes = size + maps, 3 * size + 2 * maps
+        yield "attention_transfer", shape, layout, kernels.attention_transfer, (x, target), *n_bytes
 
 
 def as_scalar(value):
@@ -116,7 +128,7 @@ def bench_ops(device, seconds):
     """One row per op, shape and mode."""
     peak = copy_bandwidth(device)
     print(f"copy of {COPY_BYTES >> 20} MB: {peak / 1e9:.1f} GB/s; times in ms, ratio = eager / ours\n")
-    print(f"{'op':16} {'shape':16} {'layout':14} {'mode':8}     eager   compile      ours  ratio  %copy")
+    print(f"{'op':18} {'shape':16} {'layout':14} {'mode':8}     eager   compile      ours  ratio  %copy")
     rows = []
     for op, shape, layout, function, inputs, *n_bytes in op_cases(device):
         reference = getattr(kernels, f"{op}_ref")
@@ -144,7 +156,7 @@ def bench_ops(device, seconds):
             cells = [f"{ms[k][0]:9.4f}" if k in ms else f"{'-':>9}" for k in ("eager", "compile", "ours")]
             ratio = ms["eager"][0] / ms["ours"][0]
             cells += [f"{ratio:6.2f}", f"{100 * rate / peak:6.1f}"]
-            print(f"{op:16} {row['shape']:16} {layout:14} {mode:8} {' '.join(cells)}")
+            print(f"{op:18} {row['shape']:16} {layout:14} {mode:8} {' '.join(cells)}")
     return rows
 
 
@@ -244,7 +256,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cpu", action="store_true", help="time the CPU path: ops and the whole step")
     parser.add_argument("--end-to-end", action="store_true", help="time the whole step too")
-    parser.add_argument("--seconds", type=float, default=2.0, help="time spent on each column of a row")
+    parser.add_argument("--seconds", type=float, default=1.0, help="per column of an op row; tenfold for a step")
     parser.add_argument("--csv", default="", help="also write the rows to this file")
     args = parser.parse_args()
     if not args.cpu and not torch.cuda.is_available():
@@ -254,7 +266,7 @@ def main():
     print(f"{name}, torch {torch.__version__}, {TRITON_VERSION}")
     rows = bench_ops(device, args.seconds)
     if args.cpu or args.end_to_end:
-        rows += bench_step(device, args.seconds * 5)
+        rows += bench_step(device, args.seconds * 10)
     if args.csv:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True

@@ -73,6 +73,19 @@ def run_ops():
     for K, dtype, needs_q in ((10, torch.float32, True), (1000, torch.bfloat16, False), (21841, torch.float32, True)):
         p_logits, q_logits = (torch.ones(256, K, dtype=dtype, requires_grad=needs) for needs in (True, needs_q))
         kernels.js_divergence(p_logits, q_logits, 3.0).backward()
+        kernels.kl_divergence(p_logits, q_logits).backward()
+    kernels.kl_divergence(torch.ones(128, 10), torch.ones(128, 10, requires_grad=True)).backward()  # constant teacher
+    for shape, dtype, memory_format in (
+        ((128, 16, 32, 32), torch.bfloat16, nhwc),
+        ((128, 64, 8, 8), torch.bfloat16, nhwc),
+        ((128, 24, 8, 8), torch.bfloat16, nhwc),  # strides that 8 divides and 16 does not
+        ((128, 6, 28, 28), torch.float32, nhwc),
+        ((8, 16, 96, 96), torch.float32, nchw),
+    ):
+        target = torch.ones(shape[0], shape[2] * shape[3])
+        kernels.attention_transfer(images(shape, dtype, memory_format), target).backward()
+    kernels.attention_map(images((128, 16, 32, 32), torch.bfloat16, nhwc)).sum().backward()
+    kernels.attention_map(images((4, 8, 10, 12), torch.float32, nchw)[:, :, ::2, 1:]).sum().backward()
 
 
 def is_wide(args):
@@ -185,6 +198,7 @@ def test_kernels_compile(target, reports):
 
 
 def main():
+    sys.path.insert(0, str(ROOT))
     report = compile_all(sys.argv[1])
     if "--json" in sys.argv:
         print(json.dumps(report))

@@ -20,7 +20,11 @@ OWN = {  # defined in several scripts, and meant to differ
     "Args": "the settings of one method",
     "main": "the run of one method",
     "check_args": "refuses impossible values of that script's own Args",
-    "HERE": "one line that says where this very file lies",
+    "SETTINGS": "one method's settings by data set",
+    "choose_setting": "lays that script's options over its SETTINGS",
+    "NETWORKS": "the networks of one paper",
+    "load": "load_network with that script's networks",
+    "Run": "one method's state, rows, checkpoint and pictures",
 }
 
 

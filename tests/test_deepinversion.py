@@ -1,10 +1,13 @@
 """deepinversion.py: its terms against hand-made cases, whole runs on the shipped digits teacher, refusals."""
 
+import hashlib
 import json
 import math
 import pickle
+import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ import torch
 import torch.nn as nn
 
 import deepinversion as di
-from kernels import _common
+from kernels import _common, contract
 
 FAST = dict(teacher="digits-resnet8", iterations=12, batch_size=10, checkpoint_every=5, log_every=1)
 
@@ -99,14 +102,14 @@ def test_augmented_view_rolls_pools_and_mirrors():
 
 
 def tiny_rgb_teacher(seed=0):
-    """A random RGB network with BatchNorm, as load_teacher would describe it."""
+    """A random RGB network with BatchNorm, as main would describe it."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model.append(nn.Linear(8, 10)).eval().requires_grad_(False).to(memory_format=torch.channels_last)
     model[1].running_mean.normal_()
-    info = dict(model=model, mean=(0.5,) * 3, std=(0.25,) * 3)
-    low, high = torch.full((1, 3, 1, 1), -2.0), torch.full((1, 3, 1, 1), 2.0)
-    return type("Info", (), dict(info, low=low, high=high, num_classes=10, image_size=8))
+    info = SimpleNamespace(model=model, mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10, image_size=8, device="cpu")
+    info.low, info.high = di.pixel_range(info, "cpu")
+    return info
 
 
 def test_total_loss_is_the_weighted_sum_of_its_terms():
@@ -187,16 +190,15 @@ def test_every_setting_has_every_option(setting):
     ],
 )
 def test_imagenet_resnets_have_torchvisions_sizes_and_keys(name, parameters, keys):
-    blocks, bottleneck = di.IMAGENET_TEACHERS[name][:2]
     with torch.device("meta"):
-        model = di.ResNet(blocks, di.WIDE, "B", bottleneck, imagenet=True, num_classes=1000)
+        model = di.NETWORKS[name](num_classes=1000)
     assert sum(p.numel() for p in model.parameters()) == parameters
     state = model.state_dict()
     assert len(state) == keys
     assert {"conv1.weight", "bn1.running_var", "layer1.0.conv2.weight", "layer4.1.bn2.bias", "fc.weight"} <= set(state)
     assert state["conv1.weight"].shape == (64, 3, 7, 7)
     assert state["layer2.0.downsample.0.weight"].shape[2:] == (1, 1)
-    if bottleneck:  # the stride is in the 3x3 convolution
+    if name in ("resnet50", "resnet101", "resnet152"):  # bottlenecks; the stride is in the 3x3 convolution
         assert model.layer2[0].conv2.stride == (2, 2)
         assert model.layer2[0].conv1.stride == (1, 1)
 
@@ -211,7 +213,7 @@ def test_public_cifar_weights_load_under_their_own_names(tmp_path):
     renamed = {"module." + k.replace("fc.", "linear."): v for k, v in source.state_dict().items()}
     torch.save({"state_dict": renamed, "best_prec1": 91.78}, tmp_path / "public.th")
     args = di.Args(teacher="cifar10-resnet20", weights=str(tmp_path / "public.th"), device="cpu")
-    info = di.load_teacher(args.teacher, args)
+    info = di.load(args.teacher, args)
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(info.model(x), source.eval()(x), atol=1e-5)  # channels_last rounds otherwise
     assert info.accuracy is None  # the shipped accuracy is not this file's
@@ -227,24 +229,102 @@ def test_public_four_stage_weights_load_with_their_shortcuts(tmp_path):
     }
     assert any("shortcut." in k for k in renamed)
     torch.save({"net": renamed}, tmp_path / "public.th")
-    for spec in ("resnet18_cifar", f"{di.HERE / 'teacher.py'}:resnet18_cifar"):
-        info = di.load_teacher(spec, di.Args(teacher=spec, weights=str(tmp_path / "public.th"), device="cpu"))
+    for spec in ("resnet18_cifar", f"{contract.ROOT / 'teacher.py'}:resnet18_cifar"):
+        info = di.load(spec, di.Args(teacher=spec, weights=str(tmp_path / "public.th"), device="cpu"))
         x = torch.randn(2, 3, 8, 8)
         assert torch.allclose(info.model(x), source.eval()(x), atol=1e-4)
+
+
+def test_every_public_teacher_is_described_like_a_shipped_one():
+    needed = {"arch", "dataset", "num_classes", "image_size", "mean", "std", "accuracy", "file", "sha256"}
+    assert needed <= set.intersection(*(set(known) for known in di.shipped().values()))
+    for name, known in di.PUBLIC.items():
+        assert needed | {"url"} == set(known)
+        assert known["arch"] == name in di.NETWORKS
+        assert known["url"] == f"https://download.pytorch.org/models/{name}-{known['sha256']}.pth"
+        assert known["url"].endswith("/" + known["file"]) and re.fullmatch("[0-9a-f]{8}", known["sha256"])
+
+
+def test_weights_of_a_public_teacher_keep_its_description(tmp_path):
+    """No download, ImageNet's classes, size and moments; the official accuracy is not this file's."""
+    torch.save(di.NETWORKS["resnet18"](num_classes=1000).state_dict(), tmp_path / "r18.pth")
+    args = di.Args(teacher="resnet18", weights=str(tmp_path / "r18.pth"), data_dir=str(tmp_path / "no"), device="cpu")
+    info = di.load(args.teacher, args)
+    assert (info.name, info.arch, info.dataset, info.device) == ("resnet18", "resnet18", "imagenet", "cpu")
+    assert (info.num_classes, info.image_size, info.accuracy) == (1000, 224, None)
+    assert info.mean == (0.485, 0.456, 0.406) and info.std == (0.229, 0.224, 0.225)
+    assert not (tmp_path / "no").exists()
+    args.num_classes, args.image_size, args.mean, args.std = 5, 64, (0.5,) * 3, (0.2,) * 3
+    torch.save(di.NETWORKS["resnet18"](num_classes=5).state_dict(), tmp_path / "r18.pth")
+    info = di.load(args.teacher, args)
+    assert (info.num_classes, info.image_size, info.mean, info.std) == (5, 64, (0.5,) * 3, (0.2,) * 3)
+
+
+def test_a_public_teacher_is_taken_from_the_data_folder_and_checked(capsys, tmp_path, monkeypatch):
+    torch.save(di.NETWORKS["resnet18"](num_classes=1000).state_dict(), tmp_path / "r18.pth")
+    digest = hashlib.sha256((tmp_path / "r18.pth").read_bytes()).hexdigest()[:8]
+    args = di.Args(teacher="resnet18", data_dir=str(tmp_path), device="cpu")
+    monkeypatch.setitem(di.PUBLIC, "resnet18", di.PUBLIC["resnet18"] | dict(file="r18.pth", sha256=digest))
+    assert di.load(args.teacher, args).accuracy == 69.758
+    monkeypatch.setitem(di.PUBLIC, "resnet18", di.PUBLIC["resnet18"] | dict(sha256="f37072fd"))
+    assert "SHA-256" in refused(capsys, teacher="resnet18", data_dir=str(tmp_path))
+
+
+@pytest.mark.parametrize("spec", ["resnet18_cifar", "resnet18-cifar"])
+def test_hyphens_and_underscores_name_one_network(tmp_path, spec):
+    """Its `arch`, which a student's checkpoint repeats, is the function's name either way: a .pt can be loaded."""
+    network = di.NETWORKS["resnet18_cifar"]()
+    torch.save(network.state_dict(), tmp_path / "w.pth")
+    info = di.load(spec, di.Args(teacher=spec, weights=str(tmp_path / "w.pth"), device="cpu"))
+    assert (info.name, info.arch) == (spec, "resnet18_cifar")
+    torch.save({"arch": info.arch, "state_dict": info.model.state_dict()}, tmp_path / "student.pt")
+    again = di.load(str(tmp_path / "student.pt"), di.Args(device="cpu"))
+    assert again.arch == "resnet18_cifar"
+    assert torch.equal(again.model.fc.weight, network.fc.weight)
+
+
+def test_weights_beside_a_checkpoint_replace_its_own_only(tmp_path):
+    """--teacher teacher.pt --weights FILE: the checkpoint says what network it is, FILE what is in it."""
+    torch.manual_seed(0)
+    first, second = (di.NETWORKS["resnet8"](num_classes=4, in_channels=1).state_dict() for _ in range(2))
+    described = dict(arch="resnet8", num_classes=4, image_size=16, mean=(0.1,), std=(0.2,), accuracy=99.0)
+    torch.save(described | {"state_dict": first}, tmp_path / "teacher.pt")
+    torch.save(second, tmp_path / "w.pth")
+    spec = str(tmp_path / "teacher.pt")
+    info = di.load(spec, di.Args(teacher=spec, device="cpu"))
+    assert torch.equal(info.model.fc.weight, first["fc.weight"]) and info.accuracy == 99.0
+    info = di.load(spec, di.Args(teacher=spec, weights=str(tmp_path / "w.pth"), device="cpu"))
+    assert torch.equal(info.model.fc.weight, second["fc.weight"]) and info.accuracy is None
+    assert (info.num_classes, info.image_size, info.mean, info.std) == (4, 16, (0.1,), (0.2,))
+
+
+def test_a_fresh_network_is_a_trainable_student_of_its_teacher(tmp_path):
+    """Only the architecture is the named network's; images and classes are the teacher's, weights nobody's."""
+    args = di.Args(teacher="digits-resnet8", weights="nowhere.pt", device="cpu")
+    teacher = SimpleNamespace(num_classes=7, image_size=16, mean=(0.3,), std=(0.4,))
+    torch.save({"arch": "resnet8", "num_classes": 3, "state_dict": {}}, tmp_path / "student.pt")
+    for spec in ("cifar10-resnet20", "resnet18", "resnet8", "wrn_16_1", "wrn-16-1", str(tmp_path / "student.pt")):
+        torch.manual_seed(0)
+        info = di.load(spec, args, teacher=teacher, fresh=True)
+        assert (info.num_classes, info.image_size, info.mean, info.std) == (7, 16, (0.3,), (0.4,)), spec
+        assert info.accuracy is None and info.arch.isidentifier(), spec
+        assert info.model.training and all(p.requires_grad for p in info.model.parameters()), spec
+        di.try_out(info, 1, 32, 7)
+    info = di.load("resnet8", di.Args(weights="nowhere.pt", num_classes=5, device="cpu"), fresh=True)
+    assert (info.num_classes, info.image_size, info.mean) == (5, 32, contract.INFO["mean"])
 
 
 def test_a_networks_own_layer_names_are_left_alone():
     """`fc` and `linear` side by side: neither is mistaken for the other's public name."""
     torch.manual_seed(0)
     source, target = (nn.ModuleDict({"fc": nn.Linear(2, 2), "linear": nn.Linear(2, 2)}) for _ in range(2))
-    di.load_state(target, source.state_dict(), "file")
+    contract.load_state(target, source.state_dict(), "file")
     for key, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[key], value), key
 
 
 def test_imagenet_weights_come_by_file_and_run(tmp_path):
-    blocks, bottleneck = di.IMAGENET_TEACHERS["resnet18"][:2]
-    torch.save(di.ResNet(blocks, di.WIDE, "B", bottleneck, True, num_classes=1000).state_dict(), tmp_path / "r18.pth")
+    torch.save(di.NETWORKS["resnet18"](num_classes=1000).state_dict(), tmp_path / "r18.pth")
     out = tmp_path / "run"
     result = run(out, teacher="resnet18", weights=str(tmp_path / "r18.pth"), image_size=32, iterations=2, batch_size=4)
     assert result["verifier_agreement"] is None
@@ -264,6 +344,11 @@ def factory(num_classes):
 def without_batchnorm(num_classes):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, num_classes))
 
+def with_weights(num_classes, in_channels, image_size):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(in_channels * image_size**2, num_classes))
+    nn.init.constant_(network[1].bias, 3.0)
+    return network
+
 def broken():
     raise KeyError("nothing here")
 
@@ -278,7 +363,7 @@ def foreign(tmp_path):
     (tmp_path / "my_nets.py").write_text(FACTORY)
     (tmp_path / "neighbour.py").write_text("WIDTH = 4")
     for name, file in (("factory", "w.pth"), ("without_batchnorm", "flat.pth")):
-        torch.save(di.load_factory(tmp_path / "my_nets.py", name, num_classes=7).state_dict(), tmp_path / file)
+        torch.save(contract.load_factory(tmp_path / "my_nets.py", name, num_classes=7).state_dict(), tmp_path / file)
     return tmp_path
 
 
@@ -289,6 +374,25 @@ def test_a_users_own_network_is_inverted(foreign):
     assert result["verifier_agreement"] is None
     with np.load(foreign / "run/images.npz") as made:
         assert made["images"].shape == (14, 16, 16, 3)
+
+
+def test_a_verifier_reads_images_in_its_own_units():
+    args = di.Args(teacher="mnist-resnet8", num_classes=3, mean=(0.5,), device="cpu")  # those options: the teacher's
+    verifier = di.load("digits-lenet5", args, teacher=di.load("mnist-resnet8", di.Args(device="cpu")))
+    assert (verifier.num_classes, verifier.mean, verifier.std) == (10, [0.3054], [0.3237])
+    assert verifier.accuracy == pytest.approx(99.72, abs=0.01)
+
+
+def test_a_verifiers_factory_brings_its_own_weights(foreign):
+    """--weights is the teacher's; a verifier that is only a name of an architecture would judge untrained."""
+    teacher = di.load("digits-resnet8", di.Args(device="cpu"))
+    args = di.Args(teacher="digits-resnet8", weights="nowhere.pt", device="cpu")
+    verifier = di.load(f"{foreign / 'my_nets.py'}:with_weights", args, teacher=teacher)
+    assert (verifier.model[1].bias == 3).all()
+    assert (verifier.num_classes, verifier.image_size, verifier.mean) == (10, 32, teacher.mean)
+    assert verifier.accuracy is None and not verifier.model.training
+    result = run(foreign / "run", verifier=f"{foreign / 'my_nets.py'}:with_weights", iterations=1)
+    assert result["verifier_agreement"] is not None
 
 
 # Runs
@@ -385,15 +489,21 @@ def test_classes_are_shared_out_over_the_batches(tmp_path):
 
 def test_pixel_range_is_asymmetric_in_normalised_units():
     args = di.Args(teacher="digits-resnet8", device="cpu")
-    info = di.load_teacher(args.teacher, args)
-    assert di.to_uint8(info.low.expand(1, 1, 2, 2), info).max() == 0
-    assert di.to_uint8(info.high.expand(1, 1, 2, 2), info).min() == 255
-    assert info.low.item() == pytest.approx(-info.mean[0] / info.std[0])
-    assert info.high.item() == pytest.approx((1 - info.mean[0]) / info.std[0])
+    info = di.load(args.teacher, args)
+    low, high = di.pixel_range(info, "cpu")
+    assert low.shape == high.shape == (1, 1, 1, 1)
+    assert di.to_uint8(low.expand(1, 1, 2, 2), info).max() == 0
+    assert di.to_uint8(high.expand(1, 1, 2, 2), info).min() == 255
+    assert low.item() == pytest.approx(-info.mean[0] / info.std[0])
+    assert high.item() == pytest.approx((1 - info.mean[0]) / info.std[0])
+    info.mean, info.std = (0.1, 0.5, 0.4), (0.25, 0.5, 0.2)
+    low, high = di.pixel_range(info, "cpu")
+    assert low.flatten().tolist() == pytest.approx([-0.4, -1.0, -2.0])
+    assert high.flatten().tolist() == pytest.approx([3.6, 1.0, 3.0])
 
 
 def test_agreement_counts_in_all_and_by_class():
-    info = type("Info", (), dict(model=lambda x: x.flatten(1)[:, :2], mean=(0.0,), std=(1.0,), low=torch.zeros(1)))
+    info = SimpleNamespace(model=lambda x: x.flatten(1)[:, :2], mean=(0.0,), std=(1.0,), device="cpu")
     images = torch.tensor([[[[200, 0]]], [[[0, 200]]], [[[0, 200]]], [[[0, 200]]]], dtype=torch.uint8)
     total, by_class = di.agreement(info, images, torch.tensor([0, 0, 1, 1]))
     assert total == 75.0
@@ -431,6 +541,10 @@ def test_agreement_counts_in_all_and_by_class():
         pytest.param(dict(teacher="teacher.py:wrn_16_1"), "--weights FILE", id="factory without weights"),
         pytest.param(dict(num_classes=100), "--num-classes", id="class count mismatch"),
         pytest.param(dict(teacher="resnet18_cifar"), "--weights FILE", id="architecture without weights"),
+        pytest.param(dict(verifier="resnet20"), "resnet20: this builds an untrained network", id="untrained verifier"),
+        pytest.param(dict(teacher="resnet-20"), "unknown network 'resnet-20'", id="nearly a name"),
+        pytest.param(dict(teacher=""), "unknown network ''", id="empty name"),
+        pytest.param(dict(teacher="wrn-16-1"), "unknown network", id="name of teacher.py without file"),
         pytest.param(dict(verifier="digits-lenet5"), "--verifier digits-lenet5", id="verifier of other channels"),
     ],
 )
@@ -440,7 +554,7 @@ def test_bad_options_are_refused(capsys, tmp_path, options, says):
 
 
 def test_bad_checkpoints_are_refused(capsys, tmp_path):
-    good = di.HERE / "teachers" / "cifar10-resnet20.pt"
+    good = contract.ROOT / "teachers" / "cifar10-resnet20.pt"
     (tmp_path / "cut.pt").write_bytes(good.read_bytes()[:20000])
 
     class Hostile:
@@ -465,12 +579,64 @@ def test_bad_checkpoints_are_refused(capsys, tmp_path):
 def hostile_teachers():
     state = {"arch": "resnet20", "state_dict": {}}
     yield {"layer.weight": torch.ones(3)}, "not a checkpoint of teacher.py"
-    for arch in (None, True, 5, "evil.py:f", "../evil.py:f", "versions", "__doc__", ""):
+    for arch in (
+        None,
+        True,
+        5,
+        "evil.py:f",
+        "../evil.py:f",
+        "versions",
+        "main",
+        "__doc__",
+        "__class__",
+        "ResNet",
+        "Path",
+        "resnet-20",
+        "",
+    ):
         yield {"arch": arch}, "keys.pt"
     for odd in (dict(mean=None), dict(std=("a",)), dict(mean=(), std=()), dict(num_classes="x"), dict(num_classes=-1)):
         yield state | odd, "keys.pt"
     for odd in (dict(num_classes=10**13), dict(image_size=33), dict(image_size="a"), dict(dataset=["cifar10"])):
         yield state | odd, ""
+
+
+def test_a_checkpoint_cannot_send_for_other_weights(capsys, tmp_path, monkeypatch):
+    """A relative path would be looked up in --data-dir, not found, and fetched from the address in the checkpoint."""
+    fetched, network = [], di.NETWORKS["resnet8"]()
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *rest: fetched.append(rest))
+    monkeypatch.chdir(tmp_path)
+    hostile = dict(arch="resnet8", url="https://example.org/evil.pth", sha256="00", file="/etc/passwd")
+    torch.save(hostile | {"state_dict": network.state_dict()}, "teacher.pt")
+    info = di.load("teacher.pt", di.Args(teacher="teacher.pt", data_dir="data", device="cpu"))
+    assert torch.equal(info.model.fc.weight, network.fc.weight)
+    assert not fetched and not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pytest.param(dict(accuracy=torch.ones(3)), id="accuracy a tensor"),
+        pytest.param(dict(accuracy="best"), id="accuracy a word"),
+        pytest.param(dict(accuracy={"top1": 5}), id="accuracy a dict"),
+        pytest.param(dict(num_classes=0), id="no classes"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_checkpoints_that_would_fail_after_an_hour_fail_at_once(capsys, tmp_path, odd):
+    """What result.json cannot hold, and a network without outputs: all else about this file is in order."""
+    state = di.NETWORKS["resnet8"](num_classes=odd.get("num_classes", 10)).state_dict()
+    torch.save(dict(arch="resnet8", state_dict=state) | odd, tmp_path / "teacher.pt")
+    said = refused(capsys, teacher=str(tmp_path / "teacher.pt"), out=str(tmp_path / "run"))
+    assert "teacher.pt: " in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_accuracy_of_a_checkpoint_reaches_the_result_as_a_number(tmp_path):
+    state = di.NETWORKS["resnet8"]().state_dict()
+    torch.save(dict(arch="resnet8", accuracy=torch.tensor(81.5), state_dict=state), tmp_path / "teacher.pt")
+    result = run(tmp_path / "run", teacher=str(tmp_path / "teacher.pt"), iterations=1)
+    assert result["teacher_accuracy"] == 81.5
 
 
 @pytest.mark.parametrize(("blob", "says"), list(hostile_teachers()))
@@ -484,11 +650,11 @@ def test_hostile_teacher_files_are_refused_and_run_nothing(capsys, tmp_path, mon
 
 
 def test_an_altered_shipped_teacher_is_refused(capsys, tmp_path, monkeypatch):
-    shutil.copytree(di.HERE / "teachers", tmp_path / "teachers")
+    shutil.copytree(contract.ROOT / "teachers", tmp_path / "teachers")
     blob = bytearray((tmp_path / "teachers/cifar10-resnet20.pt").read_bytes())
     blob[len(blob) // 2] ^= 1
     (tmp_path / "teachers/cifar10-resnet20.pt").write_bytes(blob)
-    monkeypatch.setattr(di, "HERE", tmp_path)
+    monkeypatch.setattr(contract, "ROOT", tmp_path)
     assert "SHA-256" in refused(capsys)
 
 

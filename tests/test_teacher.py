@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 import teacher
-from teacher import ARCHS, CIFAR_FILES, DATASETS, Args, augment, load_dataset, normalise
+from teacher import ARCHS, DATASETS, FILES, MD5, Args, augment, fetch, load_dataset, normalise
 
 CHECKPOINT_KEYS = {"arch", "num_classes", "channels", "image_size", "mean", "std", "accuracy", "command"}
 
@@ -145,18 +145,18 @@ def cifar_records(dataset, name):
 
 
 def write_cifar(folder, dataset):
-    subfolder, train_files, test_file, *_ = CIFAR_FILES[dataset]
+    subfolder, train_files, test_files, _ = FILES[dataset]
     (folder / subfolder).mkdir()
-    for name in [*train_files, test_file]:
+    for name in [*train_files, *test_files]:
         (folder / subfolder / name).write_bytes(cifar_records(dataset, name)[0])
 
 
 def pack_cifar(dataset, extra=()):
     """The official archive with tiny files, as bytes; `extra` names more members."""
-    subfolder, train_files, test_file, *_ = CIFAR_FILES[dataset]
+    subfolder, train_files, test_files, _ = FILES[dataset]
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name in [*extra, *(f"{subfolder}/{name}" for name in [*train_files, test_file])]:
+        for name in [*extra, *(f"{subfolder}/{name}" for name in [*train_files, *test_files])]:
             data = cifar_records(dataset, Path(name).name)[0]
             member = tarfile.TarInfo(name)
             member.size = len(data)
@@ -165,8 +165,7 @@ def pack_cifar(dataset, extra=()):
 
 
 def assert_tiny_cifar(dataset, folder):
-    _, train_files, test_file, *_ = CIFAR_FILES[dataset]
-    for split, names in (("train", train_files), ("test", [test_file])):
+    for split, names in zip(("train", "test"), FILES[dataset][1:3], strict=True):
         x, y = load_dataset(dataset, str(folder), split)
         records = [cifar_records(dataset, name) for name in names]
         assert torch.equal(x, torch.cat([images for _, images, _ in records])) and x.dtype == torch.uint8
@@ -195,9 +194,21 @@ def test_cifar_from_archive(tmp_path, dataset):
     archive = tmp_path / "data" / f"cifar-{dataset[5:]}-binary.tar.gz"
     archive.parent.mkdir()
     archive.write_bytes(pack_cifar(dataset, extra=["../outside.bin", "inside.bin"]))
+    fetch(dataset, str(archive.parent))
     assert_tiny_cifar(dataset, archive.parent)
     found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {archive.name, *CIFAR_FILES[dataset][1], CIFAR_FILES[dataset][2]}  # known members only
+    assert found == {archive.name, *FILES[dataset][1], *FILES[dataset][2]}  # known members only
+
+
+def test_unpacking_mends_what_is_missing_and_touches_nothing_else(tmp_path):
+    write_cifar(tmp_path, "cifar10")
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").unlink()
+    mine = tmp_path / "cifar-10-batches-bin" / "test_batch.bin"
+    mine.write_bytes(b"mine")
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(pack_cifar("cifar10"))
+    fetch("cifar10", str(tmp_path))
+    assert len(load_dataset("cifar10", str(tmp_path), "train")[0]) == 10
+    assert mine.read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -208,17 +219,48 @@ def test_cifar_download(tmp_path, monkeypatch, capsys, damaged):
         urls.append(url)
         return io.BytesIO(packed[:-1] if damaged else packed)
 
-    subfolder, train_files, test_file, _, label_bytes = CIFAR_FILES["cifar10"]
-    changed = (subfolder, train_files, test_file, hashlib.md5(packed).hexdigest(), label_bytes)
-    monkeypatch.setitem(CIFAR_FILES, "cifar10", changed)
+    monkeypatch.setitem(MD5, "cifar-10-binary.tar.gz", hashlib.md5(packed).hexdigest())
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     if damaged:
-        assert "expected MD5" in message_of(capsys, lambda: load_dataset("cifar10", str(tmp_path), "test"))
+        assert "expected MD5" in message_of(capsys, lambda: fetch("cifar10", str(tmp_path)))
         assert not list(tmp_path.rglob("*.*"))
     else:
+        fetch("cifar10", str(tmp_path))
         assert_tiny_cifar("cifar10", tmp_path)
         assert not list(tmp_path.glob("*.part"))
+        fetch("cifar10", str(tmp_path))  # nothing is missing any more
     assert urls == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_mnist_download(tmp_path, monkeypatch, capsys, damaged):
+    images, labels, urls = pixels(3, 28, 28), torch.tensor([7, 0, 9], dtype=torch.uint8), []
+    (tmp_path / "official").mkdir()
+    for split in ("train", "test"):
+        write_idx(tmp_path / "official", split, images, labels)
+    official = {path.name: path.read_bytes() for path in (tmp_path / "official" / "mnist").iterdir()}
+
+    def urlopen(url, timeout):
+        urls.append(url)
+        blob = official[url.rpartition("/")[2]]
+        return io.BytesIO(blob[:-1] if damaged else blob)
+
+    for name, blob in official.items():
+        monkeypatch.setitem(MD5, name, hashlib.md5(blob).hexdigest())
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+    folder = tmp_path / "data"
+    if damaged:
+        assert "expected MD5" in message_of(capsys, lambda: fetch("mnist", str(folder)))
+        assert not list(folder.rglob("*.*"))
+        return
+    fetch("mnist", str(folder))
+    assert sorted(urls) == sorted(f"https://ossci-datasets.s3.amazonaws.com/mnist/{name}" for name in official)
+    (folder / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
+    fetch("mnist", str(folder))
+    assert len(urls) == 5 and urls[-1].endswith("/t10k-labels-idx1-ubyte.gz")  # only what is missing
+    for split in ("train", "test"):
+        assert load_dataset("mnist", str(folder), split)[1].tolist() == [7, 0, 9]
+    assert not list(folder.rglob("*.part"))
 
 
 def test_digits_split():
@@ -525,32 +567,93 @@ def test_data_dir_that_is_a_file(tmp_path, capsys):
         assert "cannot be fetched" in message_of(capsys, lambda args=args: teacher.main(args))
 
 
-@pytest.mark.parametrize("damage", ["cut", "no-gzip", "flipped-byte", "empty", "too-short"])
-def test_damaged_mnist(tmp_path, capsys, damage):
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_file_is_named_and_never_fetched(tmp_path, capsys, monkeypatch, dataset, split):
+    """The scripts that carry a copy of load_dataset read only: it says what fetches, and where to."""
+    monkeypatch.setattr(teacher, "download", None)
+    for folder in ("absent", "file", "partly"):
+        (tmp_path / "file").write_text("")
+        (tmp_path / "partly" / FILES[dataset][0]).mkdir(parents=True, exist_ok=True)
+        if dataset == "mnist":
+            write_idx(tmp_path / "partly", split, pixels(3, 28, 28), torch.zeros(3, dtype=torch.uint8)).unlink()
+        where = str(tmp_path / folder)
+        message = message_of(capsys, lambda where=where: load_dataset(dataset, where, split))
+        name = FILES[dataset][1 if split == "train" else 2][1 if (dataset, folder) == ("mnist", "partly") else 0]
+        assert f"{tmp_path / folder / FILES[dataset][0] / name} cannot be read" in message
+        assert f"python teacher.py --dataset {dataset} --data-dir {where} fetches what is missing" in message
+
+
+DAMAGE = {  # what becomes of a file's bytes `x`, and of its content: header of h bytes, items of n
+    "cut": lambda x, h, n: x[:-20],
+    "no-gzip": lambda x, h, n: b"<html>",
+    "flipped-byte": lambda x, h, n: x[:10] + bytes([x[10] ^ 0x06]) + x[11:],  # type of the first compressed block
+    "empty": lambda x, h, n: b"",
+    "too-short": lambda x, h, n: gzip.compress(gzip.decompress(x)[:-7]),
+    "one-item-less": lambda x, h, n: gzip.compress(gzip.decompress(x)[:-n]),
+    "one-item-more": lambda x, h, n: gzip.compress(gzip.decompress(x) + bytes(n)),
+    "header-only": lambda x, h, n: gzip.compress(gzip.decompress(x)[:h]),
+    "half-a-header": lambda x, h, n: gzip.compress(gzip.decompress(x)[: h // 2]),
+}
+
+
+@pytest.mark.parametrize("kind, header, item", [("images-idx3", 16, 784), ("labels-idx1", 8, 1)])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_mnist(tmp_path, capsys, damage, kind, header, item):
     images, labels = pixels(40, 28, 28), torch.zeros(40, dtype=torch.uint8)
     write_idx(tmp_path, "test", images, labels)
-    path = tmp_path / "mnist" / "t10k-images-idx3-ubyte.gz"
-    blob = path.read_bytes()
-    wrong = bytearray(blob)
-    wrong[10] ^= 0x06  # the type of the first compressed block
-    changed = {"cut": blob[:-20], "no-gzip": b"<html>", "flipped-byte": bytes(wrong), "empty": b""}
-    path.write_bytes(changed.get(damage, gzip.compress(gzip.decompress(blob)[:-7])))
-    assert str(path) in message_of(capsys, lambda: load_dataset("mnist", str(tmp_path), "test"))
+    path = tmp_path / "mnist" / f"t10k-{kind}-ubyte.gz"
+    path.write_bytes(DAMAGE[damage](path.read_bytes(), header, item))
+    message = message_of(capsys, lambda: load_dataset("mnist", str(tmp_path), "test"))
+    if damage.startswith("one-item") or (damage == "too-short" and item == 1):  # either file may be the wrong one
+        found = {"one-item-less": 39, "one-item-more": 41, "too-short": 33}[damage]
+        expected = f"{found} labels of 40 images" if item == 1 else f"40 labels of {found} images"
+        assert str(tmp_path / "mnist") in message and expected in message
+    else:
+        assert f"{path} cannot be read" in message
 
 
-def test_damaged_cifar(tmp_path, capsys):
-    write_cifar(tmp_path, "cifar10")
-    path = tmp_path / "cifar-10-batches-bin" / "test_batch.bin"
-    for blob in (path.read_bytes()[:-1], b""):
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_damaged_cifar(tmp_path, capsys, dataset):
+    write_cifar(tmp_path, dataset)
+    folder, _, (name,), _ = FILES[dataset]
+    path = tmp_path / folder / name
+    for blob in (path.read_bytes()[:-1], path.read_bytes() + b"x", b""):
         path.write_bytes(blob)
-        assert "fetch" in message_of(capsys, lambda: load_dataset("cifar10", str(tmp_path), "test"))
+        assert f"{path} cannot be read" in message_of(capsys, lambda: load_dataset(dataset, str(tmp_path), "test"))
 
 
-@pytest.mark.parametrize("damage", ["cut", "no-archive", "other-archive"])
+def test_sizes_are_those_of_each_file(tmp_path, capsys):
+    """A byte lost in one file and won in the next would shift all records in between."""
+    write_cifar(tmp_path, "cifar10")
+    first, second = (tmp_path / "cifar-10-batches-bin" / f"data_batch_{i}.bin" for i in (1, 2))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.write_bytes(b"x" + second.read_bytes())
+    message = message_of(capsys, lambda: load_dataset("cifar10", str(tmp_path), "train"))
+    assert f"{first} cannot be read" in message
+
+
+def test_damaged_data_stop_a_run_before_it_writes(tmp_path, capsys):
+    write_cifar(tmp_path, "cifar10")
+    (tmp_path / "cifar-10-batches-bin" / "data_batch_4.bin").write_bytes(b"<html>")
+    args = Args(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "run"), device="cpu")
+    assert "data_batch_4.bin cannot be read" in message_of(capsys, lambda: teacher.main(args))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "no-archive", "other-archive", "folders", "file-in-the-way"])
 def test_damaged_archive(tmp_path, capsys, damage):
     changed = {"cut": pack_cifar("cifar10")[:-4000], "no-archive": b"<html>", "other-archive": pack_cifar("cifar100")}
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        member = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
+        member.type = tarfile.DIRTYPE
+        tar.addfile(member)
+    changed |= {"folders": packed.getvalue(), "file-in-the-way": pack_cifar("cifar10")}
     (tmp_path / "cifar-10-binary.tar.gz").write_bytes(changed[damage])
-    message = message_of(capsys, lambda: load_dataset("cifar10", str(tmp_path), "train"))
+    if damage == "file-in-the-way":
+        (tmp_path / "cifar-10-batches-bin").write_text("")
+    message = message_of(capsys, lambda: fetch("cifar10", str(tmp_path)))
     assert "cifar-10-binary.tar.gz" in message
 
 

@@ -1,0 +1,649 @@
+"""Zero-shot knowledge transfer: a student learns from a teacher's answers to images that a generator invents.
+
+Micaelli, Storkey, "Zero-shot Knowledge Transfer via Adversarial Belief Matching", NeurIPS 2019, arXiv:1905.09768. A
+generator seeks images on which the student disagrees with the teacher, the student learns to agree on them:
+
+    loss_G = -D(x)    loss_S = D(x) + beta * sum_l A_l(x)    x = G(z),  z ~ N(0, I)
+    D = mean over batch and classes of p_T (log p_T - log p_S),  A_l = mean over batch and positions of (q_T - q_S)^2
+
+with q the attention map of group l (`kernels/attention_transfer.py`). One pseudo-batch: one generator step, then ten
+student steps on what the updated generator makes of the same z (`--fresh-z`: of a new z each). Where we differ from
+the paper or its released code, which settles what the text leaves open:
+- images and teacher's answers are made once for the ten steps and detached; released: G runs again in each, with the
+  same result but for the running moments of its BatchNorms, which only pictures use. The teacher is frozen;
+- settings `digits` and `mnist` are ours: narrow generator, fresh z, own learning rates. `cifar10` is the paper's;
+- `--divergence` js, reverse-kl: the paper's ablation; l1: DFAD's loss (Fang et al. 2019, arXiv:1912.11006), without
+  its SGD student, its order of steps and its tanh;
+- `--shots`: the authors' recipe is unpublished; see `fine_tune`. `--pseudo-batches 0 --shots -1` is KD with all data.
+Run `python zskt.py [--teacher mnist-lenet5]`. It writes into --out: student.pt, samples.png (rows: ten z through the
+generator over time), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means since the last row:
+`loss/generator`, `loss/student` (last step of each pseudo-batch), `eval/max_p_teacher`, `eval/max_p_student` (top
+probability on the images), `eval/acc` percent of real test images. All figures are of the final iterate.
+`python zskt.py --mte runs/zskt/default/student.pt` writes mte.json and mte.png: the mean transition error
+(section 4.3; kernels/transitions.py).
+"""
+
+import gzip
+import json
+import math
+import os
+import random
+import time
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from einops import rearrange
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import kernels
+from kernels.contract import fail, load_network, load_state, load_weights, one_line, ran_on, try_out
+
+
+@dataclass
+class Args:
+    # Run settings.
+    teacher: str = "digits-lenet5"
+    """Shipped name (teachers/index.json), a teacher.pt, or file.py:factory."""
+    weights: str = ""
+    """State dict to load instead of the named one; needed for file.py:factory."""
+    num_classes: int = 0
+    """Classes of a foreign teacher; 0: as the named teacher has."""
+    image_size: int = 0
+    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
+    mean: tuple[float, ...] = ()
+    """Per-channel mean the teacher's inputs were normalised with; empty: as the named teacher has."""
+    std: tuple[float, ...] = ()
+    """Per-channel standard deviation, likewise."""
+    student: str = "auto"
+    """wrn-16-1 or the like, a network of teacher.py, a shipped name or file.py:factory; auto: as --setting has it."""
+    dataset: str = "auto"
+    """Real test images: digits | mnist | cifar10 | cifar100 | none; auto: the teacher's. Training never sees them."""
+    data_dir: str = "data"
+    """Folder with the data set's official files."""
+    out: str = "runs/zskt/default"
+    """Output folder."""
+    seed: int = 0
+    """Seeds python, numpy and torch."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    resume: bool = False
+    """Continue from checkpoint.pt of the output folder; on a CPU (same machine, threads, versions) bit-exactly."""
+    smoke: bool = False
+    """A run of seconds: 3 pseudo-batches of 16 images."""
+    fused: bool = True
+    """Use the fused ops of kernels/; --no-fused runs the plain references."""
+    bf16: bool = True
+    """bfloat16 activations on a GPU."""
+    graph: bool = True
+    """Replay the pseudo-batch as one CUDA graph on a GPU."""
+    mte: tuple[str, ...] = ()
+    """Measure these students (student.pt …) against the teacher instead of training one."""
+    mte_images: int = 1000
+    """Test images on which both networks agree (paper: 1000); each is led to every other class."""
+    shots: int = 0
+    """Real training images per class that fine-tune the finished student (M of the paper); -1: all of them."""
+    shot_steps: int = 1000
+    """Fine-tuning steps of 128 images (ours)."""
+
+    # Method; see SETTINGS. None: as --setting has it.
+    setting: str = "auto"
+    """A row of SETTINGS: cifar10 | mnist | digits; auto: by the data set."""
+    pseudo_batches: int | None = None
+    """Outer iterations N; both learning rates fall to zero over them. 0: no zero-shot phase."""
+    evaluations: int | None = None
+    """Rows of metrics.jsonl, tests, pictures and checkpoints in a run; the host waits for the device then only."""
+    batch_size: int | None = None
+    """Images of a pseudo-batch."""
+    width: int | None = None
+    """Channels of the generator's first layers (paper: 128)."""
+    n_student_iter: int | None = None
+    """Student steps per pseudo-batch (n_S; the released code's own default, 7, is not what was run)."""
+    lr_generator: float | None = None
+    """Adam's initial learning rate of the generator (the paper prints 2e-3; code and logs have 1e-3)."""
+    lr_student: float | None = None
+    """Adam's initial learning rate of the student."""
+    beta: float | None = None
+    """Weight of each attention term (released flag: AT_beta); 0, or no common activations: no such term."""
+    temperature: float | None = None
+    """Divides both logits in the divergence; no factor T^2."""
+    divergence: str | None = None
+    """kl (teacher || student) | reverse-kl | js | l1 (of logits)."""
+    fresh_z: bool | None = None
+    """New noise for every student step (Ferles et al., a reproduction: 1 to 3 points more on CIFAR-10)."""
+
+
+# fmt: off
+PAPER = dict(student="wrn_16_1", pseudo_batches=80000, evaluations=100, batch_size=128, width=128, n_generator_iter=1,
+             n_student_iter=10, lr_generator=1e-3, lr_student=2e-3, beta=250.0, temperature=1.0, divergence="kl",
+             fresh_z=False, clip=5.0)  # clip: largest global norm of either gradient (released code only)
+OURS = dict(PAPER, student="lenet5_half", evaluations=20, width=16, lr_generator=2e-3, lr_student=4e-3, beta=0.0,
+            fresh_z=True)  # chosen on training images of seed 0, which the method itself never sees
+SETTINGS = {
+    "cifar10": PAPER,  # SVHN: the same with 50,000 pseudo-batches
+    "mnist": dict(OURS, pseudo_batches=3000),
+    "digits": dict(OURS, pseudo_batches=200),
+}
+# fmt: on
+DIVERGENCES = ("kl", "reverse-kl", "js", "l1")
+Z_DIM = 100
+
+
+# Data: real images measure the student, and fine-tune it where --shots asks for that.
+# Copied from teacher.py
+FILES = {
+    "mnist": ("mnist", *([f"{s}-images-idx3-ubyte.gz", f"{s}-labels-idx1-ubyte.gz"] for s in ("train", "t10k")), 0),
+    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
+    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"], 2),
+}
+
+
+# Copied from teacher.py
+def load_digits(split):
+    """scikit-learn's 1,797 embedded digits, 8 px enlarged to 32 px; 360 of them, drawn once, are the test split."""
+    from sklearn.datasets import load_digits as embedded_digits
+    from sklearn.model_selection import train_test_split
+
+    x, y = embedded_digits(return_X_y=True)  # (1797, 64) in 0..16
+    parts = train_test_split(x, y, test_size=360, random_state=0, stratify=y)
+    x, y = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
+    x = torch.from_numpy(x).float().reshape(-1, 1, 8, 8) * (255 / 16)
+    x = F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
+    return x.round().to(torch.uint8), torch.from_numpy(y.astype(np.int64))
+
+
+# Copied from teacher.py
+def load_dataset(dataset, data_dir, split):
+    """Returns images (N, C, 32, 32) uint8 and labels (N,) int64 of the `train` or `test` split, on the CPU."""
+    if dataset == "digits":
+        return load_digits(split)
+    folder, train_files, test_files, n_labels = FILES[dataset]
+    parts, command = [], f"python teacher.py --dataset {dataset} --data-dir {data_dir}"
+    for name in train_files if split == "train" else test_files:
+        path = Path(data_dir) / folder / name
+        header, width = (8, 1) if "labels" in name else (16, 784) if dataset == "mnist" else (0, n_labels + 3072)
+        with one_line(f"{path} cannot be read", f"check --data-dir; {command} fetches what is missing or was deleted"):
+            raw = gzip.decompress(path.read_bytes()) if header else path.read_bytes()
+            parts.append(torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(-1, width))
+            if width == 1 and len(parts[0]) != len(parts[1]):
+                raise ValueError(f"{len(parts[1])} labels of {len(parts[0])} images")
+    if dataset == "mnist":  # zero-padded from 28 px
+        return F.pad(parts[0].view(-1, 1, 28, 28), (2, 2, 2, 2)), parts[1][:, 0].long()
+    records = torch.cat(parts)
+    return records[:, n_labels:].reshape(-1, 3, 32, 32), records[:, n_labels - 1].long()
+
+
+# Copied from teacher.py
+def normalise(x, mean, std):
+    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation; mean, std: C numbers in [0, 1]."""
+    mean, std = (torch.as_tensor(v, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
+    return x.float() * (1 / (255 * std)) - mean / std
+
+
+# Networks: the paper's WRNs and its generator. LeNets and all others are factories, of teacher.py or of the user.
+# Copied from teacher.py
+class WideBlock(nn.Module):
+    """Pre-activation block; the 1x1 shortcut, where channels change, reads the BN-ReLU'd input."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.shortcut = None if in_channels == channels else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+
+    def forward(self, x):
+        a = F.relu(self.bn1(x))
+        y = self.conv2(F.relu(self.bn2(self.conv1(a))))
+        return y + (x if self.shortcut is None else self.shortcut(a))
+
+
+# Copied from teacher.py
+class WideResNet(nn.Module):
+    """WRN-d-k: three groups of (d - 4) / 6 pre-activation blocks, widths 16k, 32k, 64k.
+
+    Groups are the raw residual sums, before the next BatchNorm, as attention transfer takes them.
+    """
+
+    def __init__(self, depth, k, num_classes=10, in_channels=3):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
+        c = 16
+        for i, width in enumerate((16 * k, 32 * k, 64 * k), 1):
+            stage = []
+            for j in range((depth - 4) // 6):
+                stage.append(WideBlock(c, width, 2 if i > 1 and j == 0 else 1))
+                c = width
+            setattr(self, f"block{i}", nn.Sequential(*stage))
+        self.bn = nn.BatchNorm2d(c)
+        self.linear = nn.Linear(c, num_classes)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out")
+        nn.init.zeros_(self.linear.bias)
+
+    def forward_groups(self, x):
+        a1 = self.block1(self.conv1(x))  # (N, 16k, H, W)
+        a2 = self.block2(a1)  # (N, 32k, H/2, W/2)
+        a3 = self.block3(a2)  # (N, 64k, H/4, W/4)
+        return self.linear(F.relu(self.bn(a3)).mean((2, 3))), (a1, a2, a3)
+
+    def forward(self, x):
+        return self.forward_groups(x)[0]
+
+
+NETWORKS = {f"wrn_{d}_{k}": partial(WideResNet, d, k) for d, k in ((16, 1), (16, 2), (40, 1), (40, 2))}
+load = partial(load_network, networks=NETWORKS)
+
+
+class Generator(nn.Module):
+    """Noise (N, 100) to normalised images (N, C, size, size): 1,051,145 parameters at width 128 and 3 x 32 x 32.
+
+    Nothing bounds the pixels: the last BatchNorm, affine, gives the images their mean and scale, and they enter the
+    networks as they are.
+    """
+
+    def __init__(self, width, channels, size):
+        super().__init__()
+        self.shape = (width, size // 4, size // 4)
+        self.linear = nn.Linear(Z_DIM, math.prod(self.shape))
+        self.bn0 = nn.BatchNorm2d(width)
+        self.conv1, self.bn1 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
+        self.conv2, self.bn2 = nn.Conv2d(width, width // 2, 3, 1, 1), nn.BatchNorm2d(width // 2)
+        self.conv3, self.bn3 = nn.Conv2d(width // 2, channels, 3, 1, 1), nn.BatchNorm2d(channels)
+
+    def forward(self, z):
+        x = self.bn0(self.linear(z).view(-1, *self.shape).contiguous(memory_format=torch.channels_last))
+        x = F.leaky_relu(self.bn1(self.conv1(F.interpolate(x, scale_factor=2))), 0.2)  # (N, width, size/2, size/2)
+        x = F.leaky_relu(self.bn2(self.conv2(F.interpolate(x, scale_factor=2))), 0.2)  # (N, width/2, size, size)
+        return self.bn3(self.conv3(x))
+
+
+# Losses
+def disagreement(t_logits, s_logits, divergence, temperature, fused):
+    """D, equation 1, of logits (N, K), or one of its alternatives: a mean over batch *and* classes."""
+    if divergence == "l1":
+        return (t_logits.float() - s_logits.float()).abs().mean()
+    name = ("js_divergence" if divergence == "js" else "kl_divergence") + ("" if fused else "_ref")
+    pair = (s_logits, t_logits) if divergence == "reverse-kl" else (t_logits, s_logits)
+    return getattr(kernels, name)(*pair, temperature) / t_logits.shape[1]
+
+
+def attention(groups, fused):
+    """Attention maps of a teacher's groups: [(N, H W) fp32]."""
+    return [(kernels.attention_map if fused else kernels.attention_map_ref)(a) for a in groups]
+
+
+def attention_loss(groups, maps, fused):
+    """Sum over the groups of A_l, the squared distance of attention maps, a mean over batch and positions."""
+    loss = kernels.attention_transfer if fused else kernels.attention_transfer_ref
+    return sum(loss(a, q) for a, q in zip(groups, maps, strict=True))
+
+
+def answer(model, x):
+    """(logits, groups): the activations that attention transfer compares, () of a network that names none."""
+    return model.forward_groups(x) if hasattr(model, "forward_groups") else (model(x), ())
+
+
+# One pseudo-batch
+class Game(nn.Module):
+    """Generator and student with their optimisers; all that training changes is a parameter or a buffer here."""
+
+    def __init__(self, teacher, student, setting, args):
+        super().__init__()
+        self.teacher, self.setting, cuda = teacher, setting, args.device == "cuda"  # the teacher is not a submodule
+        self.student, self.generator = student.model, Generator(setting["width"], *teacher.shape[:2])
+        self.register_buffer("preview_z", torch.randn(10, Z_DIM))
+        self.register_buffer("step", torch.zeros(()))  # pseudo-batches done
+        self.register_buffer("sums", torch.zeros(4))  # loss_G, loss_S, max p_T, max p_S since the last row
+        self.to(args.device, memory_format=torch.channels_last)
+        self.optimizers = {}
+        for name, model in (("generator", self.generator), ("student", self.student)):
+            lr = torch.tensor(setting[f"lr_{name}"], device=args.device)  # where a graph can read what it becomes
+            self.optimizers[name] = torch.optim.Adam(model.parameters(), lr, fused=True, capturable=cuda)
+        self.amp = partial(torch.autocast, args.device, torch.bfloat16, args.bf16 and cuda, cache_enabled=False)
+
+    def noise(self):
+        return torch.randn(self.setting["batch_size"], Z_DIM, device=self.step.device)
+
+    def disagreement(self, t_logits, s_logits):
+        return disagreement(t_logits, s_logits, *(self.setting[k] for k in ("divergence", "temperature", "fused")))
+
+    def update(self, name, loss):
+        """Clip the gradient of one player's weights and step; no other gradient is formed."""
+        parameters, optimizer = list(getattr(self, name).parameters()), self.optimizers[name]
+        optimizer.zero_grad()
+        loss.backward(inputs=parameters)
+        nn.utils.clip_grad_norm_(parameters, self.setting["clip"])
+        optimizer.step()
+
+
+def generator_step(game, z):
+    """One step up on the disagreement of teacher and student, whose BatchNorms are in train mode (as released)."""
+    with game.amp():
+        x = game.generator(z)
+        loss = -game.disagreement(game.teacher.model(x), game.student(x))
+    game.update("generator", loss)
+    return loss.detach()
+
+
+@torch.no_grad()
+def targets(game, z):
+    """Images of the generator as it is now (N, C, H, W), the teacher's logits (N, K) and attention maps."""
+    with game.amp():
+        x = game.generator(z)
+        logits, groups = answer(game.teacher.model, x)
+        return x, logits, attention(groups, game.setting["fused"]) if game.setting["beta"] else []
+
+
+def student_step(game, x, t_logits, maps):
+    """One step towards the teacher's answers; returns loss and logits, still on the device."""
+    with game.amp():
+        s_logits, groups = answer(game.student, x)
+        loss = game.disagreement(t_logits, s_logits)
+        if beta := game.setting["beta"]:
+            loss = loss + beta * attention_loss(groups, maps, game.setting["fused"])
+    game.update("student", loss)
+    return loss.detach(), s_logits.detach()
+
+
+def pseudo_batch(game):
+    """Algorithm 1's body: n_G generator steps, then n_S student steps, at the cosine's learning rates."""
+    setting = game.setting
+    cosine = (1 + torch.cos(math.pi / max(1, setting["pseudo_batches"]) * game.step)) / 2
+    for name, optimizer in game.optimizers.items():
+        optimizer.param_groups[0]["lr"].copy_(setting[f"lr_{name}"] * cosine)
+    z = game.noise()
+    for _ in range(setting["n_generator_iter"]):
+        loss_g = generator_step(game, z)
+    for i in range(setting["n_student_iter"]):
+        if i == 0 or setting["fresh_z"]:
+            x, t_logits, maps = targets(game, game.noise() if setting["fresh_z"] else z)
+        loss_s, s_logits = student_step(game, x, t_logits, maps)
+    tops = [logits.float().softmax(1).amax(1).mean() for logits in (t_logits, s_logits)]
+    game.sums += torch.stack([loss_g, loss_s, *tops])
+    game.step += 1
+
+
+# Evaluation and files
+# Copied from teacher.py
+@torch.no_grad()
+def evaluate(model, images, labels, mean, std, batch_size=500):
+    """Top-1 accuracy in percent, eval mode. images: (N, C, H, W) uint8, labels: (N,)."""
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for i in range(0, len(images), batch_size):
+        x = normalise(images[i : i + batch_size], mean, std).contiguous(memory_format=torch.channels_last)
+        correct += (model(x).argmax(1) == labels[i : i + batch_size]).sum()
+    model.train(was_training)
+    return 100 * correct.item() / len(images)
+
+
+def fine_tune(game, images, labels, args, run):
+    """M-shot: distil real images (n, C, H, W) uint8 with labels (n,) into the student; metric `loss/shots`.
+
+    loss = 0.1 CE + 28.8 D at temperature 4 + 12 beta / groups * A, as the authors' KD+AT baseline weighs them. Adam
+    with a cosine from 5e-4, BatchNorms in eval mode (Ferles et al.); without a zero-shot phase from lr_student, in
+    train mode. Augmentation (ours): one shift a batch, and of colour images one mirror.
+    """
+    setting, model, device, seeded = game.setting, game.student, game.step.device, random.Random(args.seed)
+    if args.shots > 0:
+        shuffled = torch.tensor(seeded.sample(range(len(labels)), len(labels)))
+        index = torch.cat([shuffled[labels[shuffled] == k][: args.shots] for k in labels.unique()])
+        images, labels = images[index], labels[index]
+    images, labels, generator = images.to(device), labels.to(device), torch.Generator(device).manual_seed(args.seed)
+    lr_0 = 5e-4 if setting["pseudo_batches"] else setting["lr_student"]
+    optimizer = torch.optim.Adam(model.parameters(), torch.tensor(lr_0, device=device), fused=True)
+    model.train(setting["pseudo_batches"] == 0)
+    for step in (bar := tqdm(range(args.shot_steps), disable=None, desc="shots")):
+        optimizer.param_groups[0]["lr"].fill_(lr_0 * (1 + math.cos(math.pi * step / args.shot_steps)) / 2)
+        index = torch.randint(len(labels), (128,), generator=generator, device=device)
+        x = normalise(images[index], game.teacher.mean, game.teacher.std)
+        x = x.roll((seeded.randint(-2, 2), seeded.randint(-2, 2)), (2, 3))
+        x = x.flip(3) if x.shape[1] == 3 and seeded.random() < 0.5 else x
+        with torch.no_grad():
+            t_logits, t_groups = answer(game.teacher.model, x)
+        s_logits, groups = answer(model, x)
+        loss = 0.1 * F.cross_entropy(s_logits, labels[index])
+        loss = loss + 28.8 * disagreement(t_logits, s_logits, "kl", 4.0, setting["fused"])
+        if beta := setting["beta"]:
+            maps = attention(t_groups, setting["fused"])
+            loss = loss + 12 * beta / len(groups) * attention_loss(groups, maps, setting["fused"])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % max(1, args.shot_steps // 10) == 0:
+            bar.set_postfix(run.write({"shot_step": step + 1, "loss/shots": loss.item()}))
+
+
+class Run:
+    """One run's folder: args.json, metrics.jsonl, checkpoint.pt, student.pt, samples.png, result.json."""
+
+    def __init__(self, args, game):
+        self.args, self.game, self.out, self.start = args, game, Path(args.out), time.time()
+        self.lines, self.strips = [], []  # rows of metrics.jsonl; (pseudo-batches, (10, C, H, W)) of the pictures
+        self.rng = torch.cuda if args.device == "cuda" else torch  # whose default generator draws z
+        settled = {k: v for k, v in asdict(args).items() if k not in ("resume", "out", "mte", "data_dir")}
+        self.settled = json.dumps(settled | {"setting": game.setting}, indent=1)
+        with one_line(f"--out {self.out} cannot be used", "pass another folder, or run without --resume"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            if args.resume and (self.out / "checkpoint.pt").exists():
+                self.restore(load_weights(self.out / "checkpoint.pt"))
+            (self.out / "args.json").write_text(self.settled + "\n")
+            (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
+            (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
+
+    def restore(self, saved):
+        before, now = json.loads(saved["settled"]), json.loads(self.settled)
+        if changed := ", ".join(k for k in now if before.get(k) != now[k]):
+            fail(f"--resume: {changed} differ from the first run's (args.json); repeat its options")
+        self.lines, self.strips, self.start = saved["lines"], saved["strips"], time.time() - saved["seconds"]
+        self.game.load_state_dict(saved["game"])
+        for name, optimizer in self.game.optimizers.items():
+            lr = optimizer.param_groups[0]["lr"]  # stays the tensor on the device
+            optimizer.load_state_dict(saved[name])
+            optimizer.param_groups[0]["lr"] = lr
+        self.rng.set_rng_state(saved["rng"])
+
+    def write(self, row):
+        self.lines.append(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(self.lines[-1])
+        return {k.split("/")[-1]: f"{v:.4g}" for k, v in row.items()}
+
+    @torch.no_grad()
+    def after_window(self, n, window, bar, test):
+        """The host's only wait: a row, a strip of the same ten z, a checkpoint."""
+        names, game = ("loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student"), self.game
+        row = dict(step=n) | dict(zip(names, (game.sums / window).tolist(), strict=True))
+        if not all(math.isfinite(v) for v in row.values()):
+            fail(f"the losses are not finite at pseudo-batch {n}; lower --lr-student or --lr-generator")
+        game.sums.zero_()
+        self.strips.append((n, game.generator.eval()(game.preview_z).cpu()))
+        game.generator.train()
+        shown = self.write(row | ({"eval/acc": evaluate(game.student, *test)} if test else {}))
+        bar.set_postfix(shown)
+        if bar.disable:  # no terminal: rows instead of a bar
+            print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
+        saved = dict(game=game.state_dict(), lines=self.lines, strips=self.strips, settled=self.settled)
+        saved |= {name: optimizer.state_dict() for name, optimizer in game.optimizers.items()}
+        saved |= dict(rng=self.rng.get_rng_state(), seconds=time.time() - self.start)
+        torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
+        os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
+
+    def finish(self, student, result):
+        """student.pt (described as teacher.py's checkpoints are), samples.png and result.json."""
+        teacher = self.game.teacher
+        saved = dict(format=1, arch=student.arch, dataset=result["dataset"], method="zskt", seed=self.args.seed)
+        saved |= {k: getattr(teacher, k) for k in ("num_classes", "image_size", "mean", "std")}
+        saved.update(channels=len(teacher.mean), accuracy=result["student_accuracy"])
+        torch.save(saved | {"state_dict": student.model.state_dict()}, self.out / "student.pt")
+        if rows := [self.strips[round(i)] for i in np.linspace(0, len(self.strips) - 1, min(10, len(self.strips)))]:
+            mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (teacher.mean, teacher.std))
+            sheet = rearrange(torch.stack([x * std + mean for _, x in rows]), "r n c h w -> (r h) (n w) c").clamp(0, 1)
+            figure = Figure((8, 0.75 * len(rows)), layout="constrained")
+            axis = figure.subplots()
+            axis.imshow(sheet.expand(-1, -1, 3).numpy(), extent=(0, 10, len(rows), 0))
+            axis.set(xticks=[], yticks=np.arange(len(rows)) + 0.5, yticklabels=[f"step {n}" for n, _ in rows])
+            figure.savefig(self.out / "samples.png", dpi=100)
+        result |= dict(seconds=round(time.time() - self.start, 1), seed=self.args.seed, setting=self.game.setting)
+        result |= ran_on(self.args.device)
+        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"wrote student.pt, samples.png, result.json into {self.out}; {result['seconds']:.0f} s")
+
+
+# Mean transition error
+def measure_transitions(student, teacher, images, labels, args):
+    """Transition curves (2, n (K - 1), 100) of two networks; their mean |student - teacher| is the MTE (Table 2).
+
+    images (n, C, H, W) uint8 with labels: those that both networks assign to one class, each led to every class but
+    its label (released code; the paper says its prediction). Shuffled with seed 0 whatever --seed is.
+    """
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
+    x, y = normalise(images[order], teacher.mean, teacher.std), labels[order]
+    agreed = torch.cat([teacher.model(b).argmax(1) == student.model(b).argmax(1) for b in x.split(500)])
+    x, y = x[agreed][: args.mte_images], y[agreed][: args.mte_images]
+    goals = (y[:, None] + torch.arange(1, teacher.num_classes, device=y.device)).flatten() % teacher.num_classes
+    x = x.repeat_interleave(teacher.num_classes - 1, 0)
+    batches = tqdm(list(zip(x.split(1000), goals.split(1000), strict=True)), disable=None, desc=student.name)
+    return torch.cat([kernels.transition_curves(student.model, teacher.model, *b).cpu() for b in batches], 1)
+
+
+def compare_transitions(teacher, test, args):
+    """--mte: the table of MTE and the figure of mean curves (± 2 standard errors), one panel a student."""
+    torch.backends.cudnn.allow_tf32 = False  # late gradients are tiny
+    out, table = Path(args.out), {}
+    figure = Figure((4 * len(args.mte), 3), layout="constrained")
+    for axis, path in zip(figure.subplots(1, len(args.mte), squeeze=False)[0], args.mte, strict=True):
+        with one_line(f"--mte {path}", "pass a student.pt; of a file.py:factory, that too as --student"):
+            student = load(path if args.student == "auto" else args.student, args, teacher=teacher, fresh=True)
+            load_state(student.model.requires_grad_(False).eval(), load_weights(path), path)
+            try_out(student, *teacher.shape)
+        student.name = path
+        curves = measure_transitions(student, teacher, *test[:2], args)  # (2, n, 100)
+        table[path] = {"mte": (curves[0] - curves[1]).abs().mean().item(), "paths": curves.shape[1]}
+        table[path]["accuracy"] = evaluate(student.model, *test)
+        print(f"{path}:", ", ".join(f"{k} {v:.4g}" for k, v in table[path].items()))
+        for name, curve in zip(("student", "teacher"), curves, strict=True):
+            mean, band = curve.mean(0).numpy(), 2 * curve.std(0).numpy() / math.sqrt(len(curve))
+            axis.plot(mean, label=name)
+            axis.fill_between(range(len(mean)), mean - band, mean + band, alpha=0.3)
+        axis.set(xlabel="step", ylabel="probability of the goal")
+        axis.set_title(f"{Path(path).parent.name}: MTE {table[path]['mte']:.3f}")
+        axis.legend()
+    with one_line(f"--out {out} cannot be used", "pass another folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out / "mte.png", dpi=100)
+        settled = dict(steps=100, step_size=1.0, teacher=args.teacher, device=args.device, students=table)
+        (out / "mte.json").write_text(json.dumps(settled, indent=1) + "\n")
+    print(f"wrote mte.json, mte.png into {out}")
+
+
+# Main
+def choose_setting(args, dataset):
+    """The row of SETTINGS with the command line's values over it."""
+    name = args.setting if args.setting != "auto" else dataset if dataset in SETTINGS else "cifar10"
+    setting = SETTINGS[name] | {k: v for k in PAPER if (v := getattr(args, k, None)) not in (None, "auto")}
+    if args.smoke:
+        setting.update(pseudo_batches=min(setting["pseudo_batches"], 3), batch_size=16)
+    return setting | dict(name=name, fused=args.fused)
+
+
+def have_common_activations(teacher, student):
+    """Whether both networks name groups, equally many, of equal height and width: then attention can be compared."""
+    x = torch.zeros(2, *teacher.shape[:1], *teacher.shape[1:2] * 2, device=teacher.device)
+    t_sizes, s_sizes = ([a.shape[2:] for a in answer(info.model, x)[1]] for info in (teacher, student))
+    return bool(t_sizes) and t_sizes == s_sizes
+
+
+def check_args(args):
+    """Refuse impossible settings before anything is loaded or written."""
+    least = dict(batch_size=2, width=2, shots=-1, lr_generator=1e-12, lr_student=1e-12, temperature=1e-6)
+    least |= dict.fromkeys(("evaluations", "n_student_iter", "mte_images", "shot_steps"), 1)
+    least |= dict.fromkeys(("seed", "image_size", "num_classes", "pseudo_batches", "beta"), 0)
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and not low <= value < 2**31:
+            fail(f"--{name.replace('_', '-')}: expected at least {low} (and below 2^31), got {value}")
+    choices = dict(device=("auto", "cpu", "cuda"), dataset=("auto", "digits", *FILES, "none"))
+    choices |= dict(setting=("auto", *SETTINGS), divergence=(None, *DIVERGENCES))
+    for name, allowed in choices.items():
+        if (value := getattr(args, name)) not in allowed:
+            fail(f"--{name}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device is visible; use --device cpu")
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+
+
+def main(args):
+    check_args(args)
+    random.seed(args.seed), torch.manual_seed(args.seed)  # torch's own streams: initialisation and every z
+    np.random.seed(args.seed)  # noqa: NPY002 - what foreign code would draw from
+
+    # The teacher, and the real images that measure (never train) the student.
+    with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
+        teacher = load(args.teacher, args)
+        teacher.shape = len(teacher.mean), teacher.image_size, teacher.num_classes
+        if teacher.image_size % 4 or teacher.image_size < 8:
+            fail(f"--image-size: expected a multiple of 4 of at least 8 pixels, got {teacher.image_size}")
+        try_out(teacher, *teacher.shape)
+    known = teacher.dataset if teacher.dataset in ("digits", *FILES) else "none"
+    dataset, test = known if args.dataset == "auto" else args.dataset, None
+    measures = dict(teacher_accuracy=teacher.accuracy, zero_shot_accuracy=None, student_accuracy=None)
+    if dataset != "none":
+        images, labels = load_dataset(dataset, args.data_dir, "test")
+        if images.shape[1:3] != teacher.shape[:2] or labels.max() >= teacher.num_classes:
+            fail(f"--dataset {dataset}: its images or classes do not fit the teacher; choose another, or none")
+        test = images.to(args.device), labels.to(args.device), teacher.mean, teacher.std
+        measures["teacher_accuracy"] = evaluate(teacher.model, *test)
+    elif args.mte or args.shots:
+        fail("--mte and --shots need real images: name their --dataset")
+    if args.mte:
+        return compare_transitions(teacher, test, args)
+
+    # The student, and attention if the two networks have activations in common.
+    setting = choose_setting(args, known if dataset == "none" else dataset)
+    pair = f"{args.teacher} -> {setting['student']}"
+    with one_line(f"--student {setting['student']}", "choose wrn-16-1, a network of teacher.py or file.py:factory"):
+        student = load(setting["student"], args, teacher=teacher, fresh=True)
+        student.model.eval()  # a blank batch must not reach the moments
+        try_out(student, *teacher.shape)
+        if setting["beta"] and not have_common_activations(teacher, student):
+            if args.beta:
+                fail(f"--beta {args.beta}: {pair} have no activations in common for attention transfer; use --beta 0")
+            setting["beta"] = 0.0
+            print(f"{pair}: no activations in common, so no attention transfer")
+        student.model.train()
+
+    # The game, in windows between which the host looks at it.
+    game = Game(teacher, student, setting, args)
+    run, total, n_windows = Run(args, game), setting["pseudo_batches"], setting["evaluations"]
+    print(f"{pair}: {total} pseudo-batches, setting {setting['name']}, {args.device}, fused={args.fused}")
+    step, done = kernels.Captured(partial(pseudo_batch, game), args.graph and args.device == "cuda"), int(game.step)
+    bar = tqdm(total=total, initial=done, disable=None, mininterval=0.5)
+    for end in sorted({n for i in range(n_windows) if (n := total * (i + 1) // n_windows) > done}):
+        for _ in range(done, end):
+            step()
+            bar.update()
+        run.after_window(end, end - done, bar, test)
+        done = end
+    bar.close()
+
+    if test:
+        measures["zero_shot_accuracy"] = evaluate(student.model, *test)
+        if args.shots:
+            fine_tune(game, *load_dataset(dataset, args.data_dir, "train"), args, run)
+        measures["student_accuracy"] = evaluate(student.model, *test)
+        print(", ".join(f"{k.replace('_', ' ')} {v:.2f} %" for k, v in measures.items()))
+    run.finish(student, dict(teacher=teacher.name, student=student.name, dataset=dataset, shots=args.shots) | measures)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
