@@ -14,6 +14,12 @@ Step rows (`--end-to-end`, always with --cpu): one DeepInversion step on CIFAR-1
   bf16 activations), forward hooks that take the mean and then the variance of a permuted copy, four shifted tensors
   for the total variation, one `.item()` a step;
 - ours: `deepinversion.synthesis_step`, fused and with the plain references.
+
+Pseudo-batch rows (with the step rows): one generator step and ten student steps of zero-shot knowledge transfer with
+attention terms, all ten on images of one z.
+- conventional: the loop as released: the generator runs again in each student step, with its graph; teacher not
+  frozen and asked again each time; NCHW, fp32, one `.item()` a step;
+- ours: `zskt.pseudo_batch`, fused (on a GPU as one CUDA graph), with the plain references, and with fresh z.
 """
 
 import argparse
@@ -252,6 +258,76 @@ def bench_step(device, seconds, batch_size=100):
     return rows
 
 
+def conventional_pseudo_batch(teacher, student, generator, adams, batch_size, beta):
+    """Zero-shot knowledge transfer as the released code runs it; returns the generator's loss."""
+    z = torch.randn(batch_size, 100, device=next(student.parameters()).device)
+
+    values = []
+
+    def maps(groups):
+        return [F.normalize(a.pow(2).mean(1).view(len(a), -1)) for a in groups]
+
+    for i in range(11):  # the generator's step, then the student's ten
+        model, adam = (generator, adams[0]) if i == 0 else (student, adams[1])
+        adam.zero_grad()
+        x = generator(z)
+        t_logits, t_groups = teacher.forward_groups(x)
+        s_logits, s_groups = student.forward_groups(x)
+        kl = F.kl_div(F.log_softmax(s_logits, 1), F.softmax(t_logits, 1), reduction="sum") / t_logits.numel()
+        distances = [(a - b).pow(2).mean() for a, b in zip(maps(s_groups), maps(t_groups), strict=True)]
+        loss = -kl if i == 0 else kl + beta * sum(distances)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5)
+        adam.step()
+        values.append(loss.item())
+    return values[0]
+
+
+def bench_pseudo_batch(device, seconds, teacher_name, student_name, width, batch_size):
+    """One pseudo-batch of a shipped teacher and a fresh student; returns one row per column."""
+    import zskt
+
+    def game(**options):
+        torch.manual_seed(0)
+        args = zskt.Args(device=device, batch_size=batch_size, width=width, n_student_iter=10, **options)
+        teacher = zskt.load(teacher_name, args)
+        teacher.shape = len(teacher.mean), teacher.image_size, teacher.num_classes
+        student = zskt.load(student_name, args, teacher=teacher, fresh=True)
+        return zskt.Game(teacher, student, zskt.choose_setting(args, "cifar10"), args)
+
+    usual = game()
+    networks = [usual.teacher.model.requires_grad_(True), usual.student, usual.generator]
+    networks = [model.to(memory_format=torch.contiguous_format) for model in networks]
+    adams = torch.optim.Adam(usual.generator.parameters(), 1e-3), torch.optim.Adam(usual.student.parameters(), 2e-3)
+    conventional = partial(conventional_pseudo_batch, *networks, adams, batch_size, 250.0)
+    columns, games = {"conventional": conventional}, {}
+    for name, options in (
+        ("ours", {}),
+        ("ours --no-fused", dict(fused=False)),
+        ("ours --fresh-z", dict(fresh_z=True)),
+    ):
+        games[name] = game(**options)
+        columns[name] = kernels.Captured(partial(zskt.pseudo_batch, games[name]), enabled=device == "cuda")
+    torch.manual_seed(1)
+    expected = conventional()
+    torch.manual_seed(1)
+    columns["ours"]()
+    if not abs(games["ours"].sums[0].item() - expected) < (0.1 if device == "cuda" else 1e-3) * abs(expected):  # bf16
+        raise SystemExit(f"pseudo-batch {teacher_name}: disagrees with the conventional loop; not timed")
+    ms = time_together(columns, device, seconds)
+    title = f"{teacher_name} to {student_name}"
+    print(f"\none pseudo-batch, {title}, {batch_size} images, generator of width {width}, {device}")
+    print(f"{'column':16} {'ms':>9} {'p20':>9} {'p80':>9} {'x conventional':>15}")
+    rows = []
+    for name, (p50, p20, p80) in ms.items():
+        to_usual = p50 / ms["conventional"][0]
+        print(f"{name:16} {p50:9.2f} {p20:9.2f} {p80:9.2f} {to_usual:15.2f}")
+        shape = f"{title}, batch {batch_size}, width {width}"
+        row = dict(op=f"pseudo-batch: {name}", shape=shape, mode="pseudo-batch", ours_ms=p50, ours_p20_ms=p20)
+        rows.append(row | dict(ours_p80_ms=p80, times_conventional=to_usual))
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cpu", action="store_true", help="time the CPU path: ops and the whole step")
@@ -267,6 +343,9 @@ def main():
     rows = bench_ops(device, args.seconds)
     if args.cpu or args.end_to_end:
         rows += bench_step(device, args.seconds * 10)
+        rows += bench_pseudo_batch(device, args.seconds * 10, "digits-lenet5", "lenet5_half", 16, 128)
+        wide = (128, 128) if device == "cuda" else (32, 16)  # a CPU would take minutes for the paper's size
+        rows += bench_pseudo_batch(device, args.seconds * 10, "cifar10-wrn-16-1", "wrn_16_1", *wide)
     if args.csv:
         commit = subprocess.run(
             ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
