@@ -19,8 +19,7 @@ Run `python zskt.py [--teacher mnist-lenet5]`. It writes into --out: student.pt,
 generator over time), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means since the last row:
 `loss/generator`, `loss/student` (last step of each pseudo-batch), `eval/max_p_teacher`, `eval/max_p_student` (top
 probability on the images), `eval/acc` percent of real test images. All figures are of the final iterate.
-`python zskt.py --mte runs/zskt/default/student.pt` writes mte.json and mte.png: the mean transition error
-(section 4.3; kernels/transitions.py).
+`python zskt.py --mte STUDENT.pt …` writes mte.json and mte.png: mean transition errors (kernels/transitions.py).
 """
 
 import gzip
@@ -511,6 +510,8 @@ def measure_transitions(student, teacher, images, labels, args):
     x, y = normalise(images[order], teacher.mean, teacher.std), labels[order]
     agreed = torch.cat([teacher.model(b).argmax(1) == student.model(b).argmax(1) for b in x.split(500)])
     x, y = x[agreed][: args.mte_images], y[agreed][: args.mte_images]
+    if not len(y):
+        fail(f"--mte {student.name}: it and the teacher agree on no test image; take a student that has learnt more")
     goals = (y[:, None] + torch.arange(1, teacher.num_classes, device=y.device)).flatten() % teacher.num_classes
     x = x.repeat_interleave(teacher.num_classes - 1, 0)
     batches = tqdm(list(zip(x.split(1000), goals.split(1000), strict=True)), disable=None, desc=student.name)

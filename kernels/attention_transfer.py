@@ -257,8 +257,9 @@ def _mean_square_backward(x, dm, grad=None):
         _attention_map_bwd_dx_kernel[grid](dx, x, dm, grad, *sizes, *dx_strides, *x_strides, 2 / C, **meta)
         return dx
     factor = (dm * (2 / C) if grad is None else dm * (grad * (2 / C))).view(N, 1, H, W)
-    dx = torch.empty_like(x, dtype=torch.float32)  # half precision is converted first: up to 9 times as fast
-    return torch.mul(x, factor, out=dx) if x.dtype == dx.dtype else dx.copy_(x).mul_(factor).to(x.dtype)
+    if x.dtype == torch.float32:
+        return x * factor
+    return x.float().mul_(factor).to(x.dtype)  # half precision is converted first: up to 9 times as fast
 
 
 class _AttentionMap(torch.autograd.Function):

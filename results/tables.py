@@ -33,18 +33,66 @@ def inversion_table():
     lines = ["| setting | teacher | it agrees | verifier | it agrees | seeds | seconds, device | files |"]
     lines.append("|---" * 8 + "|")
     for (setting, teacher, verifier), group in sorted(runs.items(), key=str):
-
-        def spread(key, group=group):
-            values = [r[key] for r in group]
-            deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            return f"{statistics.mean(values):.1f}{deviation} %"
-
         seconds = statistics.mean(r["seconds"] for r in group)
+        agree = [spread([r[f"{role}_agreement"] for r in group], 1) for role in ("teacher", "verifier")]
         lines.append(
-            f"| `{setting}` | `{teacher}` | {spread('teacher_agreement')} | `{verifier}` "
-            f"| {spread('verifier_agreement')} | {len(group)} | {seconds:.0f} s, {group[0]['device_name']} "
+            f"| `{setting}` | `{teacher}` | {agree[0]} | `{verifier}` | {agree[1]} "
+            f"| {len(group)} | {seconds:.0f} s, {group[0]['device_name']} "
             f"| `results/inversion-{setting}-seed*.json` |"
         )
+    return "\n".join(lines)
+
+
+def spread(values, digits=2):
+    """Mean ± standard deviation (of the sample), in percent."""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation} %"
+
+
+def zskt_table():
+    """Final-iterate accuracies of zero-shot students, over the seeds of a setting, from results/zskt-*-seed*.json."""
+    runs = {}
+    for path in sorted((ROOT / "results").glob("zskt-*-seed*.json")):
+        runs.setdefault(path.stem.rpartition("-seed")[0], []).append(json.loads(path.read_text()))
+    lines = [
+        "| setting | teacher → student | teacher | student | relative | steps N | seeds | longest, device | files |"
+    ]
+    lines.append("|---" * 9 + "|")
+    for name, group in runs.items():
+        first, students = group[0], [r["student_accuracy"] for r in group]
+        relative = statistics.mean(students) / first["teacher_accuracy"]
+        lines.append(
+            f"| `{first['setting']['name']}` | `{first['teacher']}` → `{first['student']}` "
+            f"| {first['teacher_accuracy']:.2f} % | {spread(students)} | {100 * relative:.1f} % "
+            f"| {first['setting']['pseudo_batches']} | {len(group)} "
+            f"| {max(r['seconds'] for r in group):.0f} s, {first['device_name']} | `results/{name}-seed*.json` |"
+        )
+    return "\n".join(lines)
+
+
+def mte_table():
+    """Mean transition errors of students of one teacher, from results/mte-mnist.json."""
+    saved = json.loads((ROOT / "results/mte-mnist.json").read_text())
+    lines = ["| student | test accuracy | mean transition error | paths |", "|---|---|---|---|"]
+    for path, row in saved["students"].items():
+        name = Path(path).parent.name
+        lines.append(f"| `{name}` | {row['accuracy']:.2f} % | {row['mte']:.3f} | {row['paths']} |")
+    note = (
+        f"Teacher `{saved['teacher']}`, {saved['steps']} steps of size {saved['step_size']}; `results/mte-mnist.json`."
+    )
+    return "\n".join(lines) + "\n\n" + note
+
+
+def trace_table():
+    """A short run of the paper's setting beside the first window of the authors' log."""
+    rows = [json.loads(line) for line in (ROOT / "results/zskt-cifar10-trace.jsonl").read_text().splitlines()]
+    lines = ["| pseudo-batches | loss_G | loss_S | mean max p_T | mean max p_S |", "|---|---|---|---|---|"]
+    keys = ("loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student")
+    before = 0
+    for row in rows:
+        lines.append(f"| {before + 1} to {row['step']} | " + " | ".join(f"{row[k]:.3f}" for k in keys) + " |")
+        before = row["step"]
+    lines.append("| authors, 1 to 800 | -0.113 | 0.263 | 0.853 | 0.365 |")
     return "\n".join(lines)
 
 
@@ -57,7 +105,7 @@ def cpu_ops_table():
     """Op rows of `python -m kernels.bench --cpu`."""
     lines = ["| op | shape | layout | mode | eager ms | ours ms | ratio | % of copy |", "|---" * 8 + "|"]
     for r in rows_of("bench-cpu.csv"):
-        if r["mode"] != "step":
+        if r["mode"] in ("forward", "both"):
             eager, ours = float(r["eager_ms"]), float(r["ours_ms"])
             cells = [r["op"], r["shape"], r["layout"], "forward" if r["mode"] == "forward" else "forward + backward"]
             cells += [f"{eager:.3f}", f"{ours:.3f}", f"{eager / ours:.2f}", f"{float(r['percent_of_copy']):.0f}"]
@@ -75,6 +123,16 @@ def cpu_step_table():
     return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
 
 
+def cpu_pseudo_batch_table():
+    """Pseudo-batch rows of `python -m kernels.bench --cpu`."""
+    lines = ["| one pseudo-batch | | ms | × conventional |", "|---|---|---|---|"]
+    for r in rows_of("bench-cpu.csv"):
+        if r["mode"] == "pseudo-batch":
+            cells = r["shape"], r["op"].partition(": ")[2], f"{float(r['ours_ms']):.0f}"
+            lines.append("| " + " | ".join(cells) + f" | {float(r['times_conventional']):.2f} |")
+    return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
+
+
 def measured_on(name):
     r = rows_of(name)[0]
     return f"{r['device']}, torch {r['torch']}, float32, commit {r['commit']}; medians; `results/{name}`."
@@ -83,6 +141,7 @@ def measured_on(name):
 def tables():
     """{name: text between its markers}."""
     makers = dict(teachers=teachers_table, inversion=inversion_table, cpu_ops=cpu_ops_table, cpu_step=cpu_step_table)
+    makers |= dict(zskt=zskt_table, mte=mte_table, trace=trace_table, cpu_pseudo_batch=cpu_pseudo_batch_table)
     return {name: make() for name, make in makers.items()}
 
 

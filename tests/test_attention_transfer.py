@@ -142,10 +142,11 @@ def test_channels_sparse_in_memory(backend, device):
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_layout_of_gradient_follows_x(layout, backend, device):
-    x = activation((2, 4, 3, 5), device, layout, HALF)
-    for op, args in ((attention_map, ()), (attention_transfer, (target_for(x),))):
-        _, dx = value_and_grad(op, x, *args, cotangent=torch.ones((), device=device))
-        assert dx.stride() == x.stride()
+    for dtype in (torch.float32, HALF):
+        x = activation((2, 4, 3, 5), device, layout, dtype)
+        for op, args in ((attention_map, ()), (attention_transfer, (target_for(x),))):
+            _, dx = value_and_grad(op, x, *args, cotangent=torch.ones((), device=device))
+            assert dx.stride() == x.stride()
 
 
 def test_backward_of_scaled_loss_and_of_nothing(backend, device):

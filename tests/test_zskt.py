@@ -262,6 +262,30 @@ def test_a_pseudo_batch_never_waits_for_the_device(setting):
         game.step.item()
 
 
+@pytest.mark.gpu
+def test_a_graph_plays_the_same_game_as_eager_steps():
+    """Same noise, same kernels: replayed pseudo-batches give the losses of launched ones, and count on."""
+    sums = []
+    for graph in (True, False):
+        torch.manual_seed(0)
+        args = zskt.Args(device="cuda", bf16=False, **FAST)
+        teacher = zskt.load("digits-lenet5", args)
+        teacher.shape = 1, 32, 10
+        student = zskt.load("lenet5_half", args, teacher=teacher, fresh=True)
+        game = zskt.Game(teacher, student, zskt.choose_setting(args, "digits") | dict(beta=25.0), args)
+        step = kernels.Captured(lambda game=game: zskt.pseudo_batch(game), graph)
+        torch.cuda.manual_seed(1)
+        for _ in range(4):  # warm-up, then the capture, which does wait
+            step()
+        torch.cuda.set_sync_debug_mode("error")
+        for _ in range(2):
+            step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert game.step.item() == 6
+        sums.append(game.sums.cpu())
+    assert torch.allclose(*sums, rtol=1e-2)
+
+
 # The paper's toy experiment: two-dimensional points instead of a generator
 
 
@@ -550,6 +574,15 @@ def test_mte_takes_agreed_images_to_every_class_but_their_label():
         curves = zskt.measure_transitions(student, teacher, images, torch.tensor([0, 1, 2, 1]), args)
     assert walked == {0: {1, 2}, 1: {0, 2}, 3: {0, 2}}  # image 3: both are wrong alike; its label is left out
     assert curves.shape == (2, 6, 100)
+
+
+def test_mte_without_a_common_image_is_refused(capsys):
+    classes = torch.eye(3)
+    student, teacher = (SimpleNamespace(model=lambda x, k=k: classes[k].expand(len(x), 3), name="s") for k in (0, 1))
+    teacher.mean, teacher.std, teacher.num_classes = (0.0,), (1.0,), 3
+    with pytest.raises(SystemExit):
+        zskt.measure_transitions(student, teacher, torch.zeros(4, 1, 2, 2), torch.zeros(4).long(), zskt.Args())
+    assert "agree on no test image" in capsys.readouterr().err
 
 
 def test_mte_of_the_teacher_itself_is_zero(tmp_path, capsys):
