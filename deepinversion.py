@@ -27,7 +27,6 @@ unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/
 import json
 import math
 import os
-import random
 import time
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -42,7 +41,17 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from kernels import bn_moment_loss, bn_moment_loss_ref, total_variation, total_variation_ref
-from kernels.contract import fail, load_network, load_weights, one_line, ran_on, shipped, try_out
+from kernels.contract import (
+    check_options,
+    fail,
+    load_network,
+    load_weights,
+    one_line,
+    ran_on,
+    seed_everything,
+    shipped,
+    try_out,
+)
 
 
 @dataclass
@@ -448,23 +457,13 @@ def check_args(args):
     """Refuse impossible settings before anything is loaded or written."""
     least = dict(batch_size=2, checkpoint_every=1, log_every=1, iterations=1, lr=1e-12)  # one image has no moments
     names = "seed image_size num_classes num_images alpha_bn alpha_tv_l2 alpha_tv_l1 alpha_l2 first_bn jitter"
-    for name, low in (least | dict.fromkeys(names.split(), 0)).items():
-        if (value := getattr(args, name)) is not None and not low <= value < 2**31:
-            fail(f"--{name.replace('_', '-')}: expected at least {low} (and below 2^31), got {value}")
-    choices = dict(device=("auto", "cpu", "cuda"), dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS))
-    for name, allowed in choices.items():
-        if (value := getattr(args, name)) not in allowed:
-            fail(f"--{name}: expected one of {', '.join(allowed)}, got {value!r}")
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no CUDA device is visible; use --device cpu")
+    choices = dict(dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS))
+    check_options(args, least | dict.fromkeys(names.split(), 0), choices)
 
 
 def main(args):
     check_args(args)
-    random.seed(args.seed), torch.manual_seed(args.seed)
-    np.random.seed(args.seed)  # noqa: NPY002 - what foreign code would draw from
+    seed_everything(args.seed)
     generator = torch.Generator().manual_seed(args.seed)  # classes, noise, jitter and flips
 
     with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):

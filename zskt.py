@@ -14,6 +14,7 @@ the paper or its released code, which settles what the text leaves open:
 - settings `digits` and `mnist` are ours: narrow generator, fresh z, own learning rates. `cifar10` is the paper's;
 - `--divergence` js, reverse-kl: the paper's ablation; l1: DFAD's loss (Fang et al. 2019, arXiv:1912.11006), without
   its SGD student, its order of steps and its tanh;
+- attention transfer wherever groups have equal sizes; released: between networks of one family only;
 - `--shots`: the authors' recipe is unpublished; see `fine_tune`. `--pseudo-batches 0 --shots -1` is KD with all data.
 Run `python zskt.py [--teacher mnist-lenet5]`. It writes into --out: student.pt, samples.png (rows: ten z through the
 generator over time), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means since the last row:
@@ -42,7 +43,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import kernels
-from kernels.contract import fail, load_network, load_state, load_weights, one_line, ran_on, try_out
+from kernels.contract import check_options, fail, load_network, load_state, load_weights, one_line, try_out
 
 
 @dataclass
@@ -73,7 +74,7 @@ class Args:
     device: str = "auto"
     """auto | cpu | cuda."""
     resume: bool = False
-    """Continue from checkpoint.pt of the output folder; on a CPU (same machine, threads, versions) bit-exactly."""
+    """Continue from checkpoint.pt of --out; on a CPU (same threads, versions; torch's own randomness) bit-exactly."""
     smoke: bool = False
     """A run of seconds: 3 pseudo-batches of 16 images."""
     fused: bool = True
@@ -87,7 +88,7 @@ class Args:
     mte_images: int = 1000
     """Test images on which both networks agree (paper: 1000); each is led to every other class."""
     shots: int = 0
-    """Real training images per class that fine-tune the finished student (M of the paper); -1: all of them."""
+    """Real training images per class that fine-tune the finished student, also with --resume (M); -1: all of them."""
     shot_steps: int = 1000
     """Fine-tuning steps of 128 images (ours)."""
 
@@ -111,7 +112,7 @@ class Args:
     beta: float | None = None
     """Weight of each attention term (released flag: AT_beta); 0, or no common activations: no such term."""
     temperature: float | None = None
-    """Divides both logits in the divergence; no factor T^2."""
+    """Divides both logits in the divergence (not in l1); no factor T^2."""
     divergence: str | None = None
     """kl (teacher || student) | reverse-kl | js | l1 (of logits)."""
     fresh_z: bool | None = None
@@ -123,14 +124,13 @@ PAPER = dict(student="wrn_16_1", pseudo_batches=80000, evaluations=100, batch_si
              n_student_iter=10, lr_generator=1e-3, lr_student=2e-3, beta=250.0, temperature=1.0, divergence="kl",
              fresh_z=False, clip=5.0)  # clip: largest global norm of either gradient (released code only)
 OURS = dict(PAPER, student="lenet5_half", evaluations=20, width=16, lr_generator=2e-3, lr_student=4e-3, beta=0.0,
-            fresh_z=True)  # chosen on training images of seed 0, which the method itself never sees
+            fresh_z=True)  # explored on test images of one seed, then chosen on training images: see README
 SETTINGS = {
     "cifar10": PAPER,  # SVHN: the same with 50,000 pseudo-batches
     "mnist": dict(OURS, pseudo_batches=2000),
     "digits": dict(OURS, pseudo_batches=200),
 }
 # fmt: on
-DIVERGENCES = ("kl", "reverse-kl", "js", "l1")
 Z_DIM = 100
 
 
@@ -286,8 +286,8 @@ def attention_loss(groups, maps, fused):
     return sum(loss(a, q) for a, q in zip(groups, maps, strict=True))
 
 
-def answer(model, x):
-    """(logits, groups): the activations that attention transfer compares, () of a network that names none."""
+def logits_and_groups(model, x):
+    """Groups are what attention transfer compares, () of a network that names none."""
     return model.forward_groups(x) if hasattr(model, "forward_groups") else (model(x), ())
 
 
@@ -338,14 +338,14 @@ def targets(game, z):
     """Images of the generator as it is now (N, C, H, W), the teacher's logits (N, K) and attention maps."""
     with game.amp():
         x = game.generator(z)
-        logits, groups = answer(game.teacher.model, x)
+        logits, groups = logits_and_groups(game.teacher.model, x)
         return x, logits, attention(groups, game.setting["fused"]) if game.setting["beta"] else []
 
 
 def student_step(game, x, t_logits, maps):
     """One step towards the teacher's answers; returns loss and logits, still on the device."""
     with game.amp():
-        s_logits, groups = answer(game.student, x)
+        s_logits, groups = logits_and_groups(game.student, x)
         loss = game.disagreement(t_logits, s_logits)
         if beta := game.setting["beta"]:
             loss = loss + beta * attention_loss(groups, maps, game.setting["fused"])
@@ -386,18 +386,32 @@ def evaluate(model, images, labels, mean, std, batch_size=500):
     return 100 * correct.item() / len(images)
 
 
+def draw_shots(images, labels, shots, seed):
+    """`shots` images of each class, drawn at random; all of them for -1."""
+    if shots > (least := labels.bincount().min()):
+        fail(f"--shots {shots}: the smallest class has {least} images; pass at most so many, or -1 for all")
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    index = torch.cat([shuffled[labels[shuffled] == k][: shots if shots > 0 else None] for k in labels.unique()])
+    return images[index], labels[index]
+
+
+def shot_loss(t_logits, t_groups, s_logits, groups, labels, setting):
+    """0.1 CE + 28.8 D at temperature 4 + 12 beta / groups * A, as the authors' KD+AT baseline weighs them."""
+    loss = 0.1 * F.cross_entropy(s_logits, labels)
+    loss = loss + 28.8 * disagreement(t_logits, s_logits, "kl", 4.0, setting["fused"])
+    if setting["beta"]:
+        maps = attention(t_groups, setting["fused"])
+        loss = loss + 12 * setting["beta"] / len(groups) * attention_loss(groups, maps, setting["fused"])
+    return loss
+
+
 def fine_tune(game, images, labels, args, run):
     """M-shot: distil real images (n, C, H, W) uint8 with labels (n,) into the student; metric `loss/shots`.
 
-    loss = 0.1 CE + 28.8 D at temperature 4 + 12 beta / groups * A, as the authors' KD+AT baseline weighs them. Adam
-    with a cosine from 5e-4, BatchNorms in eval mode (Ferles et al.); without a zero-shot phase from lr_student, in
-    train mode. Augmentation (ours): one shift a batch, and of colour images one mirror.
+    Adam with a cosine from 5e-4, BatchNorms in eval mode (Ferles et al.); without a zero-shot phase from lr_student
+    and in train mode. Augmentation (ours): one cyclic shift a batch, and of colour images one mirror.
     """
     setting, model, device, seeded = game.setting, game.student, game.step.device, random.Random(args.seed)
-    if args.shots > 0:
-        shuffled = torch.tensor(seeded.sample(range(len(labels)), len(labels)))
-        index = torch.cat([shuffled[labels[shuffled] == k][: args.shots] for k in labels.unique()])
-        images, labels = images[index], labels[index]
     images, labels, generator = images.to(device), labels.to(device), torch.Generator(device).manual_seed(args.seed)
     lr_0 = 5e-4 if setting["pseudo_batches"] else setting["lr_student"]
     optimizer = torch.optim.Adam(model.parameters(), torch.tensor(lr_0, device=device), fused=True)
@@ -409,13 +423,8 @@ def fine_tune(game, images, labels, args, run):
         x = x.roll((seeded.randint(-2, 2), seeded.randint(-2, 2)), (2, 3))
         x = x.flip(3) if x.shape[1] == 3 and seeded.random() < 0.5 else x
         with torch.no_grad():
-            t_logits, t_groups = answer(game.teacher.model, x)
-        s_logits, groups = answer(model, x)
-        loss = 0.1 * F.cross_entropy(s_logits, labels[index])
-        loss = loss + 28.8 * disagreement(t_logits, s_logits, "kl", 4.0, setting["fused"])
-        if beta := setting["beta"]:
-            maps = attention(t_groups, setting["fused"])
-            loss = loss + 12 * beta / len(groups) * attention_loss(groups, maps, setting["fused"])
+            answers = logits_and_groups(game.teacher.model, x)
+        loss = shot_loss(*answers, *logits_and_groups(model, x), labels[index], setting)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -428,29 +437,34 @@ class Run:
 
     def __init__(self, args, game):
         self.args, self.game, self.out, self.start = args, game, Path(args.out), time.time()
-        self.lines, self.strips = [], []  # rows of metrics.jsonl; (pseudo-batches, (10, C, H, W)) of the pictures
+        self.lines, self.previews = [], []  # rows of metrics.jsonl; (pseudo-batches, images (10, C, H, W))
         self.rng = torch.cuda if args.device == "cuda" else torch  # whose default generator draws z
-        settled = {k: v for k, v in asdict(args).items() if k not in ("resume", "out", "mte", "data_dir")}
-        self.settled = json.dumps(settled | {"setting": game.setting}, indent=1)
-        with one_line(f"--out {self.out} cannot be used", "pass another folder, or run without --resume"):
+        self.options = asdict(args) | {"setting": game.setting}
+        with one_line(f"--out {self.out} cannot be used", "pass another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
             if args.resume and (self.out / "checkpoint.pt").exists():
-                self.restore(load_weights(self.out / "checkpoint.pt"))
-            (self.out / "args.json").write_text(self.settled + "\n")
+                with one_line(f"{self.out / 'checkpoint.pt'}: no checkpoint of this script", "run without --resume"):
+                    self.restore(load_weights(self.out / "checkpoint.pt"))
+            else:  # nothing of an earlier run may pass for this one's
+                for name in ("checkpoint.pt", "student.pt", "samples.png"):
+                    (self.out / name).unlink(missing_ok=True)
+            (self.out / "args.json").write_text(json.dumps(self.options, indent=1) + "\n")
             (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
             (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
 
     def restore(self, saved):
-        before, now = json.loads(saved["settled"]), json.loads(self.settled)
-        if changed := ", ".join(k for k in now if before.get(k) != now[k]):
+        free = ("resume", "out", "data_dir", "graph", "smoke", "mte", "mte_images", "shots", "shot_steps")
+        before, now = json.loads(saved["options"]), json.loads(json.dumps(self.options))
+        if changed := ", ".join(k for k in now if k not in free and before[k] != now[k]):
             fail(f"--resume: {changed} differ from the first run's (args.json); repeat its options")
-        self.lines, self.strips, self.start = saved["lines"], saved["strips"], time.time() - saved["seconds"]
+        self.lines, self.previews, self.start = saved["lines"], saved["previews"], time.time() - saved["seconds"]
         self.game.load_state_dict(saved["game"])
         for name, optimizer in self.game.optimizers.items():
-            lr = optimizer.param_groups[0]["lr"]  # stays the tensor on the device
-            optimizer.load_state_dict(saved[name])
-            optimizer.param_groups[0]["lr"] = lr
+            kernels.contract.restore_adam(optimizer, saved[name])
         self.rng.set_rng_state(saved["rng"])
+        shapes = {x.shape[1:] for _, x in self.previews}
+        if int(self.game.step) not in range(now["setting"]["pseudo_batches"] + 1) or len(shapes) > 1:
+            raise ValueError("its state does not belong together")
 
     def write(self, row):
         self.lines.append(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
@@ -466,15 +480,15 @@ class Run:
         if not all(math.isfinite(v) for v in row.values()):
             fail(f"the losses are not finite at pseudo-batch {n}; lower --lr-student or --lr-generator")
         game.sums.zero_()
-        self.strips.append((n, game.generator.eval()(game.preview_z).cpu()))
+        self.previews.append((n, game.generator.eval()(game.preview_z).cpu()))
         game.generator.train()
         shown = self.write(row | ({"eval/acc": evaluate(game.student, *test)} if test else {}))
         bar.set_postfix(shown)
         if bar.disable:  # no terminal: rows instead of a bar
             print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
-        saved = dict(game=game.state_dict(), lines=self.lines, strips=self.strips, settled=self.settled)
+        saved = dict(lines=self.lines, previews=self.previews, options=json.dumps(self.options))
         saved |= {name: optimizer.state_dict() for name, optimizer in game.optimizers.items()}
-        saved |= dict(rng=self.rng.get_rng_state(), seconds=time.time() - self.start)
+        saved |= dict(game=game.state_dict(), rng=self.rng.get_rng_state(), seconds=time.time() - self.start)
         torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
         os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
 
@@ -485,66 +499,62 @@ class Run:
         saved |= {k: getattr(teacher, k) for k in ("num_classes", "image_size", "mean", "std")}
         saved.update(channels=len(teacher.mean), accuracy=result["student_accuracy"])
         torch.save(saved | {"state_dict": student.model.state_dict()}, self.out / "student.pt")
-        if rows := [self.strips[round(i)] for i in np.linspace(0, len(self.strips) - 1, min(10, len(self.strips)))]:
+        result |= dict(seconds=round(time.time() - self.start, 1), seed=self.args.seed, setting=self.game.setting)
+        result |= kernels.contract.ran_on(self.args.device)
+        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        if self.previews:
+            rows = dict(self.previews[round(i)] for i in np.linspace(0, len(self.previews) - 1, 10))  # ten or fewer
             mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (teacher.mean, teacher.std))
-            sheet = rearrange(torch.stack([x * std + mean for _, x in rows]), "r n c h w -> (r h) (n w) c").clamp(0, 1)
+            sheet = (
+                rearrange(torch.stack([*rows.values()]) * std + mean, "r n c h w -> (r h) (n w) c").clamp(0, 1).numpy()
+            )
             figure = Figure((8, 0.75 * len(rows)), layout="constrained")
             axis = figure.subplots()
-            axis.imshow(sheet.expand(-1, -1, 3).numpy(), extent=(0, 10, len(rows), 0))
-            axis.set(xticks=[], yticks=np.arange(len(rows)) + 0.5, yticklabels=[f"step {n}" for n, _ in rows])
+            axis.imshow(sheet if sheet.shape[2] == 3 else sheet[:, :, 0], cmap="gray", extent=(0, 10, len(rows), 0))
+            axis.set(xticks=[], yticks=np.arange(len(rows)) + 0.5, yticklabels=[f"step {n}" for n in rows])
             figure.savefig(self.out / "samples.png", dpi=100)
-        result |= dict(seconds=round(time.time() - self.start, 1), seed=self.args.seed, setting=self.game.setting)
-        result |= ran_on(self.args.device)
-        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote student.pt, samples.png, result.json into {self.out}; {result['seconds']:.0f} s")
+        print(f"wrote student.pt and result.json into {self.out}; {result['seconds']:.0f} s")
 
 
 # Mean transition error
-def measure_transitions(student, teacher, images, labels, args):
-    """Transition curves (2, n (K - 1), 100) of two networks; their mean |student - teacher| is the MTE (Table 2).
-
-    images (n, C, H, W) uint8 with labels: those that both networks assign to one class, each led to every class but
-    its label (released code; the paper says its prediction). Shuffled with seed 0 whatever --seed is.
-    """
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(labels.device)
-    x, y = normalise(images[order], teacher.mean, teacher.std), labels[order]
-    agreed = torch.cat([teacher.model(b).argmax(1) == student.model(b).argmax(1) for b in x.split(500)])
-    x, y = x[agreed][: args.mte_images], y[agreed][: args.mte_images]
-    if not len(y):
+def measure_transitions(student, teacher, test, args):
+    """Transition curves (2, n (K - 1), 100) over the test images, shuffled with seed 0 whatever --seed is."""
+    order = torch.randperm(len(test[1]), generator=torch.Generator().manual_seed(0)).to(test[1].device)
+    x, labels, networks = normalise(test[0][order], *test[2:]), test[1][order], (student.model, teacher.model)
+    x, goals = kernels.transition_pairs(*networks, x, labels, teacher.num_classes, args.mte_images)
+    if not len(goals):
         fail(f"--mte {student.name}: it and the teacher agree on no test image; take a student that has learnt more")
-    goals = (y[:, None] + torch.arange(1, teacher.num_classes, device=y.device)).flatten() % teacher.num_classes
-    x = x.repeat_interleave(teacher.num_classes - 1, 0)
-    batches = tqdm(list(zip(x.split(1000), goals.split(1000), strict=True)), disable=None, desc=student.name)
-    return torch.cat([kernels.transition_curves(student.model, teacher.model, *b).cpu() for b in batches], 1)
+    pairs = tqdm(list(zip(x.split(1000), goals.split(1000), strict=True)), disable=None, desc=student.name)
+    curves = [kernels.transition_curves(*networks, *pair, graph=args.graph).cpu() for pair in pairs]
+    return torch.cat(curves, 1)
 
 
-def compare_transitions(teacher, test, args):
-    """--mte: the table of MTE and the figure of mean curves (± 2 standard errors), one panel a student."""
+def compare_transitions(teacher, test, dataset, args):
+    """--mte: the table of MTE and the figure of mean curves, one panel a student."""
     torch.backends.cudnn.allow_tf32 = False  # late gradients are tiny
-    out, table = Path(args.out), {}
-    figure = Figure((4 * len(args.mte), 3), layout="constrained")
-    for axis, path in zip(figure.subplots(1, len(args.mte), squeeze=False)[0], args.mte, strict=True):
+    out, table, curves = Path(args.out), {}, {}
+    for path in dict.fromkeys(args.mte):
         with one_line(f"--mte {path}", "pass a student.pt; of a file.py:factory, that too as --student"):
-            student = load(path if args.student == "auto" else args.student, args, teacher=teacher, fresh=True)
-            load_state(student.model.requires_grad_(False).eval(), load_weights(path), path)
+            fresh = args.student != "auto"  # an architecture: the file has its weights
+            student = load(args.student if fresh else path, args, teacher=teacher, fresh=fresh)
+            if fresh:
+                load_state(student.model.requires_grad_(False).eval(), load_weights(path), path)
             try_out(student, *teacher.shape)
+        if [*student.mean, *student.std] != [*teacher.mean, *teacher.std]:
+            fail(f"--mte {path}: its images are normalised otherwise than the teacher's; their paths do not compare")
+        with one_line(f"--out {out} cannot be used", "pass another folder"):
+            out.mkdir(parents=True, exist_ok=True)
         student.name = path
-        curves = measure_transitions(student, teacher, *test[:2], args)  # (2, n, 100)
-        table[path] = {"mte": (curves[0] - curves[1]).abs().mean().item(), "paths": curves.shape[1]}
-        table[path]["accuracy"] = evaluate(student.model, *test)
+        walked = measure_transitions(student, teacher, test, args)  # (2, n, 100)
+        if not walked.isfinite().all():
+            fail(f"--mte {path}: its probabilities are not finite; take another student")
+        error = (walked[0] - walked[1]).abs().mean().item()
+        table[path] = dict(mte=error, paths=walked.shape[1], accuracy=evaluate(student.model, *test))
+        curves[f"{Path(path).parent.name}: MTE {error:.3f}"] = walked
         print(f"{path}:", ", ".join(f"{k} {v:.4g}" for k, v in table[path].items()))
-        for name, curve in zip(("student", "teacher"), curves, strict=True):
-            mean, band = curve.mean(0).numpy(), 2 * curve.std(0).numpy() / math.sqrt(len(curve))
-            axis.plot(mean, label=name)
-            axis.fill_between(range(len(mean)), mean - band, mean + band, alpha=0.3)
-        axis.set(xlabel="step", ylabel="probability of the goal")
-        axis.set_title(f"{Path(path).parent.name}: MTE {table[path]['mte']:.3f}")
-        axis.legend()
-    with one_line(f"--out {out} cannot be used", "pass another folder"):
-        out.mkdir(parents=True, exist_ok=True)
-        figure.savefig(out / "mte.png", dpi=100)
-        settled = dict(steps=100, step_size=1.0, teacher=args.teacher, device=args.device, students=table)
-        (out / "mte.json").write_text(json.dumps(settled, indent=1) + "\n")
+    kernels.draw_transitions(curves, out / "mte.png")
+    known = dict(steps=100, step_size=1.0, teacher=args.teacher, dataset=dataset, students=table)
+    (out / "mte.json").write_text(json.dumps(known | kernels.contract.ran_on(args.device), indent=1) + "\n")
     print(f"wrote mte.json, mte.png into {out}")
 
 
@@ -561,8 +571,8 @@ def choose_setting(args, dataset):
 def have_common_activations(teacher, student):
     """Whether both networks name groups, equally many, of equal height and width: then attention can be compared."""
     x = torch.zeros(2, *teacher.shape[:1], *teacher.shape[1:2] * 2, device=teacher.device)
-    t_sizes, s_sizes = ([a.shape[2:] for a in answer(info.model, x)[1]] for info in (teacher, student))
-    return bool(t_sizes) and t_sizes == s_sizes
+    t_sizes, s_sizes = ([a.shape[2:] for a in logits_and_groups(info.model, x)[1]] for info in (teacher, student))
+    return bool(t_sizes) and t_sizes == s_sizes and all(len(size) == 2 for size in t_sizes)
 
 
 def check_args(args):
@@ -570,23 +580,13 @@ def check_args(args):
     least = dict(batch_size=2, width=2, shots=-1, lr_generator=1e-12, lr_student=1e-12, temperature=1e-6)
     least |= dict.fromkeys(("evaluations", "n_student_iter", "mte_images", "shot_steps"), 1)
     least |= dict.fromkeys(("seed", "image_size", "num_classes", "pseudo_batches", "beta"), 0)
-    for name, low in least.items():
-        if (value := getattr(args, name)) is not None and not low <= value < 2**31:
-            fail(f"--{name.replace('_', '-')}: expected at least {low} (and below 2^31), got {value}")
-    choices = dict(device=("auto", "cpu", "cuda"), dataset=("auto", "digits", *FILES, "none"))
-    choices |= dict(setting=("auto", *SETTINGS), divergence=(None, *DIVERGENCES))
-    for name, allowed in choices.items():
-        if (value := getattr(args, name)) not in allowed:
-            fail(f"--{name}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no CUDA device is visible; use --device cpu")
-    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    choices = dict(dataset=("auto", "digits", *FILES, "none"), setting=("auto", *SETTINGS))
+    check_options(args, least, choices | {"divergence": (None, "kl", "reverse-kl", "js", "l1")})
 
 
 def main(args):
     check_args(args)
-    random.seed(args.seed), torch.manual_seed(args.seed)  # torch's own streams: initialisation and every z
-    np.random.seed(args.seed)  # noqa: NPY002 - what foreign code would draw from
+    kernels.contract.seed_everything(args.seed)
 
     # The teacher, and the real images that measure (never train) the student.
     with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
@@ -607,7 +607,9 @@ def main(args):
     elif args.mte or args.shots:
         fail("--mte and --shots need real images: name their --dataset")
     if args.mte:
-        return compare_transitions(teacher, test, args)
+        return compare_transitions(teacher, test, dataset, args)
+    if args.shots:
+        real = draw_shots(*load_dataset(dataset, args.data_dir, "train"), args.shots, args.seed)
 
     # The student, and attention if the two networks have activations in common.
     setting = choose_setting(args, known if dataset == "none" else dataset)
@@ -640,7 +642,7 @@ def main(args):
     if test:
         measures["zero_shot_accuracy"] = evaluate(student.model, *test)
         if args.shots:
-            fine_tune(game, *load_dataset(dataset, args.data_dir, "train"), args, run)
+            fine_tune(game, *real, args, run)
         measures["student_accuracy"] = evaluate(student.model, *test)
         print(", ".join(f"{k.replace('_', ' ')} {v:.2f} %" for k, v in measures.items()))
     run.finish(student, dict(teacher=teacher.name, student=student.name, dataset=dataset, shots=args.shots) | measures)

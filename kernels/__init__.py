@@ -6,7 +6,7 @@ from kernels.graphs import Captured
 from kernels.js_divergence import js_divergence, js_divergence_ref
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref
 from kernels.total_variation import total_variation, total_variation_ref
-from kernels.transitions import transition_curves
+from kernels.transitions import draw_transitions, transition_curves, transition_pairs
 
 __all__ = [
     "Captured",
@@ -18,6 +18,7 @@ __all__ = [
     "bn_moment_loss_ref",
     "bn_moments",
     "bn_moments_ref",
+    "draw_transitions",
     "js_divergence",
     "js_divergence_ref",
     "kl_divergence",
@@ -25,4 +26,5 @@ __all__ = [
     "total_variation",
     "total_variation_ref",
     "transition_curves",
+    "transition_pairs",
 ]

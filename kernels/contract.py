@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import random
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,20 @@ def fail(message):
     """Print one line that says what to do and leave with exit code 2."""
     print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def check_options(args, least, choices):
+    """Refuse numbers below `least` and words outside `choices`, {option: …} each; settle args.device."""
+    for name, low in least.items():
+        if (value := getattr(args, name)) is not None and not low <= value < 2**31:
+            fail(f"--{name.replace('_', '-')}: expected at least {low} (and below 2^31), got {value}")
+    for name, allowed in (choices | {"device": ("auto", "cpu", "cuda")}).items():
+        if (value := getattr(args, name)) not in allowed:
+            fail(f"--{name}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device is visible; use --device cpu")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @contextlib.contextmanager
@@ -150,8 +165,26 @@ def load_network(spec, args, networks, public=None, teacher=None, fresh=False):
 def try_out(info, n_channels, size, n_classes):
     """Feed two blank images: a network of another size, channel or class count fails here, not after an hour."""
     logits = info.model(torch.zeros(2, n_channels, size, size, device=info.device))
+    if not logits.isfinite().all():
+        raise ValueError("gives logits that are not finite")
     if logits.shape != (2, n_classes) or n_classes < 1:
         raise ValueError(f"gives logits of shape {tuple(logits.shape)} for 2 images and {n_classes} classes")
+
+
+def seed_everything(seed):
+    """Python, numpy and torch; torch's own streams make networks and noise, the others are for foreign code."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def restore_adam(optimizer, saved):
+    """Load moments and steps, not the options; wrong sizes are refused here, for fused Adam reads past their end."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for p, state in zip(parameters, saved["state"].values(), strict=True):
+        if {p.shape} != {state[k].shape for k in ("exp_avg", "exp_avg_sq")} or state["step"].shape:
+            raise ValueError("its optimiser belongs to another network")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def ran_on(device):

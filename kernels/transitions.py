@@ -19,7 +19,35 @@ import torch.nn.functional as F
 from kernels.graphs import Captured
 
 
-def transition_curves(student, teacher, x, goals, n_steps=100, step_size=1.0):
+def transition_pairs(student, teacher, x, labels, num_classes, n_images=1000):
+    """Images that student and teacher assign to one class, each beside every class but its label.
+
+    The released code leads an image away from its label; the paper says from its prediction. They differ for the few
+    images that both networks get wrong alike.
+
+    Args:
+        student: frozen network in eval mode, (n, C, H, W) -> logits (n, num_classes).
+        teacher: likewise.
+        x: (N, C, H, W) float images in the units that both networks take, in the order of preference.
+        labels: (N,) int64 classes.
+        num_classes: K.
+        n_images: how many of the agreed images are taken, from the first on.
+
+    Returns:
+        Images (n (K - 1), C, H, W), each K - 1 times in a row, and goals (n (K - 1),) int64; n <= n_images, maybe 0.
+
+    >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).requires_grad_(False).eval()
+    >>> x, goals = transition_pairs(network, network, torch.randn(2, 1, 2, 2), torch.tensor([0, 2]), 3)
+    >>> goals
+    tensor([1, 2, 0, 1])
+    """
+    agreed = torch.cat([teacher(part).argmax(1) == student(part).argmax(1) for part in x.split(500)])
+    x, labels = x[agreed][:n_images], labels[agreed][:n_images]
+    goals = (labels[:, None] + torch.arange(1, num_classes, device=labels.device)).flatten() % num_classes
+    return x.repeat_interleave(num_classes - 1, 0), goals
+
+
+def transition_curves(student, teacher, x, goals, n_steps=100, step_size=1.0, graph=True):
     """Probability of each image's goal along its path, for the student, which is followed, and for the teacher.
 
     Args:
@@ -29,20 +57,21 @@ def transition_curves(student, teacher, x, goals, n_steps=100, step_size=1.0):
         goals: (n,) int64 classes.
         n_steps: points of a curve, at least 1; the first belongs to x itself.
         step_size: length of a step in units of the gradient.
+        graph: on a GPU, replay the step as a CUDA graph.
 
     Returns:
         (2, n, n_steps) fp32: student, teacher. `(curves[0] - curves[1]).abs().mean()` is the MTE.
 
     Raises:
-        ValueError: a network in train mode (its BatchNorm would couple the paths), shapes that do not match, n_steps.
+        ValueError: a layer in train mode (its BatchNorm would couple the paths), shapes that do not match, n_steps.
 
     >>> network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)).requires_grad_(False).eval()
     >>> curves = transition_curves(network, network, torch.randn(2, 1, 2, 2), torch.tensor([0, 2]), n_steps=5)
     >>> curves.shape, (curves[0] - curves[1]).abs().mean()
     (torch.Size([2, 2, 5]), tensor(0.))
     """
-    if student.training or teacher.training:
-        raise ValueError("transition_curves: expected networks in eval mode, got one in train mode; call .eval()")
+    if any(m.training for network in (student, teacher) for m in network.modules()):
+        raise ValueError("transition_curves: expected networks in eval mode, got a layer in train mode; call .eval()")
     if goals.shape != x.shape[:1] or n_steps < 1:
         got = f"x {tuple(x.shape)}, goals {tuple(goals.shape)}, n_steps {n_steps}"
         raise ValueError(f"transition_curves: expected a goal for each image and n_steps of at least 1, got {got}")
@@ -60,7 +89,22 @@ def transition_curves(student, teacher, x, goals, n_steps=100, step_size=1.0):
             x.sub_(step_size * gradient)
             k.add_(1)
 
-    step = Captured(step, enabled=x.is_cuda)
+    step = Captured(step, enabled=graph and x.is_cuda)
     for _ in range(n_steps):
         step()
     return curves
+
+
+def draw_transitions(curves, path):
+    """Write a picture of mean curves with a band of ± 2 standard errors, one panel for each of {title: (2, n, K)}."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((4 * len(curves), 3), layout="constrained")
+    for axis, (title, pair) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for name, curve in zip(("student", "teacher"), pair, strict=True):
+            mean, band = curve.mean(0).numpy(), 2 * curve.std(0).numpy() / len(curve) ** 0.5
+            axis.plot(mean, label=name)
+            axis.fill_between(range(len(mean)), mean - band, mean + band, alpha=0.3)
+        axis.set(title=title, xlabel="step", ylabel="probability of the goal")
+        axis.legend()
+    figure.savefig(path, dpi=100)
