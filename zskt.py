@@ -303,6 +303,7 @@ class Game(nn.Module):
         self.register_buffer("step", torch.zeros(()))  # pseudo-batches done
         self.register_buffer("sums", torch.zeros(4))  # loss_G, loss_S, max p_T, max p_S since the last row
         self.to(args.device, memory_format=torch.channels_last)
+        self.disagreement = partial(disagreement, **{k: setting[k] for k in ("divergence", "temperature", "fused")})
         self.optimizers = {}
         for name, model in (("generator", self.generator), ("student", self.student)):
             lr = torch.tensor(setting[f"lr_{name}"], device=args.device)  # where a graph can read what it becomes
@@ -311,9 +312,6 @@ class Game(nn.Module):
 
     def noise(self):
         return torch.randn(self.setting["batch_size"], Z_DIM, device=self.step.device)
-
-    def disagreement(self, t_logits, s_logits):
-        return disagreement(t_logits, s_logits, *(self.setting[k] for k in ("divergence", "temperature", "fused")))
 
     def update(self, name, loss):
         """Clip the gradient of one player's weights and step; no other gradient is formed."""

@@ -711,6 +711,6 @@ def test_students_of_other_classes_have_no_transitions(capsys, tmp_path):
 
 
 def test_losses_that_are_not_finite_end_the_run(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(zskt, "disagreement", lambda t, s, *_: s.sum() * math.nan)
+    monkeypatch.setattr(zskt, "disagreement", lambda t, s, **_: s.sum() * math.nan)
     assert "not finite" in refused(capsys, out=str(tmp_path))
     assert not (tmp_path / "result.json").exists()
