@@ -96,8 +96,12 @@ def transition_curves(student, teacher, x, goals, n_steps=100, step_size=1.0, gr
 
 
 def draw_transitions(curves, path):
-    """Write a picture of mean curves with a band of ± 2 standard errors, one panel for each of {title: (2, n, K)}."""
-    from matplotlib.figure import Figure
+    """Write a picture of mean curves with a band of ± 2 standard errors, one panel for each of {title: (2, n, K)}.
+
+    >>> import io
+    >>> draw_transitions({"a student": torch.rand(2, 9, 100)}, io.BytesIO())
+    """
+    from matplotlib.figure import Figure  # not needed but here
 
     figure = Figure((4 * len(curves), 3), layout="constrained")
     for axis, (title, pair) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
