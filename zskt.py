@@ -127,7 +127,7 @@ OURS = dict(PAPER, student="lenet5_half", evaluations=20, width=16, lr_generator
             fresh_z=True)  # explored on test images of one seed, then chosen on training images: see README
 SETTINGS = {
     "cifar10": PAPER,  # SVHN: the same with 50,000 pseudo-batches
-    "mnist": dict(OURS, pseudo_batches=2000),
+    "mnist": dict(OURS, pseudo_batches=1200, width=32),
     "digits": dict(OURS, pseudo_batches=200),
 }
 # fmt: on
