@@ -103,6 +103,8 @@ class Args:
     """Images of a pseudo-batch."""
     width: int | None = None
     """Channels of the generator's first layers (paper: 128)."""
+    affine: bool | None = None
+    """Let the generator learn its images' mean and scale (paper; off in DFAD and the released code before v3)."""
     n_student_iter: int | None = None
     """Student steps per pseudo-batch (n_S; the released code's own default, 7, is not what was run)."""
     lr_generator: float | None = None
@@ -122,9 +124,9 @@ class Args:
 # fmt: off
 PAPER = dict(student="wrn_16_1", pseudo_batches=80000, evaluations=100, batch_size=128, width=128, n_generator_iter=1,
              n_student_iter=10, lr_generator=1e-3, lr_student=2e-3, beta=250.0, temperature=1.0, divergence="kl",
-             fresh_z=False, clip=5.0)  # clip: largest global norm of either gradient (released code only)
+             fresh_z=False, affine=True, clip=5.0)  # clip: largest global norm of either gradient (released code only)
 OURS = dict(PAPER, student="lenet5_half", evaluations=20, width=16, lr_generator=2e-3, lr_student=4e-3, beta=0.0,
-            fresh_z=True)  # explored on test images of one seed, then chosen on training images: see README
+            fresh_z=True, affine=False)  # how these were chosen: README
 SETTINGS = {
     "cifar10": PAPER,  # SVHN: the same with 50,000 pseudo-batches
     "mnist": dict(OURS, pseudo_batches=1200, width=32),
@@ -249,14 +251,14 @@ class Generator(nn.Module):
     networks as they are.
     """
 
-    def __init__(self, width, channels, size):
+    def __init__(self, width, channels, size, affine=True):
         super().__init__()
         self.shape = (width, size // 4, size // 4)
         self.linear = nn.Linear(Z_DIM, math.prod(self.shape))
         self.bn0 = nn.BatchNorm2d(width)
         self.conv1, self.bn1 = nn.Conv2d(width, width, 3, 1, 1), nn.BatchNorm2d(width)
         self.conv2, self.bn2 = nn.Conv2d(width, width // 2, 3, 1, 1), nn.BatchNorm2d(width // 2)
-        self.conv3, self.bn3 = nn.Conv2d(width // 2, channels, 3, 1, 1), nn.BatchNorm2d(channels)
+        self.conv3, self.bn3 = nn.Conv2d(width // 2, channels, 3, 1, 1), nn.BatchNorm2d(channels, affine=affine)
 
     def forward(self, z):
         x = self.bn0(self.linear(z).view(-1, *self.shape).contiguous(memory_format=torch.channels_last))
@@ -298,7 +300,8 @@ class Game(nn.Module):
     def __init__(self, teacher, student, setting, args):
         super().__init__()
         self.teacher, self.setting, cuda = teacher, setting, args.device == "cuda"  # the teacher is not a submodule
-        self.student, self.generator = student.model, Generator(setting["width"], *teacher.shape[:2])
+        self.student = student.model
+        self.generator = Generator(setting["width"], *teacher.shape[:2], setting["affine"])
         self.register_buffer("preview_z", torch.randn(10, Z_DIM))
         self.register_buffer("step", torch.zeros(()))  # pseudo-batches done
         self.register_buffer("sums", torch.zeros(4))  # loss_G, loss_S, max p_T, max p_S since the last row
@@ -461,7 +464,7 @@ class Run:
             kernels.contract.restore_adam(optimizer, saved[name])
         self.rng.set_rng_state(saved["rng"])
         shapes = {x.shape[1:] for _, x in self.previews}
-        if int(self.game.step) not in range(now["setting"]["pseudo_batches"] + 1) or len(shapes) > 1:
+        if len(shapes) > 1 or not 0 <= self.game.step <= self.game.setting["pseudo_batches"]:
             raise ValueError("its state does not belong together")
 
     def write(self, row):
@@ -480,8 +483,7 @@ class Run:
         game.sums.zero_()
         self.previews.append((n, game.generator.eval()(game.preview_z).cpu()))
         game.generator.train()
-        shown = self.write(row | ({"eval/acc": evaluate(game.student, *test)} if test else {}))
-        bar.set_postfix(shown)
+        bar.set_postfix(shown := self.write(row | ({"eval/acc": evaluate(game.student, *test)} if test else {})))
         if bar.disable:  # no terminal: rows instead of a bar
             print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
         saved = dict(lines=self.lines, previews=self.previews, options=json.dumps(self.options))
@@ -523,8 +525,7 @@ def measure_transitions(student, teacher, test, args):
     if not len(goals):
         fail(f"--mte {student.name}: it and the teacher agree on no test image; take a student that has learnt more")
     pairs = tqdm(list(zip(x.split(1000), goals.split(1000), strict=True)), disable=None, desc=student.name)
-    curves = [kernels.transition_curves(*networks, *pair, graph=args.graph).cpu() for pair in pairs]
-    return torch.cat(curves, 1)
+    return torch.cat([kernels.transition_curves(*networks, *pair, graph=args.graph).cpu() for pair in pairs], 1)
 
 
 def compare_transitions(teacher, test, dataset, args):
@@ -551,8 +552,8 @@ def compare_transitions(teacher, test, dataset, args):
         curves[f"{Path(path).parent.name}: MTE {error:.3f}"] = walked
         print(f"{path}:", ", ".join(f"{k} {v:.4g}" for k, v in table[path].items()))
     kernels.draw_transitions(curves, out / "mte.png")
-    known = dict(steps=100, step_size=1.0, teacher=args.teacher, dataset=dataset, students=table)
-    (out / "mte.json").write_text(json.dumps(known | kernels.contract.ran_on(args.device), indent=1) + "\n")
+    table = dict(steps=100, step_size=1.0, teacher=args.teacher, dataset=dataset, students=table)
+    (out / "mte.json").write_text(json.dumps(table | kernels.contract.ran_on(args.device), indent=1) + "\n")
     print(f"wrote mte.json, mte.png into {out}")
 
 
@@ -589,7 +590,6 @@ def main(args):
     # The teacher, and the real images that measure (never train) the student.
     with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
         teacher = load(args.teacher, args)
-        teacher.shape = len(teacher.mean), teacher.image_size, teacher.num_classes
         if teacher.image_size % 4 or teacher.image_size < 8:
             fail(f"--image-size: expected a multiple of 4 of at least 8 pixels, got {teacher.image_size}")
         try_out(teacher, *teacher.shape)

@@ -291,7 +291,6 @@ def bench_pseudo_batch(device, seconds, teacher_name, student_name, width, batch
         torch.manual_seed(0)
         args = zskt.Args(device=device, batch_size=batch_size, width=width, n_student_iter=10, **options)
         teacher = zskt.load(teacher_name, args)
-        teacher.shape = len(teacher.mean), teacher.image_size, teacher.num_classes
         student = zskt.load(student_name, args, teacher=teacher, fresh=True)
         return zskt.Game(teacher, student, zskt.choose_setting(args, "cifar10"), args)
 

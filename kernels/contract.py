@@ -124,7 +124,8 @@ def load_network(spec, args, networks, public=None, teacher=None, fresh=False):
         fresh: as initialised and trainable, without weights; else frozen and in eval mode.
 
     Returns:
-        Namespace with model, name, arch, device, dataset, num_classes, image_size, mean, std, accuracy (or None).
+        Namespace with model, name, arch, device, dataset, num_classes, image_size, mean, std, accuracy (or None) and
+        shape: channels, image_size, num_classes.
     """
     known, weights, named = {}, "" if teacher or fresh else args.weights, shipped() | (public or {})
     if spec in named:
@@ -146,6 +147,7 @@ def load_network(spec, args, networks, public=None, teacher=None, fresh=False):
     arch = str(known.get("arch", spec if ".py:" in spec else spec.replace("-", "_")))
     info = SimpleNamespace(**{k: known[k] for k in INFO}, name=spec, arch=arch, device=args.device)
     info.dataset, info.accuracy = known.get("dataset", ""), known.get("accuracy") and float(known["accuracy"])
+    info.shape = len(info.mean), info.image_size, info.num_classes
     finite = torch.tensor([*info.mean, *info.std]).isfinite().all()
     if len(info.mean) != len(info.std) or not finite or min(info.std) <= 0:
         fail(f"--mean and --std: expected as many finite values each, std positive, got {info.mean} and {info.std}")

@@ -58,7 +58,6 @@ def game_of(student="lenet5_half", **setting):
     args = zskt.Args(device="cpu", **FAST)
     torch.manual_seed(0)
     teacher = zskt.load("digits-lenet5", args)
-    teacher.shape = 1, 32, 10
     setting = zskt.choose_setting(args, "digits") | setting
     return zskt.Game(teacher, zskt.load(student, args, teacher=teacher, fresh=True), setting, args)
 
@@ -80,6 +79,7 @@ def test_generator_is_the_papers():
     assert x.shape == (64, 3, 32, 32)
     assert x.mean((0, 2, 3)).abs().max() < 1e-4  # nothing after the last BatchNorm: normalised units as they are
     assert x.std((0, 2, 3), unbiased=False).sub(1).abs().max() < 1e-3
+    assert not list(zskt.Generator(8, 1, 8, affine=False).bn3.parameters())
     assert zskt.Generator(16, 1, 64)(torch.randn(2, zskt.Z_DIM)).shape == (2, 1, 64, 64)
 
 
@@ -144,6 +144,7 @@ def test_the_papers_values_are_the_cifar10_setting():
     setting = zskt.choose_setting(zskt.Args(), "cifar10")
     expected = dict(pseudo_batches=80000, batch_size=128, n_generator_iter=1, n_student_iter=10, width=128, beta=250.0)
     expected |= dict(lr_generator=1e-3, lr_student=2e-3, temperature=1.0, divergence="kl", fresh_z=False, clip=5.0)
+    expected |= dict(affine=True)
     assert {k: setting[k] for k in expected} == expected
     assert zskt.Z_DIM == 100
     assert zskt.choose_setting(zskt.Args(beta=0.0, fresh_z=True), "cifar10")["beta"] == 0.0
@@ -296,7 +297,6 @@ def test_a_graph_plays_the_same_game_as_eager_steps(student, options, tolerance)
         torch.manual_seed(0)
         args = zskt.Args(device="cuda", **({"bf16": False} | FAST | options))
         teacher = zskt.load("digits-lenet5", args)
-        teacher.shape = 1, 32, 10
         network = zskt.load(student, args, teacher=teacher, fresh=True)
         game = zskt.Game(teacher, network, zskt.choose_setting(args, "digits"), args)
         step = kernels.Captured(lambda game=game: zskt.pseudo_batch(game), graph)
@@ -472,7 +472,6 @@ def test_a_foreign_student_runs_without_attention_and_says_so(tmp_path, capsys):
 def test_students_of_another_family_have_no_common_activations():
     args = zskt.Args(device="cpu")
     teacher = zskt.load("digits-lenet5", args)
-    teacher.shape = 1, 32, 10
     common = {"lenet5_half": True, "wrn-16-1": False, "digits-resnet8": False}
     for spec, expected in common.items():
         student = zskt.load(spec, args, teacher=teacher, fresh=True)
