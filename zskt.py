@@ -129,7 +129,7 @@ OURS = dict(PAPER, student="lenet5_half", evaluations=20, width=16, lr_generator
             fresh_z=True, affine=False)  # how these were chosen: README
 SETTINGS = {
     "cifar10": PAPER,  # SVHN: the same with 50,000 pseudo-batches
-    "mnist": dict(OURS, pseudo_batches=1200, width=32),
+    "mnist": dict(OURS, pseudo_batches=600, width=32),
     "digits": dict(OURS, pseudo_batches=200),
 }
 # fmt: on
