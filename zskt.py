@@ -11,7 +11,7 @@ student steps on what the updated generator makes of the same z (`--fresh-z`: of
 the paper or its released code, which settles what the text leaves open:
 - images and teacher's answers are made once for the ten steps and detached; released: G runs again in each, with the
   same result but for the running moments of its BatchNorms, which only pictures use. The teacher is frozen;
-- settings `digits` and `mnist` are ours: narrow generator, fresh z, own learning rates. `cifar10` is the paper's;
+- settings `digits`, `mnist` are ours: narrow generator, no final affine, fresh z, own rates. `cifar10` is the paper;
 - `--divergence` js, reverse-kl: the paper's ablation; l1: DFAD's loss (Fang et al. 2019, arXiv:1912.11006), without
   its SGD student, its order of steps and its tanh;
 - attention transfer wherever groups have equal sizes; released: between networks of one family only;

@@ -83,19 +83,6 @@ def mte_table():
     return "\n".join(lines) + "\n\n" + note
 
 
-def trace_table():
-    """A short run of the paper's setting beside the first window of the authors' log."""
-    rows = [json.loads(line) for line in (ROOT / "results/zskt-cifar10-trace.jsonl").read_text().splitlines()]
-    lines = ["| pseudo-batches | loss_G | loss_S | mean max p_T | mean max p_S |", "|---|---|---|---|---|"]
-    keys = ("loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student")
-    before = 0
-    for row in rows:
-        lines.append(f"| {before + 1} to {row['step']} | " + " | ".join(f"{row[k]:.3f}" for k in keys) + " |")
-        before = row["step"]
-    lines.append("| authors, 1 to 800 | -0.113 | 0.263 | 0.853 | 0.365 |")
-    return "\n".join(lines)
-
-
 def rows_of(name):
     with open(ROOT / "results" / name) as file:
         return list(csv.DictReader(file))
@@ -123,16 +110,6 @@ def cpu_step_table():
     return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
 
 
-def cpu_pseudo_batch_table():
-    """Pseudo-batch rows of `python -m kernels.bench --cpu`."""
-    lines = ["| one pseudo-batch | | ms | × conventional |", "|---|---|---|---|"]
-    for r in rows_of("bench-cpu.csv"):
-        if r["mode"] == "pseudo-batch":
-            cells = r["shape"], r["op"].partition(": ")[2], f"{float(r['ours_ms']):.0f}"
-            lines.append("| " + " | ".join(cells) + f" | {float(r['times_conventional']):.2f} |")
-    return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
-
-
 def measured_on(name):
     r = rows_of(name)[0]
     return f"{r['device']}, torch {r['torch']}, float32, commit {r['commit']}; medians; `results/{name}`."
@@ -141,7 +118,7 @@ def measured_on(name):
 def tables():
     """{name: text between its markers}."""
     makers = dict(teachers=teachers_table, inversion=inversion_table, cpu_ops=cpu_ops_table, cpu_step=cpu_step_table)
-    makers |= dict(zskt=zskt_table, mte=mte_table, trace=trace_table, cpu_pseudo_batch=cpu_pseudo_batch_table)
+    makers |= dict(zskt=zskt_table, mte=mte_table)
     return {name: make() for name, make in makers.items()}
 
 
