@@ -505,9 +505,8 @@ class Run:
         if self.previews:
             rows = dict(self.previews[round(i)] for i in np.linspace(0, len(self.previews) - 1, 10))  # ten or fewer
             mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (teacher.mean, teacher.std))
-            sheet = (
-                rearrange(torch.stack([*rows.values()]) * std + mean, "r n c h w -> (r h) (n w) c").clamp(0, 1).numpy()
-            )
+            images = (torch.stack([*rows.values()]) * std + mean).clamp(0, 1)
+            sheet = rearrange(images, "r n c h w -> (r h) (n w) c").numpy()
             figure = Figure((8, 0.75 * len(rows)), layout="constrained")
             axis = figure.subplots()
             axis.imshow(sheet if sheet.shape[2] == 3 else sheet[:, :, 0], cmap="gray", extent=(0, 10, len(rows), 0))
@@ -569,7 +568,7 @@ def choose_setting(args, dataset):
 
 def have_common_activations(teacher, student):
     """Whether both networks name groups, equally many, of equal height and width: then attention can be compared."""
-    x = torch.zeros(2, *teacher.shape[:1], *teacher.shape[1:2] * 2, device=teacher.device)
+    x = torch.zeros(2, len(teacher.mean), teacher.image_size, teacher.image_size, device=teacher.device)
     t_sizes, s_sizes = ([a.shape[2:] for a in logits_and_groups(info.model, x)[1]] for info in (teacher, student))
     return bool(t_sizes) and t_sizes == s_sizes and all(len(size) == 2 for size in t_sizes)
 
@@ -638,10 +637,10 @@ def main(args):
     bar.close()
 
     if test:
-        measures["zero_shot_accuracy"] = evaluate(student.model, *test)
+        measures["zero_shot_accuracy"] = measures["student_accuracy"] = evaluate(student.model, *test)
         if args.shots:
             fine_tune(game, *real, args, run)
-        measures["student_accuracy"] = evaluate(student.model, *test)
+            measures["student_accuracy"] = evaluate(student.model, *test)
         print(", ".join(f"{k.replace('_', ' ')} {v:.2f} %" for k, v in measures.items()))
     run.finish(student, dict(teacher=teacher.name, student=student.name, dataset=dataset, shots=args.shots) | measures)
 

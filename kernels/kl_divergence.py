@@ -29,8 +29,9 @@ import math
 
 import torch
 
-from kernels import _common
+from kernels import _logits
 from kernels._common import tl, triton
+from kernels._logits import load_tile, probabilities, sum_rows
 
 
 def kl_divergence_ref(p_logits, q_logits, temperature=1.0):
@@ -47,17 +48,7 @@ def kl_divergence_ref(p_logits, q_logits, temperature=1.0):
 @triton.jit
 def _row_terms(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature):
     """P, d = log Q - log P, Q - P and P h(d) of a (BLOCK_N, BLOCK_K) tile from the statistics of its rows."""
-    z_p = p_logits - max_p[:, None]
-    z_q = q_logits - max_q[:, None]
-    p = tl.exp(z_p * inv_temperature) / sum_p[:, None]
-    q = tl.exp(z_q * inv_temperature) / sum_q[:, None]
-
-    # q_logits - p_logits is exact for nearly equal rows; rows far apart are shifted first, as a softmax does it
-    close = tl.abs(max_q - max_p) < 1.0
-    shift = tl.where(close, max_q - max_p, 0.0) * inv_temperature + tl.log(sum_q / sum_p)
-    d = tl.where(close[:, None], q_logits - p_logits, z_q - z_p) * inv_temperature - shift[:, None]
-    d = tl.where((p_logits == float("-inf")) & (q_logits == float("-inf")), 0.0, d)
-    d = tl.where(d > 128.0, 128.0, d)  # beyond, P is 0 in fp32 and 0 * d has to be 0; NaN stays NaN
+    p, q, d = probabilities(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature)
 
     # |d| < 1: h from its Taylor series, cut off below 1e-8; elsewhere P h = Q - P - P d, of which most remains
     tail = 1 / 360 + d * (1 / 2520 + d * (1 / 20160 + d * (1 / 181440 + d * (1 / 1814400 + d * (1 / 19958400)))))
@@ -76,22 +67,6 @@ def _row_sums(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature):
 
 
 @triton.jit
-def _add_block(logits, row_max, row_sum, inv_temperature):
-    """Maximum and sum of exponentials of rows, continued over one more block; blocks of -inf leave them alone."""
-    new_max = tl.maximum(row_max, tl.max(logits, 1))
-    shift = tl.where(new_max == float("-inf"), 0.0, new_max)
-    row_sum *= tl.exp((row_max - shift) * inv_temperature)
-    return new_max, row_sum + tl.sum(tl.exp((logits - shift[:, None]) * inv_temperature), 1)
-
-
-@triton.jit
-def _load(row_ptrs, cols, stride, row_mask, K):
-    """A tile of logits in fp32; beyond the tensor -inf, which adds nothing to any sum."""
-    mask = row_mask[:, None] & (cols < K)[None, :]
-    return tl.load(row_ptrs[:, None] + cols[None, :] * stride, mask=mask, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
 def _kl_divergence_fwd_kernel(
     partials_ptr,  # (n_programs,) fp32: what these rows add to the batch mean
     stats_ptr,  # (6, N) fp32: max, sum of exp((logit - max) / T) of P, then of Q; sum of P d, sum of Q - P
@@ -105,47 +80,15 @@ def _kl_divergence_fwd_kernel(
     stride_qk,
     inv_temperature,
     inv_n,  # 1 / N
-    ONE_BLOCK: tl.constexpr,  # K <= BLOCK_K: every logit is read once
+    ONE_BLOCK: tl.constexpr,  # K <= BLOCK_K
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    rows = pid * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.arange(0, BLOCK_K).to(tl.int64)
-    row_mask = rows < N
-    p_rows = p_ptr + rows * stride_pn
-    q_rows = q_ptr + rows * stride_qn
-
-    # The first block stays in registers between the statistics and the sums; further blocks are read twice.
-    p_logits = _load(p_rows, cols, stride_pk, row_mask, K)
-    q_logits = _load(q_rows, cols, stride_qk, row_mask, K)
-    nothing = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    max_p, sum_p = _add_block(p_logits, nothing, tl.zeros((BLOCK_N,), tl.float32), inv_temperature)
-    max_q, sum_q = _add_block(q_logits, nothing, tl.zeros((BLOCK_N,), tl.float32), inv_temperature)
-    if not ONE_BLOCK:
-        for start in range(BLOCK_K, K, BLOCK_K):
-            next_p = _load(p_rows, start + cols, stride_pk, row_mask, K)
-            next_q = _load(q_rows, start + cols, stride_qk, row_mask, K)
-            max_p, sum_p = _add_block(next_p, max_p, sum_p, inv_temperature)
-            max_q, sum_q = _add_block(next_q, max_q, sum_q, inv_temperature)
-
-    sum_pd, sum_diff, kl = _row_sums(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperature)
-    if not ONE_BLOCK:
-        for start in range(BLOCK_K, K, BLOCK_K):
-            next_p = _load(p_rows, start + cols, stride_pk, row_mask, K)
-            next_q = _load(q_rows, start + cols, stride_qk, row_mask, K)
-            more_pd, more_diff, more = _row_sums(next_p, next_q, max_p, sum_p, max_q, sum_q, inv_temperature)
-            sum_pd += more_pd
-            sum_diff += more_diff
-            kl += more
-
-    tl.store(stats_ptr + rows, max_p, mask=row_mask)
-    tl.store(stats_ptr + N + rows, sum_p, mask=row_mask)
-    tl.store(stats_ptr + 2 * N + rows, max_q, mask=row_mask)
-    tl.store(stats_ptr + 3 * N + rows, sum_q, mask=row_mask)
-    tl.store(stats_ptr + 4 * N + rows, sum_pd, mask=row_mask)
-    tl.store(stats_ptr + 5 * N + rows, sum_diff, mask=row_mask)
-    tl.store(partials_ptr + pid, tl.sum(tl.where(row_mask, kl, 0.0)) * inv_n)
+    kl = sum_rows(
+        _row_sums, stats_ptr, p_ptr, q_ptr, N, K, stride_pn, stride_pk, stride_qn, stride_qk, inv_temperature,
+        ONE_BLOCK, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    tl.store(partials_ptr + tl.program_id(0).to(tl.int64), tl.sum(kl) * inv_n)
 
 
 @triton.jit
@@ -177,8 +120,8 @@ def _kl_divergence_bwd_kernel(
     cols = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     row_mask = rows < N
     mask = row_mask[:, None] & (cols < K)[None, :]
-    p_logits = _load(p_ptr + rows * stride_pn, cols, stride_pk, row_mask, K)
-    q_logits = _load(q_ptr + rows * stride_qn, cols, stride_qk, row_mask, K)
+    p_logits = load_tile(p_ptr + rows * stride_pn, cols, stride_pk, row_mask, K)
+    q_logits = load_tile(q_ptr + rows * stride_qn, cols, stride_qk, row_mask, K)
     max_p = tl.load(stats_ptr + rows, mask=row_mask, other=0.0)
     sum_p = tl.load(stats_ptr + N + rows, mask=row_mask, other=1.0)
     max_q = tl.load(stats_ptr + 2 * N + rows, mask=row_mask, other=0.0)
@@ -197,14 +140,6 @@ def _kl_divergence_bwd_kernel(
         dq = grad * (q_less_p - p * sum_diff[:, None])
         dq_ptrs = dq_ptr + rows[:, None] * stride_dqn + cols[None, :] * stride_dqk
         tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=mask)
-
-
-def _tiling(K, max_block):
-    """Block sizes and warps: several short rows to a program, one row, or one row in blocks."""
-    block_k = min(triton.next_power_of_2(K), max_block)
-    block_n = max(1, 512 // block_k)
-    # elements of a tile     512, 1024: up to 8 a lane     2048, 4096: up to 16 a lane
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4 if block_k <= 1024 else 8}
 
 
 def _forward_torch(p_logits, q_logits, temperature, needs_p, needs_q):
@@ -227,44 +162,11 @@ def _forward_torch(p_logits, q_logits, temperature, needs_p, needs_q):
 class _KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, p_logits, q_logits, temperature):
-        N, K = p_logits.shape
-        if _common.runs_triton(p_logits):
-            meta = _tiling(K, max_block=4096)
-            n_programs = triton.cdiv(N, meta["BLOCK_N"])
-            partials = torch.empty(n_programs, device=p_logits.device, dtype=torch.float32)
-            stats = torch.empty(6, N, device=p_logits.device, dtype=torch.float32)
-            strides, one_block = (*p_logits.stride(), *q_logits.stride()), meta["BLOCK_K"] >= K
-            _kl_divergence_fwd_kernel[(n_programs,)](
-                partials, stats, p_logits, q_logits, N, K, *strides, 1 / temperature, 1 / N, one_block, **meta
-            )
-            kl = partials.sum()
-            ctx.save_for_backward(p_logits, q_logits, stats)
-        else:
-            kl, dp, dq = _forward_torch(p_logits.float(), q_logits.float(), temperature, *ctx.needs_input_grad[:2])
-            ctx.save_for_backward(dp, dq)
-        ctx.temperature = temperature
-        ctx.dtypes = p_logits.dtype, q_logits.dtype
-        return kl
+        return _logits.forward(ctx, _kl_divergence_fwd_kernel, _forward_torch, p_logits, q_logits, temperature)
 
     @staticmethod
     def backward(ctx, grad):
-        _common.refuse_double_backward("kl_divergence")
-        if not _common.runs_triton(grad):
-            dp_dq = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-            return *(None if dx is None else (grad * dx).to(dtype) for dx, dtype in dp_dq), None
-        p_logits, q_logits, stats = ctx.saved_tensors
-        needs_p, needs_q, _ = ctx.needs_input_grad
-        N, K = p_logits.shape
-        inv_temperature, scale = 1 / ctx.temperature, 1 / (ctx.temperature * N)
-        dp = torch.empty_like(p_logits) if needs_p else None
-        dq = torch.empty_like(q_logits) if needs_q else None
-        meta = _tiling(K, max_block=1024)
-        grid = (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(K, meta["BLOCK_K"]))
-        strides = [s for x in (dp, dq, p_logits, q_logits) for s in ((0, 0) if x is None else x.stride())]
-        _kl_divergence_bwd_kernel[grid](
-            dp, dq, grad, stats, p_logits, q_logits, N, K, *strides, inv_temperature, scale, needs_p, needs_q, **meta
-        )
-        return dp, dq, None
+        return _logits.backward(ctx, "kl_divergence", _kl_divergence_bwd_kernel, 1, grad)
 
 
 def kl_divergence(p_logits, q_logits, temperature=1.0):
@@ -300,13 +202,5 @@ def kl_divergence(p_logits, q_logits, temperature=1.0):
         >>> round(kl_divergence(q_logits, p_logits).item(), 4)  # the other way round: ln 2
         0.6931
     """
-    _common.check_float("kl_divergence", p_logits=p_logits, q_logits=q_logits)
-    shapes = tuple(p_logits.shape), tuple(q_logits.shape)
-    if p_logits.ndim != 2 or shapes[0] != shapes[1]:
-        raise ValueError(f"kl_divergence: expected logits of one shape (N, K), got {shapes}; reshape them to rows")
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        kind = type(temperature).__name__
-        raise TypeError(f"kl_divergence: expected temperature to be a python number, got {kind}; pass a float")
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"kl_divergence: expected a finite temperature > 0, got {temperature}; 1.0 changes nothing")
+    _logits.check("kl_divergence", p_logits, q_logits, temperature)
     return _KLDivergence.apply(p_logits, q_logits, float(temperature))

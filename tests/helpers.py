@@ -1,4 +1,6 @@
-"""The measured-tolerance rule and the layouts that every op is tested in."""
+"""The measured-tolerance rule, the layouts that every op is tested in, and pairs of logits for the divergences."""
+
+import importlib
 
 import torch
 
@@ -33,3 +35,29 @@ def lay_out(x, layout):
     if layout == "expanded":  # stride 0 over the batch: all images share the first one's memory
         return x[:1].expand(x.shape)
     raise ValueError(layout)
+
+
+def logits(shape, device="cpu", seed=0, dtype=torch.float32):
+    """Logits of two networks, of standard deviation 2."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple((2 * torch.randn(shape, generator=generator)).to(device, dtype) for _ in range(2))
+
+
+def value_and_gradients(op, p_logits, q_logits, temperature, cotangent):
+    """A divergence, its gradient times cotangent in either pair of logits."""
+    p_logits, q_logits = (x.detach().requires_grad_() for x in (p_logits, q_logits))
+    value = op(p_logits, q_logits, temperature)
+    return value, *torch.autograd.grad(cotangent * value, (p_logits, q_logits))
+
+
+def assert_divergence_exact(op, p_logits, q_logits, temperature=1.0, cotangent=-1.37):
+    """The value and both gradients of js_divergence or kl_divergence, by the measured-tolerance rule."""
+    pair, reference = (p_logits, q_logits), getattr(importlib.import_module(op.__module__), f"{op.__name__}_ref")
+    fused = value_and_gradients(op, *pair, temperature, cotangent)
+    exact = value_and_gradients(reference, *(x.double() for x in pair), temperature, cotangent)
+    eager = value_and_gradients(reference, *(x.float() for x in pair), temperature, cotangent)
+    assert fused[0].dtype == torch.float32 and fused[0].shape == ()
+    assert [x.dtype for x in fused[1:]] == [x.dtype for x in pair]
+    for name, *values in zip(("value", "dp", "dq"), fused, exact, eager, strict=True):
+        assert_as_exact_as_eager(*values, name=name)
+    return fused
