@@ -1,4 +1,4 @@
-"""Write the tables of README.md and teachers/README.md from the JSON and CSV files behind them.
+"""Write the tables of README.md, teachers/README.md and results/README.md from the JSON and CSV files behind them.
 
     python results/tables.py
 
@@ -12,6 +12,7 @@ import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+READMES = [ROOT / "README.md", ROOT / "teachers/README.md", ROOT / "results/README.md"]
 
 
 def teachers_table():
@@ -89,15 +90,17 @@ def rows_of(name):
 
 
 def cpu_ops_table():
-    """Op rows of `python -m kernels.bench --cpu`."""
-    lines = ["| op | shape | layout | mode | eager ms | ours ms | ratio | % of copy |", "|---" * 8 + "|"]
+    """Op rows of `python -m kernels.bench --cpu`; eager -> ours in ms."""
+    lines = ["| op | shape | layout | forward | ratio | forward + backward | ratio | % of copy |", "|---" * 8 + "|"]
+    rows = {}
     for r in rows_of("bench-cpu.csv"):
         if r["mode"] in ("forward", "both"):
             eager, ours = float(r["eager_ms"]), float(r["ours_ms"])
-            cells = [r["op"], r["shape"], r["layout"], "forward" if r["mode"] == "forward" else "forward + backward"]
-            cells += [f"{eager:.3f}", f"{ours:.3f}", f"{eager / ours:.2f}", f"{float(r['percent_of_copy']):.0f}"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
+            row = rows.setdefault((r["op"], r["shape"], r["layout"]), [])
+            row += [f"{eager:.3f} → {ours:.3f}", f"{eager / ours:.2f}"]
+            row += [f"{float(r['percent_of_copy']):.0f}"] if r["mode"] == "both" else []
+    lines += ["| " + " | ".join([*key, *row]) + " |" for key, row in rows.items()]
+    return "\n".join(lines) + "\n\nEager → ours in ms. " + measured_on("bench-cpu.csv")
 
 
 def cpu_step_table():
@@ -110,6 +113,19 @@ def cpu_step_table():
     return "\n".join(lines) + "\n\n" + measured_on("bench-cpu.csv")
 
 
+def cpu_pseudo_batch_table():
+    """Pseudo-batch rows of `python -m kernels.bench --cpu`: one line a pair of networks, ms and ratio an arm."""
+    pairs = {}
+    for r in rows_of("bench-cpu.csv"):
+        if r["mode"] == "pseudo-batch":
+            cell = f"{float(r['ours_ms']):.0f} ({float(r['times_conventional']):.2f})"
+            pairs.setdefault(r["shape"], {})[r["op"].partition(": ")[2]] = cell
+    arms = list(next(iter(pairs.values())))
+    lines = ["| one pseudo-batch | " + " | ".join(arms) + " |", "|---" * (1 + len(arms)) + "|"]
+    lines += [f"| {pair} | " + " | ".join(row[arm] for arm in arms) + " |" for pair, row in pairs.items()]
+    return "\n".join(lines) + "\n\nms (× conventional). " + measured_on("bench-cpu.csv")
+
+
 def measured_on(name):
     r = rows_of(name)[0]
     return f"{r['device']}, torch {r['torch']}, float32, commit {r['commit']}; medians; `results/{name}`."
@@ -118,13 +134,13 @@ def measured_on(name):
 def tables():
     """{name: text between its markers}."""
     makers = dict(teachers=teachers_table, inversion=inversion_table, cpu_ops=cpu_ops_table, cpu_step=cpu_step_table)
-    makers |= dict(zskt=zskt_table, mte=mte_table)
+    makers |= dict(zskt=zskt_table, mte=mte_table, cpu_pseudo_batch=cpu_pseudo_batch_table)
     return {name: make() for name, make in makers.items()}
 
 
 def main():
     made = tables()
-    for path in (ROOT / "README.md", ROOT / "teachers/README.md"):
+    for path in READMES:
         text = path.read_text()
         for name, table in made.items():
             pattern = rf"(<!-- begin:{name} -->\n).*?(<!-- end:{name} -->)"
