@@ -23,13 +23,10 @@ probability on the images), `eval/acc` percent of real test images. All figures 
 `python zskt.py --mte STUDENT.pt …` writes mte.json and mte.png: mean transition errors (kernels/transitions.py).
 """
 
-import gzip
 import json
 import math
-import os
 import random
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -43,7 +40,9 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import kernels
-from kernels.contract import check_options, fail, load_network, load_state, load_weights, one_line, try_out
+from kernels.contract import check_options, fail, load_network, load_student, load_teacher, one_line
+from kernels.data import FILES, load_dataset, real_images
+from kernels.folder import RunFolder
 
 
 @dataclass
@@ -137,49 +136,6 @@ Z_DIM = 100
 
 
 # Data: real images measure the student, and fine-tune it where --shots asks for that.
-# Copied from teacher.py
-FILES = {
-    "mnist": ("mnist", *([f"{s}-images-idx3-ubyte.gz", f"{s}-labels-idx1-ubyte.gz"] for s in ("train", "t10k")), 0),
-    "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
-    "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"], 2),
-}
-
-
-# Copied from teacher.py
-def load_digits(split):
-    """scikit-learn's 1,797 embedded digits, 8 px enlarged to 32 px; 360 of them, drawn once, are the test split."""
-    from sklearn.datasets import load_digits as embedded_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = embedded_digits(return_X_y=True)  # (1797, 64) in 0..16
-    parts = train_test_split(x, y, test_size=360, random_state=0, stratify=y)
-    x, y = (parts[0], parts[2]) if split == "train" else (parts[1], parts[3])
-    x = torch.from_numpy(x).float().reshape(-1, 1, 8, 8) * (255 / 16)
-    x = F.interpolate(x, size=(32, 32), mode="bilinear", align_corners=False)
-    return x.round().to(torch.uint8), torch.from_numpy(y.astype(np.int64))
-
-
-# Copied from teacher.py
-def load_dataset(dataset, data_dir, split):
-    """Returns images (N, C, 32, 32) uint8 and labels (N,) int64 of the `train` or `test` split, on the CPU."""
-    if dataset == "digits":
-        return load_digits(split)
-    folder, train_files, test_files, n_labels = FILES[dataset]
-    parts, command = [], f"python teacher.py --dataset {dataset} --data-dir {data_dir}"
-    for name in train_files if split == "train" else test_files:
-        path = Path(data_dir) / folder / name
-        header, width = (8, 1) if "labels" in name else (16, 784) if dataset == "mnist" else (0, n_labels + 3072)
-        with one_line(f"{path} cannot be read", f"check --data-dir; {command} fetches what is missing or was deleted"):
-            raw = gzip.decompress(path.read_bytes()) if header else path.read_bytes()
-            parts.append(torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8).view(-1, width))
-            if width == 1 and len(parts[0]) != len(parts[1]):
-                raise ValueError(f"{len(parts[1])} labels of {len(parts[0])} images")
-    if dataset == "mnist":  # zero-padded from 28 px
-        return F.pad(parts[0].view(-1, 1, 28, 28), (2, 2, 2, 2)), parts[1][:, 0].long()
-    records = torch.cat(parts)
-    return records[:, n_labels:].reshape(-1, 3, 32, 32), records[:, n_labels - 1].long()
-
-
 # Copied from teacher.py
 def normalise(x, mean, std):
     """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation; mean, std: C numbers in [0, 1]."""
@@ -433,45 +389,25 @@ def fine_tune(game, images, labels, args, run):
             bar.set_postfix(run.write({"shot_step": step + 1, "loss/shots": loss.item()}))
 
 
-class Run:
+class Run(RunFolder):
     """One run's folder: args.json, metrics.jsonl, checkpoint.pt, student.pt, samples.png, result.json."""
 
     def __init__(self, args, game):
-        self.args, self.game, self.out, self.start = args, game, Path(args.out), time.time()
-        self.lines, self.previews = [], []  # rows of metrics.jsonl; (pseudo-batches, images (10, C, H, W))
-        self.rng = torch.cuda if args.device == "cuda" else torch  # whose default generator draws z
-        self.options = asdict(args) | {"setting": game.setting}
-        with one_line(f"--out {self.out} cannot be used", "pass another folder"):
-            self.out.mkdir(parents=True, exist_ok=True)
-            if args.resume and (self.out / "checkpoint.pt").exists():
-                with one_line(f"{self.out / 'checkpoint.pt'}: no checkpoint of this script", "run without --resume"):
-                    self.restore(load_weights(self.out / "checkpoint.pt"))
-            else:  # nothing of an earlier run may pass for this one's
-                for name in ("checkpoint.pt", "student.pt", "samples.png"):
-                    (self.out / name).unlink(missing_ok=True)
-            (self.out / "args.json").write_text(json.dumps(self.options, indent=1) + "\n")
-            (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
-            (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
+        self.game, self.previews = game, []  # (pseudo-batches, images (10, C, H, W))
+        super().__init__(args, game.setting, free=("graph", "mte", "mte_images", "shots", "shot_steps"))
+
+    def state(self):
+        saved = {name: optimizer.state_dict() for name, optimizer in self.game.optimizers.items()}
+        return saved | dict(game=self.game.state_dict(), previews=self.previews)
 
     def restore(self, saved):
-        free = ("resume", "out", "data_dir", "graph", "smoke", "mte", "mte_images", "shots", "shot_steps")
-        before, now = json.loads(saved["options"]), json.loads(json.dumps(self.options))
-        if changed := ", ".join(k for k in now if k not in free and before[k] != now[k]):
-            fail(f"--resume: {changed} differ from the first run's (args.json); repeat its options")
-        self.lines, self.previews, self.start = saved["lines"], saved["previews"], time.time() - saved["seconds"]
+        self.previews = saved["previews"]
         self.game.load_state_dict(saved["game"])
         for name, optimizer in self.game.optimizers.items():
-            kernels.contract.restore_adam(optimizer, saved[name])
-        self.rng.set_rng_state(saved["rng"])
+            kernels.contract.restore_optimizer(optimizer, saved[name])
         shapes = {x.shape[1:] for _, x in self.previews}
         if len(shapes) > 1 or not 0 <= self.game.step <= self.game.setting["pseudo_batches"]:
             raise ValueError("its state does not belong together")
-
-    def write(self, row):
-        self.lines.append(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(self.lines[-1])
-        return {k.split("/")[-1]: f"{v:.4g}" for k, v in row.items()}
 
     @torch.no_grad()
     def after_window(self, n, window, bar, test):
@@ -483,25 +419,12 @@ class Run:
         game.sums.zero_()
         self.previews.append((n, game.generator.eval()(game.preview_z).cpu()))
         game.generator.train()
-        bar.set_postfix(shown := self.write(row | ({"eval/acc": evaluate(game.student, *test)} if test else {})))
-        if bar.disable:  # no terminal: rows instead of a bar
-            print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
-        saved = dict(lines=self.lines, previews=self.previews, options=json.dumps(self.options))
-        saved |= {name: optimizer.state_dict() for name, optimizer in game.optimizers.items()}
-        saved |= dict(game=game.state_dict(), rng=self.rng.get_rng_state(), seconds=time.time() - self.start)
-        torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
-        os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
+        self.show(bar, row | ({"eval/acc": evaluate(game.student, *test)} if test else {}))
+        self.save()
 
-    def finish(self, student, result):
-        """student.pt (described as teacher.py's checkpoints are), samples.png and result.json."""
+    def draw(self):
+        """samples.png: a row of the ten noise vectors' images for each of ten moments of the run."""
         teacher = self.game.teacher
-        saved = dict(format=1, arch=student.arch, dataset=result["dataset"], method="zskt", seed=self.args.seed)
-        saved |= {k: getattr(teacher, k) for k in ("num_classes", "image_size", "mean", "std")}
-        saved.update(channels=len(teacher.mean), accuracy=result["student_accuracy"])
-        torch.save(saved | {"state_dict": student.model.state_dict()}, self.out / "student.pt")
-        result |= dict(seconds=round(time.time() - self.start, 1), seed=self.args.seed, setting=self.game.setting)
-        result |= kernels.contract.ran_on(self.args.device)
-        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         if self.previews:
             rows = dict(self.previews[round(i)] for i in np.linspace(0, len(self.previews) - 1, 10))  # ten or fewer
             mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (teacher.mean, teacher.std))
@@ -512,7 +435,6 @@ class Run:
             axis.imshow(sheet if sheet.shape[2] == 3 else sheet[:, :, 0], cmap="gray", extent=(0, 10, len(rows), 0))
             axis.set(xticks=[], yticks=np.arange(len(rows)) + 0.5, yticklabels=[f"step {n}" for n in rows])
             figure.savefig(self.out / "samples.png", dpi=100)
-        print(f"wrote student.pt and result.json into {self.out}; {result['seconds']:.0f} s")
 
 
 # Mean transition error
@@ -536,8 +458,10 @@ def compare_transitions(teacher, test, dataset, args):
             fresh = args.student != "auto"  # an architecture: the file has its weights
             student = load(args.student if fresh else path, args, teacher=teacher, fresh=fresh)
             if fresh:
-                load_state(student.model.requires_grad_(False).eval(), load_weights(path), path)
-            try_out(student, *teacher.shape)
+                kernels.contract.load_state(
+                    student.model.requires_grad_(False).eval(), kernels.contract.load_weights(path), path
+                )
+            kernels.contract.try_out(student, *teacher.shape)
         if [*student.mean, *student.std] != [*teacher.mean, *teacher.std]:
             fail(f"--mte {path}: its images are normalised otherwise than the teacher's; their paths do not compare")
         with one_line(f"--out {out} cannot be used", "pass another folder"):
@@ -569,7 +493,9 @@ def choose_setting(args, dataset):
 def have_common_activations(teacher, student):
     """Whether both networks name groups, equally many, of equal height and width: then attention can be compared."""
     x = torch.zeros(2, len(teacher.mean), teacher.image_size, teacher.image_size, device=teacher.device)
+    student.model.eval()  # a blank batch must not reach the moments
     t_sizes, s_sizes = ([a.shape[2:] for a in logits_and_groups(info.model, x)[1]] for info in (teacher, student))
+    student.model.train()
     return bool(t_sizes) and t_sizes == s_sizes and all(len(size) == 2 for size in t_sizes)
 
 
@@ -587,19 +513,11 @@ def main(args):
     kernels.contract.seed_everything(args.seed)
 
     # The teacher, and the real images that measure (never train) the student.
-    with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
-        teacher = load(args.teacher, args)
-        if teacher.image_size % 4 or teacher.image_size < 8:
-            fail(f"--image-size: expected a multiple of 4 of at least 8 pixels, got {teacher.image_size}")
-        try_out(teacher, *teacher.shape)
-    known = teacher.dataset if teacher.dataset in ("digits", *FILES) else "none"
-    dataset, test = known if args.dataset == "auto" else args.dataset, None
+    teacher = load_teacher(load, args)
+    dataset, test = real_images(teacher, args)
     measures = dict(teacher_accuracy=teacher.accuracy, zero_shot_accuracy=None, student_accuracy=None)
-    if dataset != "none":
-        images, labels = load_dataset(dataset, args.data_dir, "test")
-        if images.shape[1:3] != teacher.shape[:2] or labels.max() >= teacher.num_classes:
-            fail(f"--dataset {dataset}: its images or classes do not fit the teacher; choose another, or none")
-        test = images.to(args.device), labels.to(args.device), teacher.mean, teacher.std
+    if test:
+        test = *test, teacher.mean, teacher.std
         measures["teacher_accuracy"] = evaluate(teacher.model, *test)
     elif args.mte or args.shots:
         fail("--mte and --shots need real images: name their --dataset")
@@ -609,18 +527,16 @@ def main(args):
         real = draw_shots(*load_dataset(dataset, args.data_dir, "train"), args.shots, args.seed)
 
     # The student, and attention if the two networks have activations in common.
-    setting = choose_setting(args, known if dataset == "none" else dataset)
+    setting = choose_setting(args, teacher.dataset if dataset == "none" else dataset)
     pair = f"{args.teacher} -> {setting['student']}"
-    with one_line(f"--student {setting['student']}", "choose wrn-16-1, a network of teacher.py or file.py:factory"):
-        student = load(setting["student"], args, teacher=teacher, fresh=True)
-        student.model.eval()  # a blank batch must not reach the moments
-        try_out(student, *teacher.shape)
-        if setting["beta"] and not have_common_activations(teacher, student):
-            if args.beta:
-                fail(f"--beta {args.beta}: {pair} have no activations in common for attention transfer; use --beta 0")
-            setting["beta"] = 0.0
-            print(f"{pair}: no activations in common, so no attention transfer")
-        student.model.train()
+    student = load_student(load, setting["student"], args, teacher)
+    with one_line(f"--student {setting['student']}", "its forward_groups returns logits and a tuple of activations"):
+        common = setting["beta"] and have_common_activations(teacher, student)
+    if setting["beta"] and not common:
+        if args.beta:
+            fail(f"--beta {args.beta}: {pair} have no activations in common for attention transfer; use --beta 0")
+        setting["beta"] = 0.0
+        print(f"{pair}: no activations in common, so no attention transfer")
 
     # The game, in windows between which the host looks at it.
     game = Game(teacher, student, setting, args)
@@ -642,7 +558,9 @@ def main(args):
             fine_tune(game, *real, args, run)
             measures["student_accuracy"] = evaluate(student.model, *test)
         print(", ".join(f"{k.replace('_', ' ')} {v:.2f} %" for k, v in measures.items()))
-    run.finish(student, dict(teacher=teacher.name, student=student.name, dataset=dataset, shots=args.shots) | measures)
+    run.draw()
+    run.save_student(student, teacher, "zskt", dataset, measures["student_accuracy"])
+    run.finish(dict(teacher=teacher.name, student=student.name, dataset=dataset, shots=args.shots) | measures)
 
 
 if __name__ == "__main__":

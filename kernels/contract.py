@@ -173,6 +173,26 @@ def try_out(info, n_channels, size, n_classes):
         raise ValueError(f"gives logits of shape {tuple(logits.shape)} for 2 images and {n_classes} classes")
 
 
+def load_teacher(load, args):
+    """The teacher of a generator's script, tried out; load: load_network with the script's networks."""
+    with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
+        teacher = load(args.teacher, args)
+        if teacher.image_size % 4 or teacher.image_size < 8:
+            fail(f"--image-size: expected a multiple of 4 of at least 8 pixels, got {teacher.image_size}")
+        try_out(teacher, *teacher.shape)
+    return teacher
+
+
+def load_student(load, spec, args, teacher):
+    """A fresh student for the teacher's images and classes, tried out, in train mode."""
+    with one_line(f"--student {spec}", "choose a network of this script or of teacher.py, or file.py:factory"):
+        student = load(spec, args, teacher=teacher, fresh=True)
+        student.model.eval()  # a blank batch must not reach the moments
+        try_out(student, *teacher.shape)
+        student.model.train()
+    return student
+
+
 def seed_everything(seed):
     """Python, numpy and torch; torch's own streams make networks and noise, the others are for foreign code."""
     random.seed(seed)
@@ -180,11 +200,12 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
-def restore_adam(optimizer, saved):
-    """Load moments and steps, not the options; wrong sizes are refused here, for fused Adam reads past their end."""
+def restore_optimizer(optimizer, saved):
+    """Load moments and steps, not the options; wrong sizes are refused here, for fused steps read past their end."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for p, state in zip(parameters, saved["state"].values(), strict=True):
-        if {p.shape} != {state[k].shape for k in ("exp_avg", "exp_avg_sq")} or state["step"].shape:
+        shapes = {key: value.shape for key, value in state.items()}
+        if shapes.pop("step", torch.Size()) or set(shapes.values()) != {p.shape}:
             raise ValueError("its optimiser belongs to another network")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -25,6 +25,12 @@ OWN = {  # defined in several scripts, and meant to differ
     "NETWORKS": "the networks of one paper",
     "load": "load_network with that script's networks",
     "Run": "one method's state, rows, checkpoint and pictures",
+    "PAPER": "one paper's values",
+    "OURS": "one method's values for small grey images",
+    "Generator": "one paper's generator",
+    "disagreement": "one paper's divergence of teacher and student",
+    "generator_step": "one method's step",
+    "student_step": "one method's step",
 }
 
 

@@ -19,7 +19,8 @@ import torch
 from tqdm import tqdm
 
 import teacher
-from teacher import ARCHS, DATASETS, FILES, MD5, Args, augment, fetch, load_dataset, normalise
+from kernels.data import FILES, load_dataset, load_digits
+from teacher import ARCHS, DATASETS, MD5, Args, augment, fetch, normalise
 
 CHECKPOINT_KEYS = {"arch", "num_classes", "channels", "image_size", "mean", "std", "accuracy", "command"}
 
@@ -38,7 +39,7 @@ def command_line(monkeypatch):
 @pytest.fixture
 def few_digits(monkeypatch):
     """256 training and 64 test digits."""
-    splits = {split: teacher.load_digits(split) for split in ("train", "test")}
+    splits = {split: load_digits(split) for split in ("train", "test")}
 
     def few(dataset, data_dir, split):
         n = 256 if split == "train" else 64
@@ -570,7 +571,7 @@ def test_data_dir_that_is_a_file(tmp_path, capsys):
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "cifar100"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_missing_file_is_named_and_never_fetched(tmp_path, capsys, monkeypatch, dataset, split):
-    """The scripts that carry a copy of load_dataset read only: it says what fetches, and where to."""
+    """The method scripts read only: the line says what fetches, and where to."""
     monkeypatch.setattr(teacher, "download", None)
     for folder in ("absent", "file", "partly"):
         (tmp_path / "file").write_text("")

@@ -521,13 +521,17 @@ def test_a_new_run_forgets_the_old_ones_files(tmp_path):
 
 
 def damaged_checkpoints(saved):
-    moments = saved["student"]["state"][0]
-    yield dict(saved, student=saved["student"] | {"state": {0: moments}})
+    def with_state(**state):
+        return saved | {"state": saved["state"] | state}
+
+    game, student = saved["state"]["game"], saved["state"]["student"]
+    moments = student["state"][0]
+    yield with_state(student=student | {"state": {0: moments}})
     first = dict(moments, exp_avg=torch.zeros(1))  # fused Adam would read past its end
-    yield dict(saved, student=saved["student"] | {"state": saved["student"]["state"] | {0: first}})
-    yield dict(saved, game=saved["game"] | {"step": torch.tensor(math.nan)})
-    yield dict(saved, game=saved["game"] | {"step": torch.tensor(-5.0)})
-    yield dict(saved, previews=[(1, torch.zeros(10, 1, 32, 32)), (2, torch.zeros(3))])
+    yield with_state(student=student | {"state": student["state"] | {0: first}})
+    yield with_state(game=game | {"step": torch.tensor(math.nan)})
+    yield with_state(game=game | {"step": torch.tensor(-5.0)})
+    yield with_state(previews=[(1, torch.zeros(10, 1, 32, 32)), (2, torch.zeros(3))])
     yield {k: v for k, v in saved.items() if k != "options"}
     yield {"state_dict": {}}
 

@@ -1,0 +1,127 @@
+"""Pictures of runs, and the statistics of their accuracies over the epochs.
+
+Without validation data nobody knows the best epoch, so what counts is the accuracy that an epoch taken at random has:
+its mean and spread over all epochs (Binici et al. 2022, arXiv:2201.03019, call them mu and sigma^2 of S_acc).
+"""
+
+import json
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+
+from kernels.contract import fail, one_line
+
+
+def accuracy_statistics(accuracies):
+    """Mean, spread and ends of the accuracies of all epochs, the first one included, in percent.
+
+    Args:
+        accuracies: test accuracy after each epoch, in percent; at least one.
+
+    Returns:
+        {"mean", "std" and "variance" of the population, "best", "final", "last_quarter": mean of the last quarter}.
+        The tables of the literature call "sigma^2" what looks like a standard deviation: hence both.
+
+    Raises:
+        ValueError: no accuracy at all.
+
+    >>> accuracy_statistics([50.0, 90.0, 94.0, 98.0])
+    {'mean': 83.0, 'std': 19.261, 'variance': 371.0, 'best': 98.0, 'final': 98.0, 'last_quarter': 98.0}
+    """
+    if not accuracies:
+        raise ValueError("accuracy_statistics: expected the accuracies of some epochs, got none; test every epoch")
+    quarter = accuracies[-max(1, len(accuracies) // 4) :]
+    found = dict(mean=statistics.mean(accuracies), std=statistics.pstdev(accuracies))
+    found |= dict(variance=statistics.pvariance(accuracies), best=max(accuracies), final=accuracies[-1])
+    return {k: round(v, 3) for k, v in (found | dict(last_quarter=statistics.mean(quarter))).items()}
+
+
+def draw_curves(groups, path, unit="epoch"):
+    """Write a picture of the groups' curves: their mean over runs and a band of ± one standard deviation.
+
+    Args:
+        groups: {label: [run, …]}, a run being a list of accuracies in percent; runs are cut to their group's shortest.
+        path: of the PNG, or a file object.
+        unit: of the horizontal axis.
+
+    >>> import io
+    >>> draw_curves({"a": [[10.0, 50.0, 90.0], [10.0, 60.0, 80.0]], "b": [[20.0, 30.0]]}, io.BytesIO())
+    """
+    from matplotlib.figure import Figure  # not needed but here
+
+    figure = Figure((7, 4), layout="constrained")
+    axis = figure.subplots()
+    for label, runs in groups.items():
+        shortest = min(map(len, runs))
+        curves = np.array([run[:shortest] for run in runs])  # (runs, epochs)
+        mean, band, x = curves.mean(0), curves.std(0), range(1, shortest + 1)
+        axis.plot(x, mean, label=label, marker="." if shortest < 30 else None)
+        if len(runs) > 1:
+            axis.fill_between(x, mean - band, mean + band, alpha=0.25)
+    axis.set(xlabel=unit, ylabel="test accuracy, %")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower right")
+    figure.savefig(path, dpi=100)
+
+
+def draw_sheets(images, mean, std, path):
+    """Write a picture of up to 64 images each, side by side, one panel for each of {title: images}.
+
+    Args:
+        images: {title: (N, C, H, W)}, C 1 or 3, in normalised units, on any device.
+        mean, std: C numbers each that undo the normalisation.
+        path: of the PNG, or a file object.
+
+    >>> import io
+    >>> draw_sheets({"a": torch.randn(9, 3, 8, 8), "b": torch.randn(64, 3, 8, 8)}, [0.5] * 3, [0.2] * 3, io.BytesIO())
+    """
+    from matplotlib.figure import Figure  # not needed but here
+
+    figure = Figure((4 * len(images), 4.3), layout="constrained")
+    for axis, (title, x) in zip(figure.subplots(1, len(images), squeeze=False)[0], images.items(), strict=True):
+        columns = min(8, len(x))
+        x = x[: min(64, len(x) // columns * columns)].detach().float().cpu()
+        x = x * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+        sheet = rearrange(x.clamp(0, 1), "(r n) c h w -> (r h) (n w) c", n=columns).numpy()
+        axis.imshow(sheet if sheet.shape[2] == 3 else sheet[:, :, 0], cmap="gray", vmin=0, vmax=1)
+        axis.set(title=title, xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
+
+
+def compare_runs(folders, by, out):
+    """Write compare.json and compare.png: the accuracies of finished runs, grouped by an entry of their result.json.
+
+    Args:
+        folders: where the runs are, with result.json and metrics.jsonl (`eval/acc` of each epoch).
+        by: the entry, such as "memory"; runs of one value are seeds of one arm.
+        out: folder to write into.
+
+    compare.json: teacher, student, dataset, epochs; arms, {value: [statistics and costs of a run, …]}.
+    """
+    curves, arms, kinds, out = {}, {}, set(), Path(out)
+    for folder in map(Path, dict.fromkeys(folders)):
+        with one_line(f"--compare {folder}", "pass the --out of a finished run with test accuracies"):
+            result = json.loads((folder / "result.json").read_text())
+            rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            accuracies = [row["eval/acc"] for row in rows]
+            costs = {
+                k: result[k] for k in ("seed", "seconds", f"{by}_bytes", "device_name", "versions") if k in result
+            }
+            costs = {k: result[k] for k in costs if k in result}
+            arms.setdefault(result[by], []).append(accuracy_statistics(accuracies) | costs)
+            kinds.add((*(str(result[k]) for k in ("teacher", "student", "dataset", "teacher_accuracy")), len(rows)))
+            curves.setdefault(f"{by} {result[by]}", []).append(accuracies)
+    if len(kinds) > 1:
+        fail(f"--compare: runs of several kinds: {sorted(kinds)}; pass runs of one teacher, student, data and length")
+    for value, runs in arms.items():
+        means = {k: f"{np.mean([r[k] for r in runs]):.2f}" for k in ("mean", "std", "best", "final", "last_quarter")}
+        print(f"{by} {value}: {len(runs)} runs,", ", ".join(f"{k} {v}" for k, v in means.items()))
+    with one_line(f"--out {out} cannot be used", "pass another folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        draw_curves(curves, out / "compare.png")
+        known = dict(zip(("teacher", "student", "dataset", "teacher_accuracy", "epochs"), kinds.pop(), strict=True))
+        (out / "compare.json").write_text(json.dumps(known | dict(arms=arms), indent=1) + "\n")
+    print(f"wrote compare.json, compare.png into {out}")

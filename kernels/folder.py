@@ -1,0 +1,95 @@
+"""One run's folder, as every method script writes it: args.json, metrics.jsonl, checkpoint.pt, result.json."""
+
+import json
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from kernels.contract import fail, load_weights, one_line, ran_on
+
+
+class RunFolder:
+    """Base of a script's Run, which adds `state` (what its checkpoint holds) and `restore` (the way back).
+
+    Rows of metrics.jsonl, the seconds spent and the state of the generator of random numbers are kept here. A
+    checkpoint is written beside the last one and renamed: whenever a run is killed, one whole checkpoint is there.
+
+    Args:
+        args: the script's Args; read are out, resume, seed and device.
+        setting: the method's values, derived from args; they stand in args.json and result.json.
+        free: options that a continued run may change; all others must be those of args.json.
+        clears: files of an earlier run, besides checkpoint.pt and result.json, which may not pass for this one's.
+    """
+
+    def __init__(self, args, setting, free=(), clears=("student.pt", "samples.png")):
+        self.args, self.setting, self.out, self.start, self.lines = args, setting, Path(args.out), time.time(), []
+        self.rng = torch.cuda if args.device == "cuda" else torch  # whose default generator draws the noise
+        self.options, self.free = asdict(args) | {"setting": setting}, ("resume", "out", "data_dir", "smoke", *free)
+        checkpoint = self.out / "checkpoint.pt"
+        with one_line(f"--out {self.out} cannot be used", "pass another folder"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            if args.resume and checkpoint.exists():
+                with one_line(f"{checkpoint}: no checkpoint of this script", "run without --resume"):
+                    self._continue(load_weights(checkpoint))
+            else:
+                for name in ("checkpoint.pt", *clears):
+                    (self.out / name).unlink(missing_ok=True)
+            (self.out / "args.json").write_text(json.dumps(self.options, indent=1) + "\n")
+            (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
+            (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
+
+    def state(self):
+        """What the checkpoint holds besides: tensors, numbers, strings, and lists and dicts of them."""
+        raise NotImplementedError
+
+    def restore(self, saved):
+        """Take back what `state` gave; raise on what does not fit."""
+        raise NotImplementedError
+
+    def _continue(self, saved):
+        before, now = json.loads(saved["options"]), json.loads(json.dumps(self.options))
+        if changed := ", ".join(k for k in now if k not in self.free and before[k] != now[k]):
+            fail(f"--resume: {changed} differ from the first run's (args.json); repeat its options")
+        self.lines, self.start = saved["lines"], time.time() - saved["seconds"]
+        self.restore(saved["state"])
+        self.rng.set_rng_state(saved["rng"])
+
+    def write(self, row):
+        """Add a row to metrics.jsonl; returns its figures as short strings."""
+        self.lines.append(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(self.lines[-1])
+        return {k.split("/")[-1]: f"{v:.4g}" for k, v in row.items()}
+
+    def column(self, name):
+        """All values of one figure, from the rows that have it."""
+        return [row[name] for row in map(json.loads, self.lines) if name in row]
+
+    def show(self, bar, row):
+        """`write`, and the figures beside the progress bar; as a line of their own where there is no terminal."""
+        bar.set_postfix(shown := self.write(row))
+        if bar.disable:
+            print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
+
+    def save(self):
+        """Write checkpoint.pt."""
+        saved = dict(lines=self.lines, options=json.dumps(self.options), state=self.state())
+        saved |= dict(rng=self.rng.get_rng_state(), seconds=time.time() - self.start)
+        torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
+        os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
+
+    def save_student(self, student, teacher, method, dataset, accuracy):
+        """Write student.pt, described as teacher.py's checkpoints are; student, teacher: load_network's."""
+        saved = dict(format=1, arch=student.arch, dataset=dataset, method=method, seed=self.args.seed)
+        saved |= {k: getattr(teacher, k) for k in ("num_classes", "image_size", "mean", "std")}
+        saved.update(channels=len(teacher.mean), accuracy=accuracy)
+        torch.save(saved | {"state_dict": student.model.state_dict()}, self.out / "student.pt")
+
+    def finish(self, result):
+        """Write result.json, the last file of a run: `result`, seconds, seed, setting, device and versions."""
+        result |= dict(seconds=round(time.time() - self.start, 1), seed=self.args.seed, setting=self.setting)
+        (self.out / "result.json").write_text(json.dumps(result | ran_on(self.args.device), indent=1) + "\n")
+        print(f"wrote result.json into {self.out}; {result['seconds']:.0f} s")
