@@ -307,7 +307,8 @@ class Encoder(nn.Module):
         x = F.leaky_relu(self.bn2(self.conv2(x)), 0.2)
         x = self.bn3(self.conv3(F.interpolate(x, scale_factor=0.5)))  # (N, width, size/4, size/4)
         x = F.interpolate(x, scale_factor=0.5).flatten(1)
-        return self.mean(x), self.log_variance(x)
+        with torch.autocast(x.device.type, enabled=False):  # these go through exp
+            return tuple(layer(x.to(layer.weight.dtype)) for layer in (self.mean, self.log_variance))
 
 
 # Losses
@@ -315,10 +316,10 @@ def logits_and_features(model, x):
     """Logits (N, K) and what enters the first fully connected layer; None of a network without one."""
     found, linear = [], [m for m in model.modules() if isinstance(m, nn.Linear)]
     hooks = [m.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for m in linear]
-    logits = model(x).float()
+    logits = model(x)
     for hook in hooks:
         hook.remove()
-    return logits, found[0] if found else None
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), found[0] if found else None
 
 
 def onehot_loss(t_logits):
@@ -414,7 +415,7 @@ def generator_step(state):
     with state.amp():
         x = state.generator(state.noise(state.setting["batch_size"]))
         answers = logits_and_features(state.teacher.model, x)
-        loss = generator_loss(*answers, state.student(x).float(), state.setting)
+        loss = generator_loss(*answers, state.student(x), state.setting)
     return state.update("generator", loss)
 
 
@@ -455,7 +456,7 @@ def student_step(state, x):
     with state.amp():
         with torch.no_grad():
             answers = logits_and_features(state.teacher.model, x)
-        loss = F.l1_loss(state.student(x).float(), answers[0])
+        loss = F.l1_loss(state.student(x), answers[0])
     return state.update("student", loss), answers
 
 
@@ -471,7 +472,7 @@ def memory_step(state, x, answers, replay):
         x = torch.cat([x, own])
         answers = [a if a is None else torch.cat([a, b]) for a, b in zip(answers, own_answers, strict=True)]
     with state.amp():
-        mean, log_variance = (y.float() for y in state.memory["encoder"](x))  # (N, latent)
+        mean, log_variance = state.memory["encoder"](x)  # (N, latent)
         rebuilt = state.memory["decoder"](mean + (log_variance / 2).exp() * torch.randn_like(mean))
         rebuilt_answers = logits_and_features(state.teacher.model, rebuilt)
         loss = reconstruction_loss(x, answers, rebuilt, rebuilt_answers, setting["reconstruction"])
