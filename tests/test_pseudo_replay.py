@@ -470,10 +470,34 @@ def test_a_foreign_teacher_of_another_size_and_a_student_of_another_family(tmp_p
     assert not (tmp_path / "run/curve.png").exists() and (tmp_path / "run/samples.png").exists()
 
 
-@pytest.mark.parametrize("memory", ["vae", "bank"])
-def test_a_killed_run_resumes_bit_exactly(tmp_path, memory):
+@pytest.mark.parametrize("memory", ["vae", "bank", "none"])
+def test_an_interrupted_run_resumes_bit_exactly(tmp_path, monkeypatch, memory):
+    options, after_epoch = dict(memory=memory, epochs=4, bank_every=1), replay.Run.after_epoch
+
+    def interrupted(self, *rest):
+        after_epoch(self, *rest)
+        if len(self.lines) == 3:  # its row is written, its checkpoint is not
+            raise KeyboardInterrupt
+
+    run(tmp_path / "whole", **options)
+    monkeypatch.setattr(replay.Run, "after_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", **options)
+    monkeypatch.setattr(replay.Run, "after_epoch", after_epoch)
+    run(tmp_path / "cut", **options, resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def assert_same_run(whole, cut):
+    for name in ("metrics.jsonl", "samples.png", "curve.png"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes(), name
+    a, b = (torch.load(n / "checkpoint.pt", weights_only=True)["state"]["networks"] for n in (whole, cut))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_killed_run_resumes_bit_exactly(tmp_path):
     """SIGKILL in the middle of an epoch, in a process of its own; then --resume, beside a run that was never cut."""
-    options = dict(epochs=4, iterations=6, batch_size=16, width=8, latent=8, bank_every=1, memory=memory)
+    options = dict(epochs=4, iterations=3, batch_size=16, width=8, latent=8)
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = [sys.executable, str(contract.ROOT / "pseudo_replay.py"), "--device=cpu", *flags, "--out"]
     environment = dict(os.environ, OMP_NUM_THREADS="1")
@@ -489,12 +513,7 @@ def test_a_killed_run_resumes_bit_exactly(tmp_path, memory):
     resumed = subprocess.run([*command, str(tmp_path / "cut"), "--resume"], env=environment, capture_output=True)
     assert resumed.returncode == 0, resumed.stderr
     assert b"step        1" not in resumed.stdout and b"step        4" in resumed.stdout
-    for name in ("metrics.jsonl", "samples.png", "curve.png"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
-    a, b = (
-        torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["state"]["networks"] for n in ("whole", "cut")
-    )
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
 
 
 def damaged_checkpoints(saved):
