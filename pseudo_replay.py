@@ -10,9 +10,8 @@ E and decoder M, models the images of the past, with T as its judge of likeness,
     L_M = mean|x' - x| + mean|T(x') - T(x)| + 1e-5 KL(E(x) || N(0, I)),   x' = M(z'), z' ~ E(x)
 
 with t, f the teacher's logits and features, pbar its mean probabilities, J `disagreement`. Inner iteration: a step of
-G, ten of S, one of E and M after each of the first four. `--memory bank` (Binici et al. 2022, arXiv:2108.05698, as
-others re-implemented it) keeps batches in place of the VAE, `--memory none` nothing. All is as in the released code;
-what else it or the paper has is an option:
+G, ten of S, one of E and M after each of the first four. `--memory bank` (MB-DFKD, arXiv:2108.05698, as re-implemented
+by others) keeps batches in place of the VAE, `--memory none` nothing. As released; what else there is, is an option:
 - `--reconstruction`: the paper speaks of the teacher's response in place of pixels, the code adds the two;
 - `--latent-tuning`: before M's images are used, one step moves its latents to where they cover the classes; the code
   leaves that step's gradient in M's weights and applies it with L_M (leaky);
@@ -131,10 +130,11 @@ PAPER = dict(student="resnet18_cifar", epochs=400, iterations=36, batch_size=102
              latent=1000, n_student_iter=10, n_memory_iter=4, lr_generator=0.02, lr_memory=5e-4, lr_student=0.1,
              optimizer="sgd", alpha_onehot=1.0, alpha_entropy=5.0, alpha_act=0.1, divergence="released",
              reconstruction="pixel+logit", latent_tuning="leaky", bank_capacity=10, bank_every=5)
-OURS = dict(PAPER, student="lenet5_half", batch_size=128, width=32, latent=64, optimizer="adam", lr_student=4e-3)
+OURS = dict(PAPER, student="lenet5_half", batch_size=128, width=16, latent=64, optimizer="adam", lr_student=4e-3,
+            alpha_act=0.0)  # how these were chosen: results/README.md
 SETTINGS = {
     "cifar10": PAPER,  # CIFAR-100 and Tiny-ImageNet too
-    "mnist": dict(OURS, epochs=40, iterations=15),
+    "mnist": dict(OURS, epochs=40, iterations=20),
     "digits": dict(OURS, epochs=20, iterations=10),
 }
 # fmt: on
