@@ -84,6 +84,33 @@ def mte_table():
     return "\n".join(lines) + "\n\n" + note
 
 
+def replay_table():
+    """The three memories of pseudo_replay.py, mean ± std over seeds, from results/replay-*.json."""
+    columns = ("mean", "std", "variance", "best", "final", "last_quarter")
+    names = " | ".join(c.replace("_", " ") for c in columns)
+    lines = [f"| data | memory | {names} | bytes held | seeds, longest |"]
+    lines.append("|---" * (4 + len(columns)) + "|")
+    for path in sorted((ROOT / "results").glob("replay-*.json")):
+        table = json.loads(path.read_text())
+        for memory in sorted(table["arms"], key=["none", "bank", "vae"].index):
+            runs = table["arms"][memory]
+            cells = [spread([r[c] for r in runs]).removesuffix(" %") for c in columns]
+            cost = f"{runs[0]['memory_bytes']:,} | {len(runs)}, {max(r['seconds'] for r in runs):.0f} s"
+            lines.append(f"| {table['dataset']} | `{memory}` | " + " | ".join(cells) + f" | {cost} |")
+    return "\n".join(lines)
+
+
+def trace_table():
+    """A short run of zskt.py's paper setting beside the first window of the authors' log."""
+    rows = [json.loads(line) for line in (ROOT / "results/zskt-cifar10-trace.jsonl").read_text().splitlines()]
+    lines = ["| pseudo-batches | loss_G | loss_S | mean max p_T | mean max p_S |", "|---|---|---|---|---|"]
+    keys, before = ("loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student"), 0
+    for row in rows:
+        lines.append(f"| {before + 1} to {row['step']} | " + " | ".join(f"{row[k]:.3f}" for k in keys) + " |")
+        before = row["step"]
+    return "\n".join([*lines, "| authors, 1 to 800 | -0.113 | 0.263 | 0.853 | 0.365 |"])
+
+
 def rows_of(name):
     with open(ROOT / "results" / name) as file:
         return list(csv.DictReader(file))
@@ -135,6 +162,7 @@ def tables():
     """{name: text between its markers}."""
     makers = dict(teachers=teachers_table, inversion=inversion_table, cpu_ops=cpu_ops_table, cpu_step=cpu_step_table)
     makers |= dict(zskt=zskt_table, mte=mte_table, cpu_pseudo_batch=cpu_pseudo_batch_table)
+    makers |= dict(trace=trace_table)
     return {name: make() for name, make in makers.items()}
 
 
