@@ -1,6 +1,7 @@
 """Fused ops, each file with definition, reference, kernels and public function; graphs and metrics of whole steps."""
 
 from kernels.attention_transfer import attention_map, attention_map_ref, attention_transfer, attention_transfer_ref
+from kernels.bn_act_moments import bn_act_moments, bn_act_moments_ref
 from kernels.bn_moments import bn_moment_loss, bn_moment_loss_ref, bn_moments, bn_moments_ref
 from kernels.graphs import Captured
 from kernels.js_divergence import js_divergence, js_divergence_ref
@@ -14,6 +15,8 @@ __all__ = [
     "attention_map_ref",
     "attention_transfer",
     "attention_transfer_ref",
+    "bn_act_moments",
+    "bn_act_moments_ref",
     "bn_moment_loss",
     "bn_moment_loss_ref",
     "bn_moments",

@@ -64,6 +64,15 @@ def run_ops():
     ):
         moments = torch.ones(shape[1]), torch.ones(shape[1])
         kernels.bn_moment_loss(images(shape, dtype, memory_format), *moments).backward()
+    for shape, dtype, memory_format, add in (
+        ((256, 64, 32, 32), torch.bfloat16, nhwc, False),
+        ((64, 256, 56, 56), torch.bfloat16, nhwc, True),
+        ((256, 16, 32, 32), torch.float32, nchw, True),
+        ((64, 2048, 7, 7), torch.float16, nhwc, False),
+    ):
+        x, vectors = images(shape, dtype, memory_format), [torch.ones(shape[1])] * 4
+        y, moments = kernels.bn_act_moments(x, *vectors, residual=x.detach().requires_grad_() if add else None)
+        (y.sum() + moments.sum()).backward()
     for shape, dtype, memory_format in (
         ((16, 16, 32, 32), torch.bfloat16, nhwc),
         ((16, 3, 224, 224), torch.float32, nchw),

@@ -18,10 +18,19 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(ROOT.glob("*.py"))
 KERNELS = sorted((ROOT / "kernels").glob("*.py"))
 # what is no op
-SHARED = ["__init__.py", "_common.py", "_logits.py", "bench.py", "contract.py", "data.py", "figures.py"]
+SHARED = [
+    "__init__.py",
+    "_channels.py",
+    "_common.py",
+    "_logits.py",
+    "bench.py",
+    "contract.py",
+    "data.py",
+    "figures.py",
+]
 SHARED += ["folder.py", "graphs.py", "transitions.py"]
 OPS = [path for path in KERNELS if path.name not in SHARED]
-TRITON = [*OPS, ROOT / "kernels" / "_logits.py"]
+TRITON = [*OPS, ROOT / "kernels" / "_channels.py", ROOT / "kernels" / "_logits.py"]
 PYTHON = [*SCRIPTS, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "results").glob("*.py"))]
 IMPORT_NAMES = {"Pillow": "PIL", "scikit-learn": "sklearn"}  # where a package is imported under another name
 TEACHERS = [f"{data}-{net}" for data in ("mnist", "digits") for net in ("lenet5", "resnet8")]
