@@ -17,10 +17,10 @@ by others) keeps batches in place of the VAE, `--memory none` nothing. As releas
   leaves that step's gradient in M's weights and applies it with L_M (leaky);
 - `--divergence js`: the textbook's; the released J is clamped, reversed, averaged over classes too: below 0.17.
 Ours: no gradient where none is used, a frozen teacher, asked once for each batch, one Adam for E and M (the same as
-two of one rate); `digits` and `mnist` have their own sizes and rates (results/README.md).
+two of one rate); `digits` and `mnist` drop the activation term, train S by Adam, have own sizes (results/README.md).
 Run `python pseudo_replay.py [--memory vae|bank|none]`. It writes into --out: student.pt, curve.png (accuracy of every
 epoch), samples.png (generator beside memory), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means of
-an epoch: `loss/generator`, `loss/student`, `loss/memory`; `eval/acc` percent of real test images after it.
+an epoch over each iteration's last steps: `loss/generator`, `loss/student`, `loss/memory`; `eval/acc` in percent.
 `python pseudo_replay.py --compare RUN RUN …` writes compare.json and compare.png: the arms' curves and statistics.
 """
 
@@ -94,7 +94,7 @@ class Args:
     batch_size: int | None = None
     """Novel images of a step."""
     memory_share: float | None = None
-    """Share of memory images in the student's batch (released: 128 of 1152), at least two images; below 1."""
+    """Share of memory images in the student's batch (released: 128 of 1152): two images to half of the batch."""
     width: int | None = None
     """Channels of generator, decoder and encoder (released: 128)."""
     latent: int | None = None
@@ -112,7 +112,7 @@ class Args:
     alpha_entropy: float | None = None
     """Weight of the batch's negative class entropy, in bans (released flag: ie)."""
     alpha_act: float | None = None
-    """Weight of the activation term (released flag: a); 0, or no fully connected layer: no such term."""
+    """Weight of the activation term (flag: a) of what enters the first fully connected layer; 0: no such term."""
     divergence: str | None = None
     """Disagreement J of the generator: released | js (textbook, nats, mean over the batch)."""
     reconstruction: str | None = None
@@ -266,8 +266,8 @@ def reset(model):
 class Generator(nn.Module):
     """Latents (N, latent) to normalised images (N, C, size, size); the memory's decoder has no spectral norm.
 
-    The decoder has 8,423,939 parameters at width 128, latent 1000 and 3 x 32 x 32. The last BatchNorm has none: images
-    have mean 0 and deviation 1 and enter the networks as they are. eps 0.8 in the inner BatchNorms is as released.
+    The decoder has 8,423,939 parameters at width 128, latent 1000 and 3 x 32 x 32; eps 0.8 is as released. Images have
+    mean 0 and deviation 1 and enter the networks as they are.
     """
 
     def __init__(self, latent, width, channels, size, spectral):
@@ -315,7 +315,7 @@ class Encoder(nn.Module):
 def logits_and_features(model, x):
     """Logits (N, K) and what enters the first fully connected layer; None of a network without one."""
     found, linear = [], [m for m in model.modules() if isinstance(m, nn.Linear)]
-    hooks = [m.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0])) for m in linear]
+    hooks = [m.register_forward_pre_hook(lambda _, inputs: found.extend(inputs[:1])) for m in linear]
     logits = model(x)
     for hook in hooks:
         hook.remove()
@@ -341,14 +341,14 @@ def disagreement(t_logits, s_logits, divergence, fused):
     """
     t_logits = t_logits.detach()
     if divergence == "js":
-        js = kernels.js_divergence if fused else kernels.js_divergence_ref
-        return js(t_logits, s_logits, TEMPERATURE)
+        return (kernels.js_divergence if fused else kernels.js_divergence_ref)(t_logits, s_logits, TEMPERATURE)
     p, q = (torch.softmax(logits / TEMPERATURE, 1) for logits in (t_logits, s_logits))
     p, q, m = (x.clamp(0.01, 0.99) for x in (p, q, (p + q) / 2))
     return (m * (2 * m.log() - p.log() - q.log())).mean() / 2
 
 
 def generator_loss(t_logits, features, s_logits, setting):
+    """L_G of teacher and student on a batch of the generator's images."""
     loss = setting["alpha_onehot"] * onehot_loss(t_logits) + setting["alpha_entropy"] * entropy_loss(t_logits)
     loss = loss - setting["alpha_act"] * features.abs().mean() if setting["alpha_act"] else loss
     return loss + 1 - disagreement(t_logits, s_logits, setting["divergence"], setting["fused"]).clamp(0, 1)
@@ -412,6 +412,7 @@ class Distiller(nn.Module):
 
 
 def generator_step(state):
+    """One step of G; the student's BatchNorms are in train mode and take its images in (as released)."""
     with state.amp():
         x = state.generator(state.noise(state.setting["batch_size"]))
         answers = logits_and_features(state.teacher.model, x)
@@ -422,8 +423,8 @@ def generator_step(state):
 def decoded_memory(state, leak=False):
     """Images of the memory's decoder, in the mode it is in, from class-balanced latents (Algorithm 2).
 
-    The latents take the first step of Adam, g / (|g| + eps) times its rate, towards images that cover the classes, and
-    towards mean 0 and variance 1 over the batch. leak: the step's gradient stays in the decoder's weights.
+    The latents take Adam's first step, g / (|g| + eps) times its rate, towards images that cover the classes and their
+    own mean 0 and variance 1. leak: its gradient stays in the decoder's weights.
     """
     setting, decoder, z = state.setting, state.memory["decoder"], state.noise(state.setting["n_memory"])
     if setting["latent_tuning"] != "off":
@@ -438,14 +439,14 @@ def decoded_memory(state, leak=False):
         return decoder(z)
 
 
-def memory_images(state, replay):
+def memory_images(state, has_past):
     """What joins the student's batch: () of an empty memory, else one batch (n, C, H, W) in a tuple."""
     if state.setting["memory"] == "vae":
         state.memory.eval()
         x = decoded_memory(state)
         state.memory.train()
         return (x,)
-    if state.setting["memory"] == "bank" and replay:
+    if state.setting["memory"] == "bank" and has_past:
         batch, n = (torch.rand(1, device=state.bank.device) * state.n_banked).long(), state.setting["n_memory"]
         return (state.bank[batch * n + torch.arange(n, device=state.bank.device)],)
     return ()
@@ -460,12 +461,12 @@ def student_step(state, x):
     return state.update("student", loss), answers
 
 
-def memory_step(state, x, answers, replay):
-    """One step of the VAE on the first half of the novel images and, if it replays, on images of its own."""
+def memory_step(state, x, answers, has_past):
+    """One step of the VAE on the first half of the novel images and, if it has a past, on images of its own."""
     setting, n = state.setting, state.setting["batch_size"] // 2
     x, answers = x[:n], [a if a is None else a[:n] for a in answers]
     state.optimizers["memory"].zero_grad()
-    if replay:
+    if has_past:
         own = decoded_memory(state, leak=setting["latent_tuning"] == "leaky")
         with torch.no_grad(), state.amp():
             own_answers = logits_and_features(state.teacher.model, own)
@@ -480,17 +481,17 @@ def memory_step(state, x, answers, replay):
     return state.update("memory", loss, zero=False)
 
 
-def inner_iteration(state, replay=True):
-    """1 generator step, 10 student steps, a memory step after each of the first 4; replay: the memory has a past."""
+def inner_iteration(state, has_past=True):
+    """1 generator step, 10 student steps, a memory step after each of the first 4; has_past: of the memory."""
     setting, loss_m = state.setting, torch.zeros((), device=state.sums.device)
     loss_g = generator_step(state)
     for i in range(setting["n_student_iter"]):
         x = state.novel_images()
-        loss_s, answers = student_step(state, torch.cat([x, *memory_images(state, replay)]))
+        loss_s, answers = student_step(state, torch.cat([x, *memory_images(state, has_past)]))
         if setting["memory"] == "vae" and i < setting["n_memory_iter"]:
-            loss_m = memory_step(state, x, answers, replay)
-        if setting["memory"] == "bank":
-            state.novel.copy_(x[: state.setting["n_memory"]])
+            loss_m = memory_step(state, x, answers, has_past)
+    if setting["memory"] == "bank":
+        state.novel.copy_(x[: setting["n_memory"]])
     state.sums += torch.stack([loss_g, loss_s, loss_m])  # the last step's of each
 
 
@@ -527,7 +528,7 @@ def evaluate(model, images, labels, mean, std, batch_size=500):
 class Run(RunFolder):
     def __init__(self, args, state):
         self.distiller = state
-        super().__init__(args, state.setting, ("graph", "compare"), ("student.pt", "samples.png", "curve.png"))
+        super().__init__(args, state.setting, free=("graph", "compare"))
 
     def state(self):
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.distiller.optimizers.items()}
@@ -542,8 +543,8 @@ class Run(RunFolder):
 
     def after_epoch(self, bar, test, iterations):
         """The host's only wait: losses, test accuracy, a row."""
-        state, names = self.distiller, ("loss/generator", "loss/student", "loss/memory")
-        row = dict(step=int(state.epoch)) | dict(zip(names, (state.sums / iterations).tolist(), strict=True))
+        state, losses = self.distiller, (self.distiller.sums / iterations).tolist()
+        row = dict(step=int(state.epoch)) | {f"loss/{k}": v for k, v in zip(state.optimizers, losses, strict=False)}
         if not all(math.isfinite(v) for v in row.values()):
             fail(f"the losses are not finite in epoch {row['step']}; lower --lr-student or --lr-generator")
         state.sums.zero_()
@@ -601,7 +602,6 @@ def main(args):
         test = *test, teacher.mean, teacher.std
         measures["teacher_accuracy"] = evaluate(teacher.model, *test)
     setting = choose_setting(args, teacher.dataset if dataset == "none" else dataset)
-    pair = f"{args.teacher} -> {setting['student']}"
     student = load_student(load, setting["student"], args, teacher)
     blank = torch.zeros(2, len(teacher.mean), teacher.image_size, teacher.image_size, device=args.device)
     if logits_and_features(teacher.model, blank)[1] is None:
@@ -609,24 +609,24 @@ def main(args):
             fail(f"{args.teacher}: no fully connected layer, no features; use --alpha-act 0, --reconstruction logit")
         setting["alpha_act"] = 0.0
         print(f"{args.teacher}: no fully connected layer, so no activation term")
-    if args.memory != "none" and setting["n_memory"] < 2:
-        fail(f"--memory-share {setting['memory_share']:.3g}: less than two images a batch; raise it, or --memory none")
+    if args.memory != "none" and not 2 <= setting["n_memory"] <= setting["batch_size"]:
+        fail(f"--memory-share: {setting['n_memory']} images a batch; expected 2 to --batch-size, or --memory none")
 
     # Epochs; the host looks at the device between them only.
     state = Distiller(teacher, student, setting, args)
     run, epochs, iterations = Run(args, state), setting["epochs"], setting["iterations"]
-    print(f"{pair}: {epochs} epochs of {iterations}, memory {args.memory}, setting {setting['name']}, {args.device}")
+    print(f"{teacher.name}, {student.name}: {epochs} x {iterations}, {args.memory}, {args.device}, fused={args.fused}")
     bar = tqdm(total=epochs * iterations, initial=int(state.epoch) * iterations, disable=None, mininterval=0.5)
     step = None
     for epoch in range(int(state.epoch), epochs):
         cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
         state.optimizers["student"].param_groups[0]["lr"].fill_(setting["lr_student"] * cosine)
-        if epoch < 2 or not step:  # what is replayed, so what a graph does, may change after the first epoch
-            replay = epoch > 0 or args.memory == "vae"
-            step = kernels.Captured(partial(inner_iteration, state, replay), args.graph and args.device == "cuda")
+        if not step or (epoch == 1 and args.memory == "bank"):  # which has something to replay from then on
+            past = epoch > 0 or args.memory == "vae"
+            step = kernels.Captured(partial(inner_iteration, state, past), args.graph and args.device == "cuda")
         for i in range(iterations):
             if epoch == i == 0:
-                inner_iteration(state, replay=False)
+                inner_iteration(state, has_past=False)
             else:
                 step()
             bar.update()

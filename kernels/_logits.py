@@ -50,11 +50,11 @@ def sum_rows(
     q_ptr,  # (N, K) logits
     N,  # rows
     K,  # classes
-    stride_pn,
+    stride_pn,  # strides of both logits along rows and classes
     stride_pk,
     stride_qn,
     stride_qk,
-    inv_temperature,
+    inv_temperature,  # 1 / T
     ONE_BLOCK: tl.constexpr,  # K <= BLOCK_K: every logit is read once
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

@@ -35,7 +35,8 @@ def check_options(args, least, choices):
             fail(f"--{name.replace('_', '-')}: expected at least {low} (and below 2^31), got {value}")
     for name, allowed in (choices | {"device": ("auto", "cpu", "cuda")}).items():
         if (value := getattr(args, name)) not in allowed:
-            fail(f"--{name}: expected one of {', '.join(filter(None, allowed))}, got {value!r}")
+            option, words = name.replace("_", "-"), ", ".join(filter(None, allowed))
+            fail(f"--{option}: expected one of {words}, got {value!r}")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device is visible; use --device cpu")
     if args.device == "auto":
@@ -203,9 +204,12 @@ def seed_everything(seed):
 def restore_optimizer(optimizer, saved):
     """Load moments and steps, not the options; wrong sizes are refused here, for fused steps read past their end."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for p, state in zip(parameters, saved["state"].values(), strict=True):
+    wanted = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else {"momentum_buffer"}
+    if not saved["state"]:
+        raise ValueError("its optimiser has no state")
+    for i, state in saved["state"].items():  # a parameter that is never used has none
         shapes = {key: value.shape for key, value in state.items()}
-        if shapes.pop("step", torch.Size()) or set(shapes.values()) != {p.shape}:
+        if set(shapes) != wanted or shapes.pop("step", torch.Size()) or set(shapes.values()) != {parameters[i].shape}:
             raise ValueError("its optimiser belongs to another network")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": optimizer.state_dict()["param_groups"]})
 

@@ -99,29 +99,31 @@ def compare_runs(folders, by, out):
         by: the entry, such as "memory"; runs of one value are seeds of one arm.
         out: folder to write into.
 
-    compare.json: teacher, student, dataset, epochs; arms, {value: [statistics and costs of a run, …]}.
+    compare.json: teacher, student, dataset and setting, which all runs share; arms, {value: [statistics and costs of a
+    run, …]}.
     """
-    curves, arms, kinds, out = {}, {}, set(), Path(out)
-    for folder in map(Path, dict.fromkeys(folders)):
-        with one_line(f"--compare {folder}", "pass the --out of a finished run with test accuracies"):
+    curves, arms, kinds, out = {}, {}, {}, Path(out)
+    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+        with one_line(f"--compare {folder}", "pass the --out of finished, tested runs, each seed once an arm"):
             result = json.loads((folder / "result.json").read_text())
             rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            accuracies = [row["eval/acc"] for row in rows]
-            costs = {
-                k: result[k] for k in ("seed", "seconds", f"{by}_bytes", "device_name", "versions") if k in result
-            }
-            costs = {k: result[k] for k in costs if k in result}
-            arms.setdefault(result[by], []).append(accuracy_statistics(accuracies) | costs)
-            kinds.add((*(str(result[k]) for k in ("teacher", "student", "dataset", "teacher_accuracy")), len(rows)))
-            curves.setdefault(f"{by} {result[by]}", []).append(accuracies)
-    if len(kinds) > 1:
-        fail(f"--compare: runs of several kinds: {sorted(kinds)}; pass runs of one teacher, student, data and length")
+            accuracies, value = [row["eval/acc"] for row in rows], str(result[by])
+            if any(run["seed"] == result["seed"] for run in arms.setdefault(value, [])):
+                raise ValueError(f"a second run of {by} {value} with seed {result['seed']}")
+            costs = ("seed", "seconds", f"{by}_bytes", "device_name", "versions")
+            arms[value].append(accuracy_statistics(accuracies) | {k: result[k] for k in costs if k in result})
+            kind = {k: result[k] for k in ("teacher", "student", "dataset", "teacher_accuracy")} | result["setting"]
+            kinds[folder] = kind | {by: None, "epochs": len(rows)}
+            curves.setdefault(f"{by} {value}", []).append(accuracies)
+    first = next(iter(kinds.values()))
+    if differ := sorted({k for kind in kinds.values() for k in kind | first if kind.get(k) != first.get(k)}):
+        fail(f"--compare: the runs differ in {', '.join(differ)}; pass runs that differ in {by} and seed alone")
     for value, runs in arms.items():
         means = {k: f"{np.mean([r[k] for r in runs]):.2f}" for k in ("mean", "std", "best", "final", "last_quarter")}
         print(f"{by} {value}: {len(runs)} runs,", ", ".join(f"{k} {v}" for k, v in means.items()))
     with one_line(f"--out {out} cannot be used", "pass another folder"):
         out.mkdir(parents=True, exist_ok=True)
         draw_curves(curves, out / "compare.png")
-        known = dict(zip(("teacher", "student", "dataset", "teacher_accuracy", "epochs"), kinds.pop(), strict=True))
+        known = {k: v for k, v in first.items() if k != by}
         (out / "compare.json").write_text(json.dumps(known | dict(arms=arms), indent=1) + "\n")
     print(f"wrote compare.json, compare.png into {out}")

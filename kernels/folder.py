@@ -24,7 +24,7 @@ class RunFolder:
         clears: files of an earlier run, besides checkpoint.pt and result.json, which may not pass for this one's.
     """
 
-    def __init__(self, args, setting, free=(), clears=("student.pt", "samples.png")):
+    def __init__(self, args, setting, free=(), clears=("student.pt", "samples.png", "curve.png")):
         self.args, self.setting, self.out, self.start, self.lines = args, setting, Path(args.out), time.time(), []
         self.rng = torch.cuda if args.device == "cuda" else torch  # whose default generator draws the noise
         self.options, self.free = asdict(args) | {"setting": setting}, ("resume", "out", "data_dir", "smoke", *free)
@@ -35,11 +35,11 @@ class RunFolder:
                 with one_line(f"{checkpoint}: no checkpoint of this script", "run without --resume"):
                     self._continue(load_weights(checkpoint))
             else:
-                for name in ("checkpoint.pt", *clears):
+                for name in ("result.json", "checkpoint.pt", *clears):
                     (self.out / name).unlink(missing_ok=True)
+            (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
             (self.out / "args.json").write_text(json.dumps(self.options, indent=1) + "\n")
             (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
-            (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
 
     def state(self):
         """What the checkpoint holds besides: tensors, numbers, strings, and lists and dicts of them."""

@@ -526,7 +526,7 @@ def damaged_checkpoints(saved):
 
     game, student = saved["state"]["game"], saved["state"]["student"]
     moments = student["state"][0]
-    yield with_state(student=student | {"state": {0: moments}})
+    yield with_state(student=student | {"state": {}})
     first = dict(moments, exp_avg=torch.zeros(1))  # fused Adam would read past its end
     yield with_state(student=student | {"state": student["state"] | {0: first}})
     yield with_state(game=game | {"step": torch.tensor(math.nan)})
