@@ -116,7 +116,7 @@ def compare_runs(folders, by, out):
             kinds[folder] = kind | {by: None, "epochs": len(rows)}
             curves.setdefault(f"{by} {value}", []).append(accuracies)
     first = next(iter(kinds.values()))
-    if differ := sorted({k for kind in kinds.values() for k in kind | first if kind.get(k) != first.get(k)}):
+    if differ := sorted({k for kind in kinds.values() for k in kind if kind[k] != first.get(k, kind[k])}):
         fail(f"--compare: the runs differ in {', '.join(differ)}; pass runs that differ in {by} and seed alone")
     for value, runs in arms.items():
         means = {k: f"{np.mean([r[k] for r in runs]):.2f}" for k in ("mean", "std", "best", "final", "last_quarter")}

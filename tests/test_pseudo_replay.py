@@ -241,7 +241,7 @@ def test_latents_take_one_step_of_a_fresh_adam(tuning, float64):
 @pytest.mark.parametrize("tuning", ["leaky", "clean"])
 def test_an_inner_iteration_is_the_released_loop(tuning, float64):
     """1 generator step, 10 student steps on novel and memory images, a VAE step after each of the first four."""
-    ours, plain = (distiller_of(latent_tuning=tuning, alpha_act=0.1) for _ in range(2))
+    ours, plain = (distiller_of(latent_tuning=tuning, alpha_act=0.1, alpha_kl=1e-5) for _ in range(2))
     torch.manual_seed(5)
     replay.inner_iteration(ours)
     torch.manual_seed(5)
@@ -385,7 +385,7 @@ def test_the_papers_values_are_the_cifar10_setting():
         epochs=400, iterations=36, batch_size=1024, n_memory=128, latent=1000, width=128, n_student_iter=10
     )
     expected |= dict(n_memory_iter=4, lr_generator=0.02, lr_memory=0.02 / 40, lr_student=0.1, optimizer="sgd")
-    expected |= dict(alpha_onehot=1.0, alpha_entropy=5.0, alpha_act=0.1, bank_capacity=10, bank_every=5)
+    expected |= dict(alpha_onehot=1.0, alpha_entropy=5.0, alpha_act=0.1, alpha_kl=1e-5, bank_capacity=10, bank_every=5)
     expected |= dict(reconstruction="pixel+logit", latent_tuning="leaky", divergence="released", memory="vae")
     assert {k: setting[k] for k in expected} == expected
     assert setting["student"] == "resnet18_cifar"
