@@ -140,7 +140,6 @@ SETTINGS = {
     "digits": dict(OURS, epochs=20, iterations=10),
 }
 # fmt: on
-TEMPERATURE = 3.0  # of the disagreement
 LATENT_LR = 0.02  # of the one Adam step on the memory's latents
 
 
@@ -334,16 +333,16 @@ def entropy_loss(t_logits):
     return (log_p.exp() * log_p).sum() / math.log(10)
 
 
-def disagreement(t_logits, s_logits, divergence, fused):
-    """J of teacher and student at temperature 3; no gradient to the teacher's side.
+def disagreement(t_logits, s_logits, divergence, fused, temperature=3.0):
+    """J of teacher and student; no gradient to the teacher's side.
 
     Released: 1/2 KL(M || P) + 1/2 KL(M || Q) of probabilities clamped to [0.01, 0.99], after M was formed; a mean over
     batch *and* classes: at most 0.161 at K = 10, 0.016 at K = 100.
     """
     t_logits = t_logits.detach()
     if divergence == "js":
-        return (kernels.js_divergence if fused else kernels.js_divergence_ref)(t_logits, s_logits, TEMPERATURE)
-    p, q = (torch.softmax(logits / TEMPERATURE, 1) for logits in (t_logits, s_logits))
+        return (kernels.js_divergence if fused else kernels.js_divergence_ref)(t_logits, s_logits, temperature)
+    p, q = (torch.softmax(logits / temperature, 1) for logits in (t_logits, s_logits))
     p, q, m = (x.clamp(0.01, 0.99) for x in (p, q, (p + q) / 2))
     return (m * (2 * m.log() - p.log() - q.log())).mean() / 2
 
