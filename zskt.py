@@ -21,6 +21,8 @@ generator over time), result.json, args.json, metrics.jsonl, checkpoint.pt. Metr
 `loss/generator`, `loss/student` (last step of each pseudo-batch), `eval/max_p_teacher`, `eval/max_p_student` (top
 probability on the images), `eval/acc` percent of real test images. All figures are of the final iterate.
 `python zskt.py --mte STUDENT.pt …` writes mte.json and mte.png: mean transition errors (kernels/transitions.py).
+Measured: `--teacher mnist-lenet5` to its half 96.42 ± 0.42 % (3 seeds), at most 436 s; the default 93.70 ± 0.64 % (3),
+at most 92 s; one CPU thread, torch 2.13.0; commits and seeds in results/zskt-*.json. Nothing on a GPU yet.
 """
 
 import json
