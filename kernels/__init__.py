@@ -3,6 +3,7 @@
 from kernels.attention_transfer import attention_map, attention_map_ref, attention_transfer, attention_transfer_ref
 from kernels.bn_act_moments import bn_act_moments, bn_act_moments_ref
 from kernels.bn_moments import bn_moment_loss, bn_moment_loss_ref, bn_moments, bn_moments_ref
+from kernels.fuse import fuse_batchnorm
 from kernels.graphs import Captured
 from kernels.js_divergence import js_divergence, js_divergence_ref
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref
@@ -22,6 +23,7 @@ __all__ = [
     "bn_moments",
     "bn_moments_ref",
     "draw_transitions",
+    "fuse_batchnorm",
     "js_divergence",
     "js_divergence_ref",
     "kl_divergence",

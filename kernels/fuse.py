@@ -1,0 +1,149 @@
+"""A frozen network whose BatchNorms, with the addition and ReLU after them, are `bn_act_moments`: no hooks.
+
+What a conventional inversion step does in three places, the layer in eval mode, the ReLU, the hook that measures the
+input, is one op here, wherever a network has BatchNorm -> ReLU, BatchNorm -> addition -> ReLU, or BatchNorm alone.
+"""
+
+import operator
+import warnings
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import fx
+
+from kernels.bn_act_moments import bn_act_moments
+
+RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
+ADDS = {operator.add, operator.iadd, torch.add}
+BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+class FusedBatchNorm(nn.Module):
+    """A BatchNorm's constants, and whether a ReLU follows; appends the moments of each input to `found`."""
+
+    def __init__(self, bn, relu, found):
+        super().__init__()
+        for name in ("running_mean", "running_var"):
+            self.register_buffer(name, getattr(bn, name).detach())
+        ones = torch.ones_like(self.running_mean)
+        self.register_buffer("weight", ones if bn.weight is None else bn.weight.detach())
+        self.register_buffer("bias", torch.zeros_like(ones) if bn.bias is None else bn.bias.detach())
+        self.eps, self.relu, self.found = bn.eps, relu, found
+
+    def forward(self, x, residual=None):
+        constants = self.weight, self.bias, self.running_mean, self.running_var, self.eps
+        if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
+            y, moments = bn_act_moments(x, *constants, residual, self.relu)
+        else:  # an addition that broadcasts or converts
+            y, moments = bn_act_moments(x, *constants, None, False)
+            y = F.relu(y + residual) if self.relu else y + residual
+        self.found.append((moments, self.running_var))
+        return y
+
+
+class Fused(nn.Module):
+    """What fuse_batchnorm returns: `network`, its BatchNorms replaced, `fully` told whether it could be traced."""
+
+    def __init__(self, network, found, fully):
+        super().__init__()
+        self.network, self.found, self.fully = network, found, fully
+
+    def forward(self, x):
+        """The network's output, and [(moments (2, C), running_var (C,)), …] of its BatchNorms as they are called."""
+        self.found.clear()
+        y = self.network(x)
+        found = list(self.found)
+        self.found.clear()  # nothing may keep the graph of a step that is over
+        return y, found
+
+
+def is_relu(node, modules):
+    if node.op == "call_module":
+        return type(modules[node.target]) is nn.ReLU
+    return node.target in RELUS if node.op == "call_function" else node.op == "call_method" and node.target == "relu"
+
+
+def is_add(node):
+    """Whether a node adds two tensors, neither scaled nor a number."""
+    is_sum = node.target in ADDS if node.op == "call_function" else (node.op, node.target) == ("call_method", "add")
+    return is_sum and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+
+
+def only_user(node):
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def fuse_batchnorm(model):
+    """Replace the BatchNorms of a frozen network, each with the addition and the ReLU that alone follow it.
+
+    Args:
+        model: in eval mode, with nn.BatchNorm1d, 2d or 3d that have running statistics; left as it is. Its weights are
+            shared, not copied.
+
+    Returns:
+        Fused: called with x it gives (model(x), [(moments, running_var), …]); moments as of `bn_act_moments`, mean
+        less running mean and variance, in the order in which the layers run.
+
+    Raises:
+        ValueError: a BatchNorm in train mode or without running statistics; no BatchNorm at all.
+
+    Note:
+        A network that torch.fx cannot trace (control flow on values) keeps its ReLUs: its BatchNorms alone are
+        replaced, a warning says so and `fully` is False.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    >>> y, found = fuse_batchnorm(model)(torch.randn(2, 3, 8, 8))
+    >>> y.shape, [moments.shape for moments, _ in found]
+    (torch.Size([2, 4, 6, 6]), [torch.Size([2, 4])])
+    """
+    layers = [m for m in model.modules() if isinstance(m, BATCHNORMS)]
+    if not layers:
+        raise ValueError("fuse_batchnorm: expected a network with BatchNorm, got one without; nothing to fuse")
+    if any(m.training or m.running_mean is None for m in layers):
+        raise ValueError("fuse_batchnorm: expected BatchNorms in eval mode with running statistics; call .eval()")
+    found = []
+    try:
+        graph = fx.symbolic_trace(model)
+    except Exception as error:  # whatever a network's own code raises when its values are proxies
+        reason = str(error).split("\n")[0][:120]
+        warnings.warn(f"fuse_batchnorm: cannot trace ({reason}); ReLUs and additions stay apart", stacklevel=2)
+        return Fused(_replaced(model, found), found, False)
+    modules = dict(graph.named_modules())
+    for i, node in enumerate(list(graph.graph.nodes)):
+        if node.op != "call_module" or not isinstance(modules[node.target], BATCHNORMS):
+            continue
+        last, residual, after = node, None, only_user(node)
+        if after is not None and is_add(after) and after.args[0] is not after.args[1]:
+            end = only_user(after)
+            if end is not None and is_relu(end, modules):
+                residual = after.args[1] if after.args[0] is node else after.args[0]
+                last = end
+        elif after is not None and is_relu(after, modules):
+            last = after
+        name = f"fused_{i}"
+        modules[name] = FusedBatchNorm(modules[node.target], last is not node, found)
+        graph.add_module(name, modules[name])
+        # where the addition stood all its operands are there; a lone BatchNorm stays where it is
+        with graph.graph.inserting_after(last):
+            inputs = (node.args[0],) if residual is None else (node.args[0], residual)
+            fused = graph.graph.call_module(name, inputs)
+        last.replace_all_uses_with(fused)
+        for gone in (last, after, node):
+            if gone is not None and not gone.users and gone in graph.graph.nodes and gone.op != "output":
+                graph.graph.erase_node(gone)
+    graph.graph.lint()
+    graph.delete_all_unused_submodules()
+    graph.recompile()
+    return Fused(graph, found, True)
+
+
+def _replaced(model, found):
+    """A copy of the module tree, weights shared, with FusedBatchNorm in place of each BatchNorm."""
+    copy = model.__new__(type(model))
+    copy.__dict__ = dict(model.__dict__)
+    copy._modules = {
+        name: FusedBatchNorm(m, False, found) if isinstance(m, BATCHNORMS) else m and _replaced(m, found)
+        for name, m in model._modules.items()
+    }
+    return copy
