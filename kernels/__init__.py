@@ -7,6 +7,7 @@ from kernels.fuse import fuse_batchnorm
 from kernels.graphs import Captured
 from kernels.js_divergence import js_divergence, js_divergence_ref
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref
+from kernels.moment_distance import moment_distance, moment_distance_ref
 from kernels.total_variation import total_variation, total_variation_ref
 from kernels.transitions import draw_transitions, transition_curves, transition_pairs
 
@@ -28,6 +29,8 @@ __all__ = [
     "js_divergence_ref",
     "kl_divergence",
     "kl_divergence_ref",
+    "moment_distance",
+    "moment_distance_ref",
     "total_variation",
     "total_variation_ref",
     "transition_curves",
