@@ -162,7 +162,7 @@ def tables():
     """{name: text between its markers}."""
     makers = dict(teachers=teachers_table, inversion=inversion_table, cpu_ops=cpu_ops_table, cpu_step=cpu_step_table)
     makers |= dict(zskt=zskt_table, mte=mte_table, cpu_pseudo_batch=cpu_pseudo_batch_table)
-    makers |= dict(trace=trace_table)
+    makers |= dict(trace=trace_table, replay=replay_table)
     return {name: make() for name, make in makers.items()}
 
 
