@@ -414,7 +414,7 @@ class Distiller(nn.Module):
 def generator_step(state):
     """One step of G; the student's BatchNorms are in train mode and take its images in (as released)."""
     with state.amp():
-        x = state.generator(state.noise(state.setting["batch_size"]))
+        x = state.generator(state.noise(state.setting["batch_size"]))  # (N, C, H, W)
         answers = logits_and_features(state.teacher.model, x)
         loss = generator_loss(*answers, state.student(x), state.setting)
     return state.update("generator", loss)
@@ -467,10 +467,10 @@ def memory_step(state, x, answers, has_past):
     x, answers = x[:n], [a if a is None else a[:n] for a in answers]
     state.optimizers["memory"].zero_grad()
     if has_past:
-        own = decoded_memory(state, leak=setting["latent_tuning"] == "leaky")
+        own = decoded_memory(state, leak=setting["latent_tuning"] == "leaky")  # (n_memory, C, H, W)
         with torch.no_grad(), state.amp():
             own_answers = logits_and_features(state.teacher.model, own)
-        x = torch.cat([x, own])
+        x = torch.cat([x, own])  # (N / 2 + n_memory, C, H, W)
         answers = [a if a is None else torch.cat([a, b]) for a, b in zip(answers, own_answers, strict=True)]
     with state.amp():
         mean, log_variance = state.memory["encoder"](x)  # (N, latent)
@@ -486,7 +486,7 @@ def inner_iteration(state, has_past=True):
     setting, loss_m = state.setting, torch.zeros((), device=state.sums.device)
     loss_g = generator_step(state)
     for i in range(setting["n_student_iter"]):
-        x = state.novel_images()
+        x = state.novel_images()  # (N, C, H, W)
         loss_s, answers = student_step(state, torch.cat([x, *memory_images(state, has_past)]))
         if setting["memory"] == "vae" and i < setting["n_memory_iter"]:
             loss_m = memory_step(state, x, answers, has_past)
