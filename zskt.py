@@ -127,7 +127,7 @@ PAPER = dict(student="wrn_16_1", pseudo_batches=80000, evaluations=100, batch_si
              n_student_iter=10, lr_generator=1e-3, lr_student=2e-3, beta=250.0, temperature=1.0, divergence="kl",
              fresh_z=False, affine=True, clip=5.0)  # clip: largest global norm of either gradient (released code only)
 OURS = dict(PAPER, student="lenet5_half", evaluations=20, width=16, lr_generator=2e-3, lr_student=4e-3, beta=0.0,
-            fresh_z=True, affine=False)  # how these were chosen: README
+            fresh_z=True, affine=False)  # how these were chosen: results/README.md
 SETTINGS = {
     "cifar10": PAPER,  # SVHN: the same with 50,000 pseudo-batches
     "mnist": dict(OURS, pseudo_batches=600, width=32),

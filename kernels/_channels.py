@@ -32,6 +32,35 @@ def chan_merge(count, mean, m2):
 
 
 @triton.jit
+def welford(x, mask, mean, m2, step):
+    """Mean and sum of squared deviations of every lane after its value number `step` (Welford 1962)."""
+    delta = tl.where(mask, x - mean, 0.0)
+    mean += delta * (1.0 / step)
+    return mean, m2 + delta * (x - mean)
+
+
+@triton.jit
+def store_partial(
+    partial_ptr,  # (3, P, C), at this program's place: count, mean, sum of squared deviations
+    stride_part,  # P C
+    mask_c,  # channels of this program
+    count,  # (BLOCK_ROW,) fp32: values in each row of lanes
+    mask_col,  # (BLOCK_COL,)
+    mean,  # (BLOCK_ROW, BLOCK_COL) fp32
+    m2,  # (BLOCK_ROW, BLOCK_COL) fp32
+    CHANNELS_INSIDE: tl.constexpr,  # columns are channels
+):
+    """Merge a program's lanes into one group for each of its channels and write that down."""
+    count = count[:, None] * mask_col.to(tl.float32)[None, :]
+    count, mean, m2 = chan_merge(count, mean, m2)  # (BLOCK_COL,)
+    if not CHANNELS_INSIDE:
+        count, mean, m2 = chan_merge(count, mean, m2)  # scalars
+    tl.store(partial_ptr, count, mask=mask_c)
+    tl.store(partial_ptr + stride_part, mean, mask=mask_c)
+    tl.store(partial_ptr + 2 * stride_part, m2, mask=mask_c)
+
+
+@triton.jit
 def _merge_kernel(
     moments_ptr,  # (2, C) out: mean - shift, var
     partial_ptr,  # (3, P, C): count, mean - shift, sum of squared deviations

@@ -20,7 +20,15 @@ import torch
 import torch.nn.functional as F
 
 from kernels import _common
-from kernels._channels import BACKWARD_PROGRAMS, FORWARD_PROGRAMS, chan_merge, merged_moments, plan, row_offsets
+from kernels._channels import (
+    BACKWARD_PROGRAMS,
+    FORWARD_PROGRAMS,
+    merged_moments,
+    plan,
+    row_offsets,
+    store_partial,
+    welford,
+)
 from kernels._common import tl, triton
 from kernels.bn_moments import _torch_dx, _torch_moments, bn_moments_ref
 
@@ -93,7 +101,7 @@ def _bn_act_moments_fwd_kernel(
     scale = tl.load(affine_ptr + n_channels + channels, mask=mask_c, other=0.0)
     bias = tl.load(affine_ptr + 2 * n_channels + channels, mask=mask_c, other=0.0)
 
-    # Welford's update in every lane: a lane that is valid now was valid in all steps before, so `step` is its count.
+    # a lane that is valid now was valid in all steps before, so `step` is its count
     mean = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
     m2 = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
     count = tl.zeros((BLOCK_ROW,), tl.float32)
@@ -116,18 +124,10 @@ def _bn_act_moments_fwd_kernel(
         offs = offs_row[:, None] + offs_col[None, :] * stride_ycol
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
         step += 1.0
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (1.0 / step)
-        m2 += delta * (x - mean)
+        mean, m2 = welford(x, mask, mean, m2, step)
         count += mask_row.to(tl.float32)
 
-    count = count[:, None] * mask_col.to(tl.float32)[None, :]
-    count, mean, m2 = chan_merge(count, mean, m2)  # (BLOCK_COL,)
-    if not CHANNELS_INSIDE:
-        count, mean, m2 = chan_merge(count, mean, m2)  # scalars
-    tl.store(partial_ptr + offs_partial, count, mask=mask_c)
-    tl.store(partial_ptr + stride_part + offs_partial, mean, mask=mask_c)
-    tl.store(partial_ptr + 2 * stride_part + offs_partial, m2, mask=mask_c)
+    store_partial(partial_ptr + offs_partial, stride_part, mask_c, count, mask_col, mean, m2, CHANNELS_INSIDE)
 
 
 @triton.jit

@@ -21,7 +21,15 @@ import torch
 import torch.nn.functional as F
 
 from kernels import _common
-from kernels._channels import BACKWARD_PROGRAMS, FORWARD_PROGRAMS, chan_merge, merged_moments, plan, row_offsets
+from kernels._channels import (
+    BACKWARD_PROGRAMS,
+    FORWARD_PROGRAMS,
+    merged_moments,
+    plan,
+    row_offsets,
+    store_partial,
+    welford,
+)
 from kernels._common import tl, triton
 
 
@@ -79,7 +87,7 @@ def _bn_moments_partial_kernel(
         x_ptr += channel * stride_xc
     shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)  # a vector or a scalar
 
-    # Welford's update in every lane: a lane that is valid now was valid in all steps before, so `step` is its count.
+    # a lane that is valid now was valid in all steps before, so `step` is its count
     mean = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
     m2 = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
     count = tl.zeros((BLOCK_ROW,), tl.float32)
@@ -92,18 +100,10 @@ def _bn_moments_partial_kernel(
         x = tl.load(x_ptr + offs_row[:, None] + offs_col[None, :] * stride_xcol, mask=mask, other=0.0)
         x = x.to(tl.float32) - shift
         step += 1.0
-        delta = tl.where(mask, x - mean, 0.0)
-        mean += delta * (1.0 / step)
-        m2 += delta * (x - mean)
+        mean, m2 = welford(x, mask, mean, m2, step)
         count += mask_row.to(tl.float32)
 
-    count = count[:, None] * mask_col.to(tl.float32)[None, :]
-    count, mean, m2 = chan_merge(count, mean, m2)  # (BLOCK_COL,)
-    if not CHANNELS_INSIDE:
-        count, mean, m2 = chan_merge(count, mean, m2)  # scalars
-    tl.store(partial_ptr + offs_partial, count, mask=mask_c)
-    tl.store(partial_ptr + stride_part + offs_partial, mean, mask=mask_c)
-    tl.store(partial_ptr + 2 * stride_part + offs_partial, m2, mask=mask_c)
+    store_partial(partial_ptr + offs_partial, stride_part, mask_c, count, mask_col, mean, m2, CHANNELS_INSIDE)
 
 
 @triton.jit

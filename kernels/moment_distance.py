@@ -27,6 +27,13 @@ def moment_distance_ref(moments, running_var, sizes):
 
 
 @triton.jit
+def _distances(moments_ptr, running_var_ptr, row, offs, mask, n_channels):
+    """What the norms are of: the mean's offsets in row 0, the variance less the running one in row 1."""
+    distance = tl.load(moments_ptr + row * n_channels + offs, mask=mask, other=0.0)
+    return distance - tl.load(running_var_ptr + offs, mask=mask & (row == 1), other=0.0)
+
+
+@triton.jit
 def _moment_distance_fwd_kernel(
     norms_ptr,  # (2, L) fp32 out: of the distances of mean, of variance
     moments_ptr,  # (2, C) fp32
@@ -43,8 +50,7 @@ def _moment_distance_fwd_kernel(
     for start in range(begin, end, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < end
-        distance = tl.load(moments_ptr + row * n_channels + offs, mask=mask, other=0.0)
-        distance -= tl.load(running_var_ptr + offs, mask=mask & (row == 1), other=0.0)
+        distance = _distances(moments_ptr, running_var_ptr, row, offs, mask, n_channels)
         total += distance * distance
     tl.store(norms_ptr + row * n_layers + layer, tl.sqrt(tl.sum(total, 0)))
 
@@ -70,8 +76,7 @@ def _moment_distance_bwd_kernel(
     for start in range(begin, end, BLOCK):
         offs = start + tl.arange(0, BLOCK)
         mask = offs < end
-        distance = tl.load(moments_ptr + row * n_channels + offs, mask=mask, other=0.0)
-        distance -= tl.load(running_var_ptr + offs, mask=mask & (row == 1), other=0.0)
+        distance = _distances(moments_ptr, running_var_ptr, row, offs, mask, n_channels)
         tl.store(dmoments_ptr + row * n_channels + offs, distance * scale, mask=mask)
 
 
