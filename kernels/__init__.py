@@ -5,6 +5,7 @@ from kernels.bn_act_moments import bn_act_moments, bn_act_moments_ref
 from kernels.bn_moments import bn_moment_loss, bn_moment_loss_ref, bn_moments, bn_moments_ref
 from kernels.fuse import fuse_batchnorm
 from kernels.graphs import Captured
+from kernels.jittered_view import jittered_view, jittered_view_ref
 from kernels.js_divergence import js_divergence, js_divergence_ref
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref
 from kernels.moment_distance import moment_distance, moment_distance_ref
@@ -25,6 +26,8 @@ __all__ = [
     "bn_moments_ref",
     "draw_transitions",
     "fuse_batchnorm",
+    "jittered_view",
+    "jittered_view_ref",
     "js_divergence",
     "js_divergence_ref",
     "kl_divergence",

@@ -48,6 +48,45 @@ def total_variation_ref(x):
 
 
 @triton.jit
+def plane_and_tile(H, L, BLOCK_H: tl.constexpr, BLOCK_L: tl.constexpr):
+    """This program's plane, and its rows (BLOCK_H, 1) and columns (1, BLOCK_L) of it."""
+    pid = tl.program_id(0).to(tl.int64)
+    n_col_tiles = tl.cdiv(L, BLOCK_L)
+    n_tiles = tl.cdiv(H, BLOCK_H) * n_col_tiles
+    tile = pid % n_tiles
+    rows = (tile // n_col_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    cols = (tile % n_col_tiles) * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
+    return pid // n_tiles, rows, cols
+
+
+@triton.jit
+def store_shares(
+    partials_ptr,  # (5, n_programs) fp32: this tile's share of l1, then its four sums of squares
+    x00,  # (BLOCK_H, BLOCK_L): pixel, its right and lower neighbour, the lower one's right one; 0 where there is none
+    x01,
+    x10,
+    x11,
+    has_right,
+    has_below,
+    has_both,
+    inv_counts,  # 1 / number of horizontal, vertical and of either kind of diagonal differences
+):
+    """Write down what one tile adds to the four directions' norms."""
+    d_h = tl.where(has_right, x00 - x01, 0.0)
+    d_v = tl.where(has_below, x00 - x10, 0.0)
+    d_d = tl.where(has_both, x00 - x11, 0.0)
+    d_a = tl.where(has_both, x10 - x01, 0.0)
+    share_of_l1 = tl.abs(d_h) * inv_counts[0] + tl.abs(d_v) * inv_counts[1]
+    share_of_l1 += (tl.abs(d_d) + tl.abs(d_a)) * inv_counts[2]
+    pid, n_programs = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    tl.store(partials_ptr + pid, tl.sum(share_of_l1))
+    tl.store(partials_ptr + n_programs + pid, tl.sum(d_h * d_h))
+    tl.store(partials_ptr + 2 * n_programs + pid, tl.sum(d_v * d_v))
+    tl.store(partials_ptr + 3 * n_programs + pid, tl.sum(d_d * d_d))
+    tl.store(partials_ptr + 4 * n_programs + pid, tl.sum(d_a * d_a))
+
+
+@triton.jit
 def _total_variation_fwd_kernel(
     partials_ptr,  # (5, n_programs) fp32: this tile's share of l1, then its four sums of squares
     x_ptr,  # images
@@ -65,13 +104,7 @@ def _total_variation_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    n_col_tiles = tl.cdiv(L, BLOCK_L)
-    n_tiles = tl.cdiv(H, BLOCK_H) * n_col_tiles
-    plane = pid // n_tiles
-    tile = pid % n_tiles
-    rows = (tile // n_col_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    cols = (tile % n_col_tiles) * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
+    plane, rows, cols = plane_and_tile(H, L, BLOCK_H, BLOCK_L)
     plane_ptr = x_ptr + (plane // C) * stride_xn + (plane % C) * stride_xc
     ptrs = plane_ptr + rows * stride_xh + cols * stride_xl
     right = step * stride_xl
@@ -84,30 +117,19 @@ def _total_variation_fwd_kernel(
     x01 = tl.load(ptrs + right, mask=has_right, other=0.0).to(tl.float32)
     x10 = tl.load(ptrs + stride_xh, mask=has_below, other=0.0).to(tl.float32)
     x11 = tl.load(ptrs + stride_xh + right, mask=has_both, other=0.0).to(tl.float32)
-
-    d_h = tl.where(has_right, x00 - x01, 0.0)
-    d_v = tl.where(has_below, x00 - x10, 0.0)
-    d_d = tl.where(has_both, x00 - x11, 0.0)
-    d_a = tl.where(has_both, x10 - x01, 0.0)
-    share_of_l1 = tl.abs(d_h) * inv_count_h + tl.abs(d_v) * inv_count_v + (tl.abs(d_d) + tl.abs(d_a)) * inv_count_d
-
-    n_programs = tl.num_programs(0)
-    tl.store(partials_ptr + pid, tl.sum(share_of_l1))
-    tl.store(partials_ptr + n_programs + pid, tl.sum(d_h * d_h))
-    tl.store(partials_ptr + 2 * n_programs + pid, tl.sum(d_v * d_v))
-    tl.store(partials_ptr + 3 * n_programs + pid, tl.sum(d_d * d_d))
-    tl.store(partials_ptr + 4 * n_programs + pid, tl.sum(d_a * d_a))
+    counts = inv_count_h, inv_count_v, inv_count_d
+    store_shares(partials_ptr, x00, x01, x10, x11, has_right, has_below, has_both, counts)
 
 
 @triton.jit
-def _slope(ptrs, mask, x, weight_l1, weight_l2):
+def slope(ptrs, mask, x, weight_l1, weight_l2):
     """What one neighbour adds to dx: weight_l1 sign(d) + weight_l2 d with d = x - neighbour, 0 where there is none."""
     d = tl.where(mask, x - tl.load(ptrs, mask=mask, other=0.0).to(tl.float32), 0.0)
     return tl.where(d > 0, weight_l1, tl.where(d < 0, -weight_l1, 0.0)) + weight_l2 * d
 
 
 @triton.jit
-def _l2_weight(grad_l2, norm_ptr):
+def l2_weight(grad_l2, norm_ptr):
     """grad_l2 / ||d_k||, and 0 where the norm is exactly zero."""
     norm = tl.load(norm_ptr)
     return tl.where(norm == 0, 0.0, grad_l2 / tl.where(norm == 0, 1.0, norm))
@@ -138,23 +160,17 @@ def _total_variation_bwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_L: tl.constexpr,
 ):
-    pid = tl.program_id(0).to(tl.int64)
-    n_col_tiles = tl.cdiv(L, BLOCK_L)
-    n_tiles = tl.cdiv(H, BLOCK_H) * n_col_tiles
-    plane = pid // n_tiles
-    tile = pid % n_tiles
-    rows = (tile // n_col_tiles) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
-    cols = (tile % n_col_tiles) * BLOCK_L + tl.arange(0, BLOCK_L)[None, :]
+    plane, rows, cols = plane_and_tile(H, L, BLOCK_H, BLOCK_L)
     plane_ptr = x_ptr + (plane // C) * stride_xn + (plane % C) * stride_xc
     ptrs = plane_ptr + rows * stride_xh + cols * stride_xl
     right = step * stride_xl
 
     grad_l1 = tl.load(grad_l1_ptr).to(tl.float32)
     grad_l2 = tl.load(grad_l2_ptr).to(tl.float32)
-    h1, h2 = grad_l1 * inv_count_h, _l2_weight(grad_l2, norms_ptr)
-    v1, v2 = grad_l1 * inv_count_v, _l2_weight(grad_l2, norms_ptr + 1)
-    d1, d2 = grad_l1 * inv_count_d, _l2_weight(grad_l2, norms_ptr + 2)
-    a2 = _l2_weight(grad_l2, norms_ptr + 3)
+    h1, h2 = grad_l1 * inv_count_h, l2_weight(grad_l2, norms_ptr)
+    v1, v2 = grad_l1 * inv_count_v, l2_weight(grad_l2, norms_ptr + 1)
+    d1, d2 = grad_l1 * inv_count_d, l2_weight(grad_l2, norms_ptr + 2)
+    a2 = l2_weight(grad_l2, norms_ptr + 3)
 
     here = (rows < H) & (cols < L)
     has_left = here & (cols >= step)
@@ -162,13 +178,13 @@ def _total_variation_bwd_kernel(
     above = rows > 0
     below = rows < H - 1
     x = tl.load(ptrs, mask=here, other=0.0).to(tl.float32)
-    dx = _slope(ptrs - right, has_left, x, h1, h2) + _slope(ptrs + right, has_right, x, h1, h2)
-    dx += _slope(ptrs - stride_xh, here & above, x, v1, v2)
-    dx += _slope(ptrs + stride_xh, here & below, x, v1, v2)
-    dx += _slope(ptrs - stride_xh - right, has_left & above, x, d1, d2)
-    dx += _slope(ptrs + stride_xh + right, has_right & below, x, d1, d2)
-    dx += _slope(ptrs - stride_xh + right, has_right & above, x, d1, a2)
-    dx += _slope(ptrs + stride_xh - right, has_left & below, x, d1, a2)
+    dx = slope(ptrs - right, has_left, x, h1, h2) + slope(ptrs + right, has_right, x, h1, h2)
+    dx += slope(ptrs - stride_xh, here & above, x, v1, v2)
+    dx += slope(ptrs + stride_xh, here & below, x, v1, v2)
+    dx += slope(ptrs - stride_xh - right, has_left & above, x, d1, d2)
+    dx += slope(ptrs + stride_xh + right, has_right & below, x, d1, d2)
+    dx += slope(ptrs - stride_xh + right, has_right & above, x, d1, a2)
+    dx += slope(ptrs + stride_xh - right, has_left & below, x, d1, a2)
 
     dx_ptrs = dx_ptr + (plane // C) * stride_dn + (plane % C) * stride_dc + rows * stride_dh + cols * stride_dl
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=here)
