@@ -74,19 +74,19 @@ def only_user(node):
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def fuse_batchnorm(model):
+def fuse_batchnorm(model, kinds=BATCHNORMS):
     """Replace the BatchNorms of a frozen network, each with the addition and the ReLU that alone follow it.
 
     Args:
-        model: in eval mode, with nn.BatchNorm1d, 2d or 3d that have running statistics; left as it is. Its weights are
-            shared, not copied.
+        model: in eval mode; left as it is. Its weights are shared, not copied.
+        kinds: the BatchNorms that count; these, but for those without running statistics, are replaced.
 
     Returns:
         Fused: called with x it gives (model(x), [(moments, running_var), …]); moments as of `bn_act_moments`, mean
         less running mean and variance, in the order in which the layers run.
 
     Raises:
-        ValueError: a BatchNorm in train mode or without running statistics; no BatchNorm at all.
+        ValueError: such a BatchNorm is in train mode; there is none.
 
     Note:
         A network that torch.fx cannot trace (control flow on values) keeps its ReLUs: its BatchNorms alone are
@@ -97,21 +97,21 @@ def fuse_batchnorm(model):
     >>> y.shape, [moments.shape for moments, _ in found]
     (torch.Size([2, 4, 6, 6]), [torch.Size([2, 4])])
     """
-    layers = [m for m in model.modules() if isinstance(m, BATCHNORMS)]
-    if not layers:
-        raise ValueError("fuse_batchnorm: expected a network with BatchNorm, got one without; nothing to fuse")
-    if any(m.training or m.running_mean is None for m in layers):
-        raise ValueError("fuse_batchnorm: expected BatchNorms in eval mode with running statistics; call .eval()")
+    chosen = {m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None}
+    if not chosen:
+        raise ValueError("fuse_batchnorm: expected BatchNorms with running statistics, got none; take another network")
+    if any(m.training for m in chosen):
+        raise ValueError("fuse_batchnorm: expected BatchNorms in eval mode, got some in train mode; call .eval()")
     found = []
     try:
         graph = fx.symbolic_trace(model)
     except Exception as error:  # whatever a network's own code raises when its values are proxies
         reason = str(error).split("\n")[0][:120]
         warnings.warn(f"fuse_batchnorm: cannot trace ({reason}); ReLUs and additions stay apart", stacklevel=2)
-        return Fused(_replaced(model, found), found, False)
+        return Fused(_replaced(model, chosen, found), found, False)
     modules = dict(graph.named_modules())
     for i, node in enumerate(list(graph.graph.nodes)):
-        if node.op != "call_module" or not isinstance(modules[node.target], BATCHNORMS):
+        if node.op != "call_module" or modules[node.target] not in chosen:
             continue
         last, residual, after = node, None, only_user(node)
         if after is not None and is_add(after) and after.args[0] is not after.args[1]:
@@ -138,12 +138,11 @@ def fuse_batchnorm(model):
     return Fused(graph, found, True)
 
 
-def _replaced(model, found):
-    """A copy of the module tree, weights shared, with FusedBatchNorm in place of each BatchNorm."""
+def _replaced(model, chosen, found):
+    """A copy of the module tree, weights shared, with FusedBatchNorm in place of each chosen BatchNorm."""
+    if model in chosen:
+        return FusedBatchNorm(model, False, found)
     copy = model.__new__(type(model))
     copy.__dict__ = dict(model.__dict__)
-    copy._modules = {
-        name: FusedBatchNorm(m, False, found) if isinstance(m, BATCHNORMS) else m and _replaced(m, found)
-        for name, m in model._modules.items()
-    }
+    copy._modules = {name: m and _replaced(m, chosen, found) for name, m in model._modules.items()}
     return copy

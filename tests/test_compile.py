@@ -79,6 +79,10 @@ def run_ops():
         ((256, 3, 32, 32), torch.float16, nhwc),
     ):
         sum(kernels.total_variation(images(shape, dtype, memory_format))).backward()
+        view, *priors = kernels.jittered_view(images(shape, dtype, memory_format), torch.tensor([1, 2, 0]))
+        (view.sum() + sum(priors)).backward()
+    wide = images((64, 3, 224, 224), torch.float32, nhwc)
+    kernels.jittered_view(wide, torch.tensor([1, 2, 0]), torch.bfloat16)[0].sum().backward()
     for K, dtype, needs_q in ((10, torch.float32, True), (1000, torch.bfloat16, False), (21841, torch.float32, True)):
         p_logits, q_logits = (torch.ones(256, K, dtype=dtype, requires_grad=needs) for needs in (True, needs_q))
         kernels.js_divergence(p_logits, q_logits, 3.0).backward()

@@ -141,14 +141,26 @@ def test_weights_are_shared_and_the_graph_of_a_step_is_not_kept(monkeypatch):
     assert len(fused(torch.randn(2, 3, 32, 32))[1]) == 19
 
 
+@pytest.mark.parametrize("name", ["foreign", "untraceable"])
+@pytest.mark.filterwarnings("ignore:fuse_batchnorm")
+def test_only_the_chosen_kinds_with_statistics_count(name, monkeypatch):
+    monkeypatch.setattr(_common, "INTERPRET", False)
+    model, x = network(name), torch.randn(4, 3, 8, 8)
+    head = nn.BatchNorm1d(5, track_running_stats=False).eval()
+    model.linear = nn.Sequential(model.linear, head, nn.BatchNorm1d(5).eval())
+    fused = fuse_batchnorm(model, nn.BatchNorm2d)
+    y, found = fused(x)
+    assert {moments.shape[1] for moments, _ in found} == {6}
+    torch.testing.assert_close(y, model(x), rtol=1e-4, atol=1e-5)
+    assert [type(m) for m in fused.modules() if isinstance(m, nn.BatchNorm1d)]
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        pytest.param(nn.Conv2d(3, 4, 3), "got one without; nothing to fuse", id="none"),
-        pytest.param(nn.BatchNorm2d(3), "in eval mode with running statistics", id="train"),
-        pytest.param(
-            nn.BatchNorm2d(3, track_running_stats=False).eval(), "with running statistics", id="no-statistics"
-        ),
+        pytest.param(nn.Conv2d(3, 4, 3), "with running statistics, got none", id="none"),
+        pytest.param(nn.BatchNorm2d(3), "in eval mode, got some in train mode", id="train"),
+        pytest.param(nn.BatchNorm2d(3, track_running_stats=False).eval(), "got none; take another", id="no-statistics"),
     ],
 )
 def test_errors(model, message):

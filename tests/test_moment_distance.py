@@ -26,17 +26,17 @@ def make(sizes, device, seed=0):
     return torch.randn(2, C, device=device), torch.rand(C, device=device) + 0.5
 
 
-def value_and_gradient(op, moments, running_var, sizes, cotangent):
+def value_and_gradient(op, moments, running_var, sizes, cotangent, weights=None):
     moments = moments.detach().requires_grad_()
-    value = op(moments, running_var, sizes)
+    value = op(moments, running_var, sizes, weights)
     return value, *torch.autograd.grad(cotangent * value, moments)
 
 
-def assert_exact(moments, running_var, sizes):
-    cotangent = -1.37
-    got = value_and_gradient(moment_distance, moments, running_var, sizes, cotangent)
-    exact = value_and_gradient(moment_distance_ref, moments.double(), running_var.double(), sizes, cotangent)
-    eager = value_and_gradient(moment_distance_ref, moments, running_var, sizes, cotangent)
+def assert_exact(moments, running_var, sizes, weights=None):
+    rest = sizes, -1.37, weights
+    got = value_and_gradient(moment_distance, moments, running_var, *rest)
+    exact = value_and_gradient(moment_distance_ref, moments.double(), running_var.double(), *rest)
+    eager = value_and_gradient(moment_distance_ref, moments, running_var, *rest)
     for name, *triple in zip(("value", "gradient"), got, exact, eager, strict=True):
         assert_as_exact_as_eager(*triple, name=name)
     return got
@@ -62,6 +62,17 @@ def test_by_hand(backend, device):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_matches_ref(sizes, backend, device):
     assert_exact(*make(sizes, device), sizes)
+
+
+def test_weights_of_the_layers(backend, device):
+    """Ten times the first layer, nothing of the last one: also where that one's norm is the largest."""
+    moments, running_var = make((3, 5, 40), device)
+    weights = (10.0, 1.0, 0.0)
+    value, gradient = assert_exact(moments, running_var, (3, 5, 40), weights)
+    layers = zip(moments.split((3, 5, 40), 1), running_var.split((3, 5, 40)), (3, 5, 40), strict=True)
+    single = [moment_distance(m.contiguous(), v, (size,)).item() for m, v, size in layers]
+    assert value.item() == pytest.approx(10 * single[0] + single[1], rel=1e-6)
+    assert not gradient[:, 8:].any() and gradient[:, :8].all()
 
 
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
@@ -141,6 +152,8 @@ ONES = torch.ones(2, 3)
         pytest.param((ONES, ONES[0], (4, -1)), ValueError, "check sizes", id="negative"),
         pytest.param((ONES[:1], ONES[0], (3,)), ValueError, "check sizes", id="rows"),
         pytest.param((ONES, ONES[0].to("meta"), (3,)), ValueError, "expected one device", id="devices"),
+        pytest.param((ONES, ONES[0], (3,), [1.0]), TypeError, "weights as a tuple of 1", id="weights-list"),
+        pytest.param((ONES, ONES[0], (1, 2), (1.0,)), ValueError, "weights as a tuple of 2", id="weights-few"),
     ],
 )
 def test_errors(args, error, message):
