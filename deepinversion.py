@@ -10,7 +10,11 @@ where x' is what the teacher sees of x in this step: pooled in a low-resolution 
 mirrored at random; one draw for the whole batch (released code).
 
 Where we differ from the paper or its released code:
-- the teacher is frozen (no weight gradients) and each BatchNorm input is read once for its moments (`kernels/`);
+- the teacher is frozen (no weight gradients); each BatchNorm, the addition and ReLU after it and the moments of its
+  input are one op, all layers' distances another, jitter, flip and image priors a third (`kernels/`; --no-fused-bn,
+  --no-fused-distance, --no-fused-view, --no-fused turn them off); on a GPU the whole step is one CUDA graph
+  (--no-graph), and the learning rates and random views of a stage are drawn before it begins;
+- noise and views of a batch depend on the seed and the number of the batch alone, on no batch before it;
 - R_l2 is the mean over images of the image's norm for every data set (released CIFAR code: one norm of the batch);
 - each stage hands on, and the run keeps, the *last* images. The released code keeps those of the lowest loss and never
   resets that minimum between stages: with two stages it returns the blurred low-resolution images, and the loss that
@@ -24,34 +28,42 @@ Run `python deepinversion.py [--teacher resnet50]`. It writes into --out: sample
 unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of views on target.
 """
 
-import json
+import copy
 import math
-import os
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from kernels import bn_moment_loss, bn_moment_loss_ref, total_variation, total_variation_ref
+from kernels import (
+    Captured,
+    bn_moments,
+    bn_moments_ref,
+    fuse_batchnorm,
+    hook_batchnorm,
+    jittered_view,
+    jittered_view_ref,
+    moment_distance,
+    moment_distance_ref,
+)
 from kernels.contract import (
     check_options,
     fail,
     load_network,
-    load_weights,
     one_line,
-    ran_on,
+    restore_optimizer,
     seed_everything,
     shipped,
     try_out,
 )
+from kernels.figures import draw_classes
+from kernels.folder import RunFolder
 
 
 @dataclass
@@ -86,7 +98,15 @@ class Args:
     smoke: bool = False
     """A run of seconds: 6 steps on 20 images."""
     fused: bool = True
-    """Use the fused ops of kernels/; --no-fused runs the plain references."""
+    """Use the fused ops of kernels/; --no-fused runs the plain references, whatever the next three say."""
+    fused_bn: bool = True
+    """BatchNorm, addition, ReLU and moments as one op; off: hooks that read each input once more."""
+    fused_distance: bool = True
+    """The moment loss of all layers as one op; off: layer by layer."""
+    fused_view: bool = True
+    """Jitter, flip, total variation and l2 as one op; off: one after another."""
+    graph: bool = True
+    """On a GPU: the whole step as one CUDA graph."""
     bf16: bool = True
     """bfloat16 activations on a GPU (moments and images stay fp32)."""
     checkpoint_every: int = 200
@@ -241,55 +261,55 @@ load = partial(load_network, networks=NETWORKS, public=PUBLIC)
 
 
 # Losses
-class MomentLoss:
-    """R_bn, eq. 4-6: sum over the teacher's BatchNorm2d inputs of ||mean - running_mean|| + ||var - running_var||.
+def measured(model, setting, device):
+    """`model` as the steps call it: view (N, C, H, W) -> logits (N, K), [(moments (2, C), running_var (C,)), …].
 
-    Norms are not squared, variances are biased. "First" is the first layer that runs. `close` removes the hooks."""
+    Moments are those of its BatchNorm2d inputs, mean less running mean and biased variance, in the order of the
+    layers' running. A copy: the model itself keeps fp32 weights, without hooks.
+    """
+    network = copy.deepcopy(model)
+    for m in network.modules():
+        if setting["bf16"] and device == "cuda" and isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.to(torch.bfloat16)  # once; autocast, which caches only what needs gradients, would do so in every step
+    if setting["fused_bn"]:
+        return fuse_batchnorm(network, nn.BatchNorm2d)
+    return hook_batchnorm(network, nn.BatchNorm2d, bn_moments if setting["fused"] else bn_moments_ref)
 
-    def __init__(self, model, first_bn, fused):
-        self.loss = bn_moment_loss if fused else bn_moment_loss_ref
-        self.first_bn, self.terms = first_bn, []
-        layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
-        self.handles = [m.register_forward_pre_hook(self.hook) for m in layers]
 
-    def close(self):
-        for handle in self.handles:
-            handle.remove()
+def moment_loss(found, first_bn, fused):
+    """R_bn, eq. 4-6: sum over BatchNorm2d inputs of ||mean - running_mean|| + ||var - running_var||, () fp32.
 
-    def hook(self, module, inputs):
-        self.terms.append(self.loss(inputs[0], module.running_mean, module.running_var))
+    Norms are not squared, variances are biased. The first layer that runs counts first_bn times.
+    """
+    moments = torch.cat([moments for moments, _ in found], 1)  # (2, C of all layers)
+    running_var = torch.cat([running_var.float() for _, running_var in found])
+    sizes, weights = tuple(len(v) for _, v in found), (first_bn, *[1.0] * (len(found) - 1))
+    return (moment_distance if fused else moment_distance_ref)(moments, running_var, sizes, weights)
 
-    def total(self):
-        """Sum of the last forward pass's terms, the first one times first_bn; forgets them."""
-        terms, self.terms = torch.stack(self.terms), []
-        return terms.sum() + (self.first_bn - 1) * terms[0]
+
+TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "teacher"
+
+
+def synthesis_loss(x, draw, labels, teacher, setting):
+    """Total loss (scalar) and (7,) of TERMS, unweighted, for images x (N, C, H, W) seen as `draw` (3,) says.
+
+    R_l2 is the mean of the images' un-squared norms; `teacher`: percent of the views that it assigns to their labels.
+    """
+    bf16 = setting["bf16"] and x.is_cuda
+    see = jittered_view if setting["fused_view"] else jittered_view_ref
+    view, tv_l1, tv_l2, l2 = see(x, draw, torch.bfloat16 if bf16 else None)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        logits, found = teacher.measured(view)
+    ce = F.cross_entropy(logits.float(), labels)
+    terms = dict(ce=ce, bn=moment_loss(found, setting["first_bn"], setting["fused_distance"]))
+    terms |= dict(tv_l1=tv_l1, tv_l2=tv_l2, l2=l2)
+    # A term of weight 0 is only reported.
+    total = ce + sum(w * terms[k] for k in terms if k != "ce" and (w := setting[f"alpha_{k}"]))
+    hits = (logits.argmax(1) == labels).float().mean() * 100
+    return total, torch.stack([total, *terms.values(), hits]).detach()
 
 
 # One step
-def augmented_view(x, pool, jitter, flip, generator):
-    """What the teacher sees: pooled, rolled by one random offset, mirrored or not. (N, C, H, W) -> (N, C, H', W')."""
-    if pool > 1:
-        x = F.avg_pool2d(x, pool)
-    dy, dx = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()  # CPU generator: no device sync
-    x = torch.roll(x, (dy, dx), (2, 3))
-    if flip and torch.rand((), generator=generator) < 0.5:
-        x = x.flip(3)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def synthesis_loss(view, labels, teacher, moments, setting):
-    """Total loss (scalar) and a dict of its unweighted terms, for one view (N, C, H, W)."""
-    with torch.autocast(view.device.type, torch.bfloat16, enabled=setting["bf16"] and view.is_cuda):
-        logits = teacher.model(view)  # (N, K)
-    terms = {"ce": F.cross_entropy(logits.float(), labels), "bn": moments.total()}
-    terms["l2"] = view.flatten(1).norm(dim=1).mean()  # R_l2: mean of the images' un-squared norms
-    terms["tv_l1"], terms["tv_l2"] = (total_variation if setting["fused"] else total_variation_ref)(view)
-    # A term of weight 0 is only reported.
-    total = terms["ce"] + sum(w * terms[k] for k in terms if k != "ce" and (w := setting[f"alpha_{k}"]))
-    hits = (logits.argmax(1) == labels).float().mean() * 100
-    return total, {"total": total.detach(), **{k: v.detach() for k, v in terms.items()}, "teacher": hits}
-
-
 def learning_rate(step, n_steps, setting):
     """Linear warm-up (at most a quarter: ours), then a cosine to zero; restarted in every stage (released code)."""
     if setting["warmup"] is None:
@@ -300,32 +320,70 @@ def learning_rate(step, n_steps, setting):
     return setting["lr"] / 2 * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup)))
 
 
-def synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting, generator):
-    """One update of the images in place; returns the loss terms, still on the device."""
-    n_steps, pool, jitter = stage
-    optimizer.param_groups[0]["lr"] = learning_rate(step, n_steps, setting)
-    view = augmented_view(x, pool, jitter, setting["flip"], generator)
-    total, terms = synthesis_loss(view, labels, teacher, moments, setting)
-    x.grad = torch.autograd.grad(total, x)[0].contiguous()  # fused Adam pairs by memory order, not by stride
-    optimizer.step()
-    if setting["clip"]:
+def drawn(number, shape, setting, seed):
+    """All that is random in a batch: noise (N, C, H, W), and for each stage the draws (n_steps, 3) of its views.
+
+    One draw a step for the whole batch, as in the released code: pixels down, pixels right, mirrored or not.
+    """
+    state = np.random.SeedSequence([seed, number]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    noise, draws = torch.randn(shape, generator=generator), []
+    for n_steps, _, jitter in setting["stages"]:
+        rolls = torch.randint(-jitter, jitter + 1, (n_steps, 2), generator=generator)
+        mirrored = torch.randint(2, (n_steps, 1), generator=generator) * setting["flip"]
+        draws.append(torch.cat((rolls, mirrored), 1))
+    return noise, draws
+
+
+def begin(x, labels, draws, stage, teacher, setting):
+    """One stage of a batch: all that its steps read and change, on the device and in place, as a CUDA graph needs it.
+
+    x: (N, C, H, W) fp32, channels_last, changed in place; labels: (N,); draws: (n_steps, 3).
+    """
+    n_steps, pool, _ = stage
+    rates = torch.tensor([learning_rate(i, n_steps, setting) for i in range(n_steps)], device=x.device)
+    # A fresh Adam in each stage, as released; its learning rate is a tensor that every step sets.
+    options = dict(betas=setting["betas"], fused=True, capturable=x.is_cuda)
+    optimizer = torch.optim.Adam([x.requires_grad_()], torch.zeros((), device=x.device), **options)
+    step, terms = torch.zeros(1, dtype=torch.long, device=x.device), torch.zeros(len(TERMS), device=x.device)
+    work = SimpleNamespace(x=x, labels=labels, draws=draws.to(x.device), rates=rates, pool=pool, step=step)
+    work.teacher, work.setting, work.optimizer, work.terms = teacher, setting, optimizer, terms
+    return work
+
+
+def synthesis_step(work):
+    """One update of the images work.x, without the host waiting; work.terms receives TERMS of the images before it."""
+    x, draw = work.x, work.draws.index_select(0, work.step)[0]  # (3,)
+    work.optimizer.param_groups[0]["lr"].copy_(work.rates.index_select(0, work.step)[0])
+    seen = F.avg_pool2d(x, work.pool) if work.pool > 1 else x
+    total, terms = synthesis_loss(seen, draw, work.labels, work.teacher, work.setting)
+    gradient = torch.autograd.grad(total, x)[0]
+    x.grad = gradient.contiguous(memory_format=torch.channels_last)  # fused Adam pairs by memory order, not by stride
+    work.optimizer.step()
+    if work.setting["clip"]:
         with torch.no_grad():
-            torch.clamp(x, teacher.low, teacher.high, out=x)
-    return terms
+            torch.clamp(x, work.teacher.low, work.teacher.high, out=x)
+    work.terms.copy_(terms)
+    work.step += 1
 
 
-def synthesise(state, labels, teacher, moments, setting, run):
-    """All stages of one batch on, from state["stage"] and ["step"]; updates state["x"] (N, C, H, W) fp32 in place."""
-    x = state["x"].requires_grad_()
-    for i, stage in list(enumerate(setting["stages"]))[state["stage"] :]:
-        optimizer = torch.optim.Adam([x], betas=setting["betas"], fused=True)  # a fresh one each stage (released code)
-        if state["optimizer"] is not None:
-            optimizer.load_state_dict(state["optimizer"])
-        for step in range(state["step"], stage[0]):
-            terms = synthesis_step(x, labels, teacher, moments, optimizer, stage, step, setting, run.generator)
-            state.update(stage=i, step=step + 1)
-            run.after_step(state, terms, optimizer)
-        state.update(step=0, optimizer=None)
+def synthesise(run, labels, teacher, setting):
+    """All stages of one batch, on from where `run` stands; returns its images (N, C, H, W)."""
+    shape = len(labels), teacher.shape[0], teacher.image_size, teacher.image_size
+    noise, draws = drawn(run.batch, shape, setting, run.args.seed)
+    x = (noise if run.x is None else run.x).to(run.args.device, memory_format=torch.channels_last)
+    for i, stage in list(enumerate(setting["stages"]))[run.stage :]:
+        work = begin(x, labels, draws[i], stage, teacher, setting)
+        work.step.fill_(run.step)
+        if run.optimizer is not None:
+            restore_optimizer(work.optimizer, run.optimizer)
+        step = Captured(partial(synthesis_step, work), enabled=setting["graph"])
+        for n in range(run.step, stage[0]):
+            step()
+            run.after_step(i, n + 1, work)
+        run.stage, run.step, run.optimizer = i + 1, 0, None
+    run.stage = 0
+    return x.detach()
 
 
 # Evaluation and files
@@ -358,83 +416,59 @@ def agreement(info, images, labels):
     return round(hits.mean().item(), 2), by_class
 
 
-def save_grid(images, labels, names, path, columns=10, rows=10):
-    """Write a PNG: one row a class, its name at the left, small images enlarged to about 64 px."""
-    scale = max(1, 64 // images.shape[-1])
-    side, left = images.shape[-1] * scale + 2, 78
-    classes = labels.unique()[:rows].tolist()
-    sheet = Image.new("RGB", (left + columns * side, len(classes) * side), "white")
-    for row, k in enumerate(classes):
-        ImageDraw.Draw(sheet).text((4, (row + 0.5) * side - 6), names.get(k, f"class {k}"), fill="black")
-        for column, image in enumerate(images[labels == k][:columns]):
-            tile = Image.fromarray(image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
-            tile = tile.resize((side - 2, side - 2), Image.Resampling.NEAREST)
-            sheet.paste(tile, (left + column * side, row * side))
-    sheet.save(path)
+class Run(RunFolder):
+    """One run's folder, and where in the run we stand: batch, stage, step, its images and optimiser."""
 
+    def __init__(self, args, setting, n_batches):
+        self.batch, self.stage, self.step, self.x, self.optimizer, self.done = 0, 0, 0, None, None, []
+        self.steps_of = [n for n, _, _ in setting["stages"]]
+        super().__init__(args, setting, free=("device",), clears=("images.npz", "samples.png"))
+        options = dict(disable=None, mininterval=0.5)
+        self.bar = tqdm(total=n_batches * sum(self.steps_of), initial=self.n_done(), **options)
 
-class Run:
-    """One run's folder: args.json, metrics.jsonl, checkpoint.pt and the progress bar."""
+    def n_done(self):
+        return self.batch * sum(self.steps_of) + sum(self.steps_of[: self.stage]) + self.step
 
-    def __init__(self, args, setting, generator, n_steps):
-        self.args, self.setting, self.generator, self.out = args, setting, generator, Path(args.out)
-        self.lines, self.start, self.n_done = [], time.time(), 0
-        self.state = dict(batch=0, stage=0, step=0, x=None, optimizer=None, done=[])
-        settled = {k: v for k, v in asdict(args).items() if k not in ("resume", "device", "out")}
-        self.settled = json.dumps(settled | {"setting": setting}, indent=1)
-        with one_line(f"--out {self.out} cannot be used", "pass another folder, or run without --resume"):
-            self.out.mkdir(parents=True, exist_ok=True)
-            if args.resume and (self.out / "checkpoint.pt").exists():
-                saved = load_weights(self.out / "checkpoint.pt")
-                before, now = json.loads(saved["settled"]), json.loads(self.settled)
-                if changed := ", ".join(k for k in now if before.get(k) != now[k]):
-                    fail(f"--resume: {changed} differ from the first run's (args.json); repeat its options")
-                self.lines, self.start, self.n_done = saved["lines"], time.time() - saved["seconds"], saved["n_done"]
-                self.state = {k: saved[k] for k in self.state}
-                generator.set_state(saved["generator"])
-            (self.out / "args.json").write_text(self.settled + "\n")
-            (self.out / "metrics.jsonl").write_text("".join(self.lines))  # forgets what came after the checkpoint
-            (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
-        self.bar = tqdm(total=n_steps, initial=self.n_done, disable=None, mininterval=0.5)
+    def state(self):
+        return {k: getattr(self, k) for k in ("batch", "stage", "step", "x", "optimizer", "done")}
 
-    def after_step(self, state, terms, optimizer):
+    def restore(self, saved):
+        self.batch, self.stage, self.step = int(saved["batch"]), int(saved["stage"]), int(saved["step"])
+        self.x, self.optimizer, self.done = saved["x"], saved["optimizer"], saved["done"]
+
+    def after_step(self, stage, step, work):
         """Log every log_every steps, where the host waits for the device and sees a NaN; checkpoint."""
         self.bar.update()
-        self.n_done = n = self.n_done + 1
-        if n % self.args.log_every == 0 or n % self.args.checkpoint_every == 0 or n == self.bar.total:
-            values = dict(zip(terms, torch.stack(list(terms.values())).tolist(), strict=True))
+        self.stage, self.step = stage, step
+        n = self.n_done()
+        at_checkpoint = n % self.args.checkpoint_every == 0
+        if n % self.args.log_every == 0 or at_checkpoint or n == self.bar.total:
+            values = dict(zip(TERMS, work.terms.tolist(), strict=True))
             if not math.isfinite(values["total"]):
                 fail(f"the loss is {values['total']} at step {n}; lower --lr or the weights of the terms")
-            row = {("eval/" if k == "teacher" else "loss/") + k: round(v, 6) for k, v in values.items()}
-            self.lines.append(json.dumps({"step": n, "batch": state["batch"], "stage": state["stage"]} | row) + "\n")
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(self.lines[-1])
+            row = {("eval/" if k == "teacher" else "loss/") + k: v for k, v in values.items()}
+            self.write({"step": n, "batch": self.batch, "stage": stage} | row)
             self.bar.set_postfix({k: f"{values[k]:.3g}" for k in ("total", "ce", "bn", "tv_l2", "teacher")})
             if self.bar.disable and n % (10 * self.args.log_every) == 0:  # no terminal: rows instead of a bar
                 print(f"step {n:6d}  " + "  ".join(f"{k} {v:9.4g}" for k, v in values.items()), flush=True)
-        if n % self.args.checkpoint_every == 0:
-            if not state["x"].isfinite().all():  # the loss above belongs to the images before this step
+        if at_checkpoint:
+            self.x, self.optimizer = work.x.detach(), work.optimizer.state_dict()
+            if not self.x.isfinite().all():  # the loss above belongs to the images before this step
                 fail(f"the images are not finite after step {n}; lower --lr or the weights of the terms")
-            saved = dict(state, x=state["x"].detach(), optimizer=optimizer.state_dict(), lines=self.lines, n_done=n)
-            saved.update(generator=self.generator.get_state(), seconds=time.time() - self.start, settled=self.settled)
-            torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
-            os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
+            self.save()
 
-    def finish(self, images, labels, teacher, verifier, names):
+    def report(self, images, labels, teacher, verifier, names):
         """Write images.npz, samples.png and result.json; print the agreements."""
         np.savez(self.out / "images.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
-        save_grid(images, labels, names, self.out / "samples.png")
-        seconds = round(time.time() - self.start, 1)
-        result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None, seconds=seconds)
-        result |= dict(verifier=verifier.name if verifier else None, n_images=len(images), seed=self.args.seed)
+        draw_classes(images, labels, names, self.out / "samples.png")
+        result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None)
+        result |= dict(verifier=verifier.name if verifier else None, n_images=len(images))
         for role, info in (("teacher", teacher), ("verifier", verifier)):
             total, by_class = agreement(info, images, labels) if info else (None, None)
             result |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
             if info:
                 print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
-        result |= dict(setting=self.setting["name"]) | ran_on(self.args.device)
-        (self.out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"wrote samples.png, images.npz, result.json into {self.out}; {seconds:.0f} s")
+        self.finish(result)
 
 
 # Main
@@ -442,7 +476,8 @@ def choose_setting(args, dataset):
     """The row of SETTINGS with the command line's values over it, its stages rescaled to --iterations."""
     name = FAMILIES[dataset][0] if args.setting == "auto" else args.setting
     setting = SETTINGS[name] | {k: v for k in SETTINGS[name] if (v := getattr(args, k, None)) is not None}
-    setting.update(name=name, fused=args.fused, bf16=args.bf16)
+    setting.update({k: args.fused and getattr(args, k) for k in ("fused", "fused_bn", "fused_distance", "fused_view")})
+    setting.update(name=name, graph=args.graph, bf16=args.bf16)
     if args.smoke:
         setting.update(batch_size=min(setting["batch_size"], 20))
     planned = sum(n for n, _, _ in setting["stages"])
@@ -464,7 +499,6 @@ def check_args(args):
 def main(args):
     check_args(args)
     seed_everything(args.seed)
-    generator = torch.Generator().manual_seed(args.seed)  # classes, noise, jitter and flips
 
     with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
         teacher, verifier = load(args.teacher, args), None
@@ -474,12 +508,13 @@ def main(args):
             fail(f"--image-size: expected an even number of at least 8 pixels, got {size}")
         dataset = teacher.dataset if args.dataset == "auto" else args.dataset
         setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10")
-        moments = MomentLoss(teacher.model, setting["first_bn"], args.fused)
         for _, pool, _ in setting["stages"]:
             try_out(teacher, n_channels, size // pool, n_classes)
-    if not moments.terms:
+        layers = [m for m in teacher.model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
+        if layers:
+            teacher.measured = measured(teacher.model, setting, args.device)
+    if not layers:
         fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which the method matches; take another")
-    moments.terms = []
     likely = FAMILIES.get(dataset, ("", "none"))[1]  # taken where it is shipped and fits this teacher's images
     takes = [shipped().get(likely, {}).get(k) for k in ("num_classes", "channels", "image_size")]
     likely = likely if takes == [n_classes, n_channels, size] else "none"
@@ -495,21 +530,18 @@ def main(args):
     classes = torch.tensor(args.classes or range(n_classes))
     n_batches = -(-(args.num_images or batch_size) // batch_size)
     if len(classes) > batch_size:  # a batch cannot hold them all: mix them
-        classes = classes[torch.randperm(len(classes), generator=generator)]
+        classes = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(args.seed))]
     n_images = n_batches * batch_size  # whole batches: their size is part of the method
     labels = classes.repeat(-(-n_images // len(classes)))[:n_images]
 
-    run = Run(args, setting, generator, n_batches * sum(n for n, _, _ in setting["stages"]))
+    run = Run(args, setting, n_batches)
     print(f"{teacher.name}: {len(labels)} images, setting {setting['name']}, {args.device}, fused={args.fused}")
-    for wanted in labels.to(args.device).split(batch_size)[run.state["batch"] :]:
-        if run.state["x"] is None:
-            run.state["x"] = torch.randn(batch_size, n_channels, size, size, generator=generator)
-        run.state["x"] = run.state["x"].to(args.device)
-        synthesise(run.state, wanted, teacher, moments, setting, run)
-        run.state["done"].append(to_uint8(run.state["x"].detach(), teacher).cpu())
-        run.state.update(batch=run.state["batch"] + 1, stage=0, x=None)
-    moments.close(), run.bar.close()
-    run.finish(torch.cat(run.state["done"]), labels, teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))))
+    for wanted in labels.to(args.device).split(batch_size)[run.batch :]:
+        images = synthesise(run, wanted, teacher, setting)
+        run.done.append(to_uint8(images, teacher).cpu())
+        run.batch, run.x = run.batch + 1, None
+    run.bar.close()
+    run.report(torch.cat(run.done), labels, teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))))
 
 
 if __name__ == "__main__":

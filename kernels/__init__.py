@@ -3,7 +3,7 @@
 from kernels.attention_transfer import attention_map, attention_map_ref, attention_transfer, attention_transfer_ref
 from kernels.bn_act_moments import bn_act_moments, bn_act_moments_ref
 from kernels.bn_moments import bn_moment_loss, bn_moment_loss_ref, bn_moments, bn_moments_ref
-from kernels.fuse import fuse_batchnorm
+from kernels.fuse import fuse_batchnorm, hook_batchnorm
 from kernels.graphs import Captured
 from kernels.jittered_view import jittered_view, jittered_view_ref
 from kernels.js_divergence import js_divergence, js_divergence_ref
@@ -26,6 +26,7 @@ __all__ = [
     "bn_moments_ref",
     "draw_transitions",
     "fuse_batchnorm",
+    "hook_batchnorm",
     "jittered_view",
     "jittered_view_ref",
     "js_divergence",

@@ -91,6 +91,35 @@ def draw_sheets(images, mean, std, path):
     figure.savefig(path, dpi=100)
 
 
+def draw_classes(images, labels, names, path, columns=10, rows=10):
+    """Write a picture of images by class: one row a class, its name at the left, small images enlarged to about 64 px.
+
+    Args:
+        images: (N, C, H, W) uint8, C 1 or 3.
+        labels: (N,) integers.
+        names: {class: name}; those it lacks go by number.
+        path: of the PNG, or a file object.
+        columns, rows: the most images of a class, and the most classes (the lowest ones).
+
+    >>> import io
+    >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    >>> draw_classes(images, torch.tensor([0, 1, 0, 7]), {0: "zero"}, io.BytesIO())
+    """
+    from PIL import Image, ImageDraw  # not needed but here
+
+    scale = max(1, 64 // images.shape[-1])
+    side, left = images.shape[-1] * scale + 2, 78
+    classes = labels.unique()[:rows].tolist()
+    sheet = Image.new("RGB", (left + columns * side, len(classes) * side), "white")
+    for row, k in enumerate(classes):
+        ImageDraw.Draw(sheet).text((4, (row + 0.5) * side - 6), names.get(k, f"class {k}"), fill="black")
+        for column, image in enumerate(images[labels == k][:columns]):
+            tile = Image.fromarray(image.permute(1, 2, 0).expand(-1, -1, 3).contiguous().numpy())
+            tile = tile.resize((side - 2, side - 2), Image.Resampling.NEAREST)
+            sheet.paste(tile, (left + column * side, row * side))
+    sheet.save(path, format="PNG")
+
+
 def compare_runs(folders, by, out):
     """Write compare.json and compare.png: the accuracies of finished runs, grouped by an entry of their result.json.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from kernels.bn_act_moments import bn_act_moments
+from kernels.bn_moments import bn_moments
 
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 ADDS = {operator.add, operator.iadd, torch.add}
@@ -58,6 +59,29 @@ class Fused(nn.Module):
         return y, found
 
 
+class Hooked:
+    """What hook_batchnorm returns: called like a Fused, it gives the same."""
+
+    def __init__(self, network, layers, moments):
+        self.network, self.moments, self.found = network, moments, []
+        self.handles = [m.register_forward_pre_hook(self.measure) for m in layers]
+
+    def measure(self, module, inputs):
+        mean, var = self.moments(inputs[0], module.running_mean)  # (C,), (C,)
+        self.found.append((torch.stack((mean - module.running_mean, var)), module.running_var))
+
+    def __call__(self, x):
+        self.found = []
+        y, found = self.network(x), self.found
+        self.found = []  # nothing may keep the graph of a step that is over
+        return y, found
+
+    def close(self):
+        """Take the hooks off the network."""
+        for handle in self.handles:
+            handle.remove()
+
+
 def is_relu(node, modules):
     if node.op == "call_module":
         return type(modules[node.target]) is nn.ReLU
@@ -72,6 +96,37 @@ def is_add(node):
 
 def only_user(node):
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def chosen_layers(caller, model, kinds):
+    """The BatchNorms of these kinds with running statistics, all in eval mode; ValueError otherwise."""
+    chosen = [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None]
+    if not chosen:
+        raise ValueError(f"{caller}: expected BatchNorms with running statistics, got none; take another network")
+    if any(m.training for m in chosen):
+        raise ValueError(f"{caller}: expected BatchNorms in eval mode, got some in train mode; call .eval()")
+    return chosen
+
+
+def hook_batchnorm(model, kinds=BATCHNORMS, moments=bn_moments):
+    """The plain way to what `fuse_batchnorm` gives: a hook before each BatchNorm, which reads its input once more.
+
+    Args:
+        model: in eval mode; it gets the hooks itself, until `close()` of what is returned.
+        kinds: the BatchNorms that count, but for those without running statistics.
+        moments: `bn_moments`, or `bn_moments_ref` for plain PyTorch.
+
+    Returns:
+        Hooked: called with x it gives (model(x), [(moments, running_var), …]) as `fuse_batchnorm`'s networks do.
+
+    Raises:
+        ValueError: such a BatchNorm is in train mode; there is none.
+
+    >>> hooked = hook_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
+    >>> [moments.shape for moments, _ in hooked(torch.randn(2, 3, 8, 8))[1]]
+    [torch.Size([2, 4])]
+    """
+    return Hooked(model, chosen_layers("hook_batchnorm", model, kinds), moments)
 
 
 def fuse_batchnorm(model, kinds=BATCHNORMS):
@@ -97,11 +152,7 @@ def fuse_batchnorm(model, kinds=BATCHNORMS):
     >>> y.shape, [moments.shape for moments, _ in found]
     (torch.Size([2, 4, 6, 6]), [torch.Size([2, 4])])
     """
-    chosen = {m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None}
-    if not chosen:
-        raise ValueError("fuse_batchnorm: expected BatchNorms with running statistics, got none; take another network")
-    if any(m.training for m in chosen):
-        raise ValueError("fuse_batchnorm: expected BatchNorms in eval mode, got some in train mode; call .eval()")
+    chosen = set(chosen_layers("fuse_batchnorm", model, kinds))
     found = []
     try:
         graph = fx.symbolic_trace(model)

@@ -90,7 +90,7 @@ def _moment_distance_bwd_kernel(
 
 @functools.lru_cache(maxsize=256)
 def _layout(sizes, weights, device):
-    """Offsets (L + 1,) and each channel's layer (C,), int64, weights (L,): made once, so a CUDA graph copies nothing."""
+    """Offsets (L + 1,) and each channel's layer (C,), int64, weights (L,): made once, a CUDA graph copies none."""
     lengths = torch.tensor([0, *sizes])
     layer = torch.repeat_interleave(torch.arange(len(sizes)), lengths[1:])
     weights = torch.ones(len(sizes)) if weights is None else torch.tensor(weights, dtype=torch.float32)

@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 import torch.nn as nn
 
 import deepinversion as di
-from kernels import _common, contract
+from kernels import Captured, _common, contract, total_variation_ref
 
 FAST = dict(teacher="digits-resnet8", iterations=12, batch_size=10, checkpoint_every=5, log_every=1)
 
@@ -46,28 +47,43 @@ def refused(capsys, **options):
 # Terms
 
 
-def test_moment_loss_equals_a_hand_computed_case():
+FUSED = dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), True) | dict(bf16=True, graph=True)
+PLAIN = FUSED | dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), False)
+
+
+@pytest.mark.parametrize("parts", [FUSED, PLAIN, FUSED | dict(fused_bn=False)], ids=["fused", "plain", "hooks"])
+def test_moment_loss_equals_a_hand_computed_case(parts):
     bn = nn.BatchNorm2d(2).eval()
     bn.running_mean.copy_(torch.tensor([1.0, 0.0]))
     bn.running_var.copy_(torch.tensor([1.0, 2.0]))
     # Channel 0 is 0 and 2 (mean 1, variance 1); channel 1 is 3 and 5 (mean 4, variance 1).
     x = torch.tensor([[[[0.0]], [[3.0]]], [[[2.0]], [[5.0]]]])
-    for fused in (True, False):
-        moments = di.MomentLoss(nn.Sequential(bn), 1.0, fused)
-        bn(x)
-        assert moments.total().item() == pytest.approx(4 + 1)
-        moments.close()
+    y, found = di.measured(nn.Sequential(bn), parts, "cpu")(x)
+    assert di.moment_loss(found, 1.0, parts["fused_distance"]).item() == pytest.approx(4 + 1)
+    assert torch.allclose(y, bn(x))
 
 
-def test_first_layer_weight_and_hook_removal():
-    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(3)).eval()
-    moments = di.MomentLoss(model, 10.0, True)
-    model(torch.randn(4, 3, 5, 5))
-    first, second = (t.item() for t in moments.terms)
-    assert moments.total().item() == pytest.approx(10 * first + second, rel=1e-6)
-    moments.close()
-    model(torch.randn(4, 3, 5, 5))
-    assert moments.terms == []
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_first_layer_that_runs_has_its_own_weight(fused):
+    found = [(torch.tensor([[3.0], [1.0]]), torch.ones(1)), (torch.tensor([[0.0], [6.0]]), torch.ones(1))]
+    assert di.moment_loss(found, 10.0, fused).item() == pytest.approx(10 * 3 + 5)
+
+
+def test_measuring_leaves_the_network_alone():
+    """No hook stays on it, and what a GPU takes in bf16 is a copy."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2)).eval()
+    for parts in (FUSED, PLAIN):
+        half = di.measured(model, parts, "cuda")
+        weights = [p.dtype for m in half.network.modules() for p in m.parameters(recurse=False) if p.ndim > 1]
+        assert weights == [torch.bfloat16, torch.bfloat16]
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        x = torch.randn(8, 3, 3, 3)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits, found = half(x)
+        assert torch.allclose(logits.float(), model(x), atol=0.05)
+        assert found[0][0].dtype == torch.float32
+        di.measured(model, parts, "cpu")
+    assert not any(m._forward_pre_hooks for m in model.modules())
 
 
 def test_learning_rate_warms_up_and_ends_near_zero():
@@ -83,25 +99,44 @@ def test_learning_rate_warms_up_and_ends_near_zero():
     assert di.learning_rate(0, 1, setting) > 0
 
 
-def test_augmented_view_rolls_pools_and_mirrors():
-    x = torch.arange(2 * 3 * 8 * 8, dtype=torch.float32).view(2, 3, 8, 8)
-    generator = torch.Generator().manual_seed(3)
-    state = generator.get_state()
-    view = di.augmented_view(x, 1, 2, False, generator)
-    generator.set_state(state)
-    dy, dx = torch.randint(-2, 3, (2,), generator=generator).tolist()
-    assert torch.equal(view, x.roll((dy, dx), (2, 3)))
-    assert view.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(di.augmented_view(x, 2, 0, False, generator), nn.functional.avg_pool2d(x, 2))
-    views = [di.augmented_view(x, 1, 0, True, generator) for _ in range(20)]
-    mirrored = sum(torch.equal(v, x.flip(3)) for v in views)
-    assert 0 < mirrored < 20
-    assert all(torch.equal(v, x.flip(3)) or torch.equal(v, x) for v in views)
-    offsets = {tuple(torch.randint(-2, 3, (2,), generator=generator).tolist()) for _ in range(300)}
-    assert len(offsets) == 25  # both ends of the range are drawn
+def test_all_chance_of_a_batch_comes_from_seed_and_number():
+    setting = dict(stages=[(300, 2, 1), (400, 1, 2)], flip=True)
+    noise, draws = di.drawn(3, (2, 3, 4, 4), setting, 7)
+    again = di.drawn(3, (2, 3, 4, 4), setting, 7)
+    assert torch.equal(noise, again[0]) and all(torch.equal(a, b) for a, b in zip(draws, again[1], strict=True))
+    for number, seed in ((4, 7), (3, 8), (7, 3)):
+        other, others = di.drawn(number, (2, 3, 4, 4), setting, seed)
+        assert not torch.equal(noise, other) and not torch.equal(draws[1], others[1])
+    for draw, jitter, n_steps in zip(draws, (1, 2), (300, 400), strict=True):
+        assert draw.shape == (n_steps, 3) and draw.dtype == torch.int64
+        assert {tuple(roll) for roll in draw[:, :2].tolist()} == {
+            (down, right) for down in range(-jitter, jitter + 1) for right in range(-jitter, jitter + 1)
+        }  # both ends of the range are drawn
+        assert 0.4 < draw[:, 2].float().mean() < 0.6 and set(draw[:, 2].tolist()) == {0, 1}
+    assert not di.drawn(3, (2, 3, 4, 4), setting | dict(flip=False), 7)[1][0][:, 2].any()
 
 
-def tiny_rgb_teacher(seed=0):
+def test_a_step_takes_its_own_rate_and_draw(monkeypatch):
+    teacher, seen = tiny_rgb_teacher(), []
+    setting = di.SETTINGS["cifar10"] | FUSED | dict(warmup=2, lr=0.5)
+    stage, see = (8, 2, 1), di.jittered_view
+
+    def watched(x, draw, dtype):
+        seen.append((tuple(x.shape), draw.tolist(), work.optimizer.param_groups[0]["lr"].item()))
+        return see(x, draw, dtype)
+
+    monkeypatch.setattr(di, "jittered_view", watched)
+    draws = torch.tensor([[i, -i, i % 2] for i in range(8)])
+    x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    work = di.begin(x, torch.arange(4), draws, stage, teacher, setting)
+    for _ in range(8):
+        di.synthesis_step(work)
+    assert [shape for shape, _, _ in seen] == [(4, 3, 4, 4)] * 8  # pooled before the teacher sees it
+    assert [draw for _, draw, _ in seen] == draws.tolist()
+    assert [rate for *_, rate in seen] == pytest.approx([di.learning_rate(i, 8, setting) for i in range(8)], rel=1e-6)
+
+
+def tiny_rgb_teacher(seed=0, parts=None):
     """A random RGB network with BatchNorm, as main would describe it."""
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -109,56 +144,100 @@ def tiny_rgb_teacher(seed=0):
     model[1].running_mean.normal_()
     info = SimpleNamespace(model=model, mean=(0.5,) * 3, std=(0.25,) * 3, num_classes=10, image_size=8, device="cpu")
     info.low, info.high = di.pixel_range(info, "cpu")
+    info.measured = di.measured(model, parts or FUSED, "cpu")
     return info
 
 
 def test_total_loss_is_the_weighted_sum_of_its_terms():
-    teacher = tiny_rgb_teacher()
-    moments = di.MomentLoss(teacher.model, 1.0, True)
-    setting = di.SETTINGS["cifar10"] | dict(alpha_l2=0.5, alpha_tv_l1=0.25, alpha_bn=2.0, alpha_tv_l2=0.125)
-    view = torch.zeros(2, 3, 8, 8)
-    view[0, 0, 0, :2] = torch.tensor([3.0, 4.0])
-    view[1, 0, 1, 1] = 1.0
-    total, terms = di.synthesis_loss(
-        view, torch.tensor([1, 2]), teacher, moments, setting | dict(fused=True, bf16=True)
-    )
-    assert terms["l2"].item() == pytest.approx((5 + 1) / 2)
+    teacher, labels = tiny_rgb_teacher(), torch.tensor([1, 2])
+    weights = dict(alpha_l2=0.5, alpha_tv_l1=0.25, alpha_bn=2.0, alpha_tv_l2=0.125, first_bn=1.0)
+    x = torch.zeros(2, 3, 8, 8)
+    x[0, 0, 0, :2] = torch.tensor([3.0, 4.0])
+    x[1, 0, 1, 1] = 1.0
+    draw = torch.tensor([2, -1, 1])
+    total, terms = di.synthesis_loss(x, draw, labels, teacher, di.SETTINGS["cifar10"] | FUSED | weights)
+    terms = dict(zip(di.TERMS, terms.tolist(), strict=True))
+    assert total.item() == terms["total"]
+    view = x.roll((2, -1), (2, 3)).flip(3)
     logits = teacher.model(view)
-    moments.terms = []
-    assert terms["ce"].item() == pytest.approx(nn.functional.cross_entropy(logits, torch.tensor([1, 2])).item())
+    features = teacher.model[0](view)
+    bn = teacher.model[1]
+    distance = (features.mean((0, 2, 3)) - bn.running_mean).norm()
+    distance += (features.var((0, 2, 3), unbiased=False) - bn.running_var).norm()
+    l1, l2 = total_variation_ref(view)
+    expected = dict(ce=nn.functional.cross_entropy(logits, labels), bn=distance, tv_l1=l1, tv_l2=l2, l2=(5 + 1) / 2)
+    for name, value in expected.items():
+        assert terms[name] == pytest.approx(float(value), rel=1e-4), name
+    assert terms["teacher"] == 100 * (logits.argmax(1) == labels).float().mean()
     weighted = {"ce": 1.0, "bn": 2.0, "tv_l2": 0.125, "tv_l1": 0.25, "l2": 0.5}
-    assert total.item() == pytest.approx(sum(w * terms[k].item() for k, w in weighted.items()), rel=1e-5)
+    assert total.item() == pytest.approx(sum(w * terms[k] for k, w in weighted.items()), rel=1e-5)
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
-def test_steps_equal_plain_adam_whatever_the_gradients_layout(fused):
-    """The gradient of a rolled channels_last view may come back channels_last, the images are NCHW."""
-    teacher = tiny_rgb_teacher()
-    labels, setting = torch.arange(4), di.SETTINGS["cifar10"] | dict(fused=fused, bf16=True, warmup=None)
+def stepped(n_steps, parts=FUSED, seed=1, layout=torch.channels_last, optimizer=None, **options):
+    """Images (4, 3, 8, 8) after some steps, and the losses on the way."""
+    setting = di.SETTINGS["cifar10"] | parts | dict(warmup=None) | options
+    teacher, stage = tiny_rgb_teacher(parts=parts), (n_steps, 1, 2)
+    noise, draws = di.drawn(0, (4, 3, 8, 8), setting | dict(stages=[stage]), seed)
+    x = noise.contiguous(memory_format=layout)
+    work = di.begin(x, torch.arange(4), draws[0], stage, teacher, setting)
+    if optimizer:
+        work.optimizer = optimizer(work)
+    losses = []
+    for _ in range(n_steps):
+        di.synthesis_step(work)
+        losses.append(work.terms.clone())
+    return x.detach(), torch.stack(losses)
+
+
+@pytest.mark.parametrize("parts", [FUSED, PLAIN], ids=["fused", "plain"])
+def test_steps_equal_plain_adam(parts):
+    """The fused one pairs parameter and gradient by memory order: one of them in another layout would scramble."""
+
+    def plain_adam(work):
+        return torch.optim.Adam([work.x], torch.zeros(()), betas=work.setting["betas"], foreach=False)
+
+    ours, _ = stepped(12, parts)
+    assert torch.allclose(ours, stepped(12, parts, optimizer=plain_adam)[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("off", ["fused_bn", "fused_distance", "fused_view", "fused"])
+def test_each_part_turned_off_gives_the_same_first_losses(off):
+    images, losses = stepped(4)
+    other_images, others = stepped(4, PLAIN if off == "fused" else FUSED | {off: False})
+    assert torch.allclose(losses, others, rtol=1e-4, atol=1e-6)
+    assert torch.allclose(images, other_images, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parts", [FUSED, PLAIN], ids=["fused", "plain"])
+def test_a_captured_step_is_the_eager_one_and_never_syncs(parts):
+    """ResNet-20, all terms, 12 steps: the same images to the bit; the host waits for nothing once it is captured."""
     results = []
-    for fused_adam in (True, False):
-        moments = di.MomentLoss(teacher.model, 1.0, fused)
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(4, 3, 8, 8, generator=generator).requires_grad_()
-        adam = torch.optim.Adam([x], betas=setting["betas"], fused=fused_adam)
-        for step in range(12):
-            di.synthesis_step(x, labels, teacher, moments, adam, (12, 1, 2), step, setting, generator)
-        results.append(x.detach())
-        moments.close()
-    assert torch.allclose(*results, rtol=1e-4, atol=1e-4)
+    for graph in (False, True):
+        info = di.load("cifar10-resnet20", di.Args(device="cuda"))
+        info.low, info.high = di.pixel_range(info, "cuda")
+        setting = di.SETTINGS["cifar10"] | parts | dict(alpha_l2=1e-5, alpha_tv_l1=1e-3)
+        info.measured = di.measured(info.model, setting, "cuda")
+        noise, draws = di.drawn(0, (20, 3, 32, 32), setting, 0)
+        x = noise.to("cuda", memory_format=torch.channels_last)
+        work = di.begin(x, torch.arange(20, device="cuda") % 10, draws[0], (400, 1, 2), info, setting)
+        step = Captured(partial(di.synthesis_step, work), enabled=graph)
+        for n in range(12):
+            torch.cuda.set_sync_debug_mode("error" if n > 4 else 0)
+            try:
+                step()
+            finally:
+                torch.cuda.set_sync_debug_mode(0)
+        assert work.step.item() == 12
+        results.append((x.detach().clone(), work.terms.clone()))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_clipping_keeps_the_images_in_the_pixels_range():
     teacher = tiny_rgb_teacher()
     for clip in (True, False):
-        setting = di.SETTINGS["cifar10"] | dict(fused=True, bf16=True, warmup=None, lr=50.0, clip=clip)
-        moments = di.MomentLoss(teacher.model, 1.0, True)
-        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        adam = torch.optim.Adam([x], fused=True)
-        di.synthesis_step(x, torch.arange(4), teacher, moments, adam, (1, 1, 0), 0, setting, torch.Generator())
-        inside = bool(((x >= teacher.low) & (x <= teacher.high)).all())
-        assert inside == clip
-        moments.close()
+        x, _ = stepped(1, lr=50.0, clip=clip)
+        assert bool(((x >= teacher.low) & (x <= teacher.high)).all()) == clip
 
 
 def test_stages_scale_with_iterations_and_jitter_with_resolution():
@@ -426,13 +505,15 @@ def test_same_seed_same_images_and_another_seed_others(tmp_path):
 
 def test_fused_and_plain_losses_agree_on_rgb_images_and_fall(tmp_path):
     rows = []
-    for fused in (True, False):
-        run(tmp_path / str(fused), teacher="cifar10-resnet20", fused=fused)
-        rows.append([json.loads(line) for line in (tmp_path / str(fused) / "metrics.jsonl").read_text().splitlines()])
-    for i, (ours, plain) in enumerate(zip(*rows, strict=True)):
-        for key in ("loss/total", "loss/bn", "loss/tv_l1", "loss/tv_l2"):
-            # Rounding grows from step to step; a gradient in the wrong places shows in the second.
-            assert ours[key] == pytest.approx(plain[key], rel=1e-4 if i < 3 else 1e-2)
+    parts = dict(fused_bn=False), dict(fused_distance=False), dict(fused_view=False), dict(fused=False)
+    for i, off in enumerate(({}, *parts)):
+        run(tmp_path / str(i), teacher="cifar10-resnet20", **off)
+        rows.append([json.loads(line) for line in (tmp_path / str(i) / "metrics.jsonl").read_text().splitlines()])
+    for others in rows[1:]:
+        for i, (ours, plain) in enumerate(zip(rows[0], others, strict=True)):
+            for key in ("loss/total", "loss/bn", "loss/tv_l1", "loss/tv_l2", "loss/l2"):
+                # Rounding grows from step to step; a gradient in the wrong places shows in the second.
+                assert ours[key] == pytest.approx(plain[key], rel=1e-4 if i < 3 else 1e-2)
     assert rows[0][-1]["loss/total"] < 0.8 * rows[0][0]["loss/total"]
 
 
@@ -441,7 +522,7 @@ def assert_resumes_as_if_never_cut(tmp_path, monkeypatch, stop_at, **options):
     after_step = di.Run.after_step
 
     def dies(self, *rest):
-        if self.n_done == stop_at:
+        if self.n_done() == stop_at - 1:
             raise InterruptedError
         after_step(self, *rest)
 
@@ -467,9 +548,9 @@ def test_two_stages_of_two_resolutions_and_their_resume(tmp_path, monkeypatch, s
     monkeypatch.setitem(di.SETTINGS, "digits", two)
     sizes, synthesis_loss = [], di.synthesis_loss
 
-    def watched(view, *rest):
-        sizes.append(view.shape[-1])
-        return synthesis_loss(view, *rest)
+    def watched(x, *rest):
+        sizes.append(x.shape[-1])
+        return synthesis_loss(x, *rest)
 
     monkeypatch.setattr(di, "synthesis_loss", watched)
     options = dict(iterations=None, checkpoint_every=2)
@@ -694,12 +775,12 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(capsys, tmp_path, 
         calls.append(1)
         total, terms = synthesis_loss(*rest)
         factor = math.nan if len(calls) >= 9 else 1.0
-        return total * factor, terms | {"total": terms["total"] * factor}
+        return total * factor, terms * factor
 
     monkeypatch.setattr(di, "synthesis_loss", poisoned)
     said = refused(capsys, **(FAST | dict(out=str(tmp_path))))
     assert "the loss is nan at step 9" in said
-    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["n_done"] == 5
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["step"] == 5
 
     def poisoned_gradient(*rest):  # the loss of a step is finite, the images after it are not
         calls.append(1)
@@ -724,8 +805,8 @@ def test_resume_refuses_other_options_and_foreign_checkpoints(capsys, tmp_path):
     assert "--resume: setting, lr differ" in refused(capsys, **(again | dict(lr=0.5)))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert (tmp_path / "result.json").exists()  # nothing was touched
-    for blob in ({"x": torch.ones(3)}, {"settled": "[]"}, {"settled": 5}):
+    for blob in ({"x": torch.ones(3)}, {"options": "[]"}, {"options": 5}):
         torch.save(blob, tmp_path / "checkpoint.pt")
-        assert "cannot be used" in refused(capsys, **again)
+        assert "no checkpoint of this script" in refused(capsys, **again)
     (tmp_path / "checkpoint.pt").write_bytes(before[:1000])
     assert "no safe checkpoint" in refused(capsys, **again)

@@ -1,6 +1,8 @@
 """fuse_batchnorm: outputs, moment loss and image gradient of fused networks are those of the networks with hooks."""
 
 import copy
+import doctest
+import importlib
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from helpers import assert_as_exact_as_eager
 
 import deepinversion
 import teacher
-from kernels import _common, bn_moment_loss_ref, fuse_batchnorm
+from kernels import _common, bn_moment_loss_ref, bn_moments_ref, fuse_batchnorm, hook_batchnorm
 
 
 class Foreign(nn.Module):
@@ -160,9 +162,28 @@ def test_only_the_chosen_kinds_with_statistics_count(name, monkeypatch):
     [
         pytest.param(nn.Conv2d(3, 4, 3), "with running statistics, got none", id="none"),
         pytest.param(nn.BatchNorm2d(3), "in eval mode, got some in train mode", id="train"),
-        pytest.param(nn.BatchNorm2d(3, track_running_stats=False).eval(), "got none; take another", id="no-statistics"),
+        pytest.param(
+            nn.BatchNorm2d(3, track_running_stats=False).eval(), "got none; take another", id="no-statistics"
+        ),
     ],
 )
 def test_errors(model, message):
-    with pytest.raises(ValueError, match=message):
-        fuse_batchnorm(model)
+    for function in (fuse_batchnorm, hook_batchnorm):
+        with pytest.raises(ValueError, match=f"{function.__name__}: .*{message}"):
+            function(model)
+
+
+def test_hooks_are_the_plain_way_to_the_same(monkeypatch):
+    monkeypatch.setattr(_common, "INTERPRET", False)
+    model, x = network("foreign"), torch.randn(4, 3, 8, 8)
+    hooked = hook_batchnorm(model, moments=bn_moments_ref)
+    for a, b in zip(with_fusion(hooked, x), with_fusion(fuse_batchnorm(network("foreign")), x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert not hooked.found and len(hooked(x)[1]) == 6
+    hooked.close()
+    assert not hooked(x)[1]
+
+
+def test_examples():
+    tested = doctest.testmod(importlib.import_module("kernels.fuse"))
+    assert tested.attempted >= 4 and not tested.failed
