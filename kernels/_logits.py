@@ -98,12 +98,16 @@ def sum_rows(
     return tl.where(row_mask, third, 0.0)
 
 
+# Chosen by arithmetic, not yet measured on a GPU.
+_SHORT = 512  # elements of a tile of several short rows: up to 8 a lane
+_WARPS = ((1024, 4), (math.inf, 8))  # (up to so many classes in a block, warps): 8 a lane, 16 for 2048 and 4096
+
+
 def tiling(K, max_block):
     """Block sizes and warps: several short rows to a program, one row, or one row in blocks."""
     block_k = min(triton.next_power_of_2(K), max_block)
-    block_n = max(1, 512 // block_k)
-    # elements of a tile     512, 1024: up to 8 a lane     2048, 4096: up to 16 a lane
-    return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": 4 if block_k <= 1024 else 8}
+    num_warps = next(warps for limit, warps in _WARPS if block_k <= limit)
+    return {"BLOCK_N": max(1, _SHORT // block_k), "BLOCK_K": block_k, "num_warps": num_warps}
 
 
 def forward(ctx, kernel, forward_torch, p_logits, q_logits, temperature):

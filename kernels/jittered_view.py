@@ -174,7 +174,8 @@ def _jittered_view_bwd_kernel(
 
 def _moved(x, rows, columns):
     """x[:, :, rows][:, :, :, columns] in one gather, channels_last."""
-    return x.permute(0, 2, 3, 1)[:, rows[:, None], columns].permute(0, 3, 1, 2)
+    moved = x.permute(0, 2, 3, 1)[:, rows[:, None], columns].permute(0, 3, 1, 2)
+    return moved.contiguous(memory_format=torch.channels_last)  # as it is, but for odd layouts of x
 
 
 class _JitteredView(torch.autograd.Function):
@@ -185,7 +186,7 @@ class _JitteredView(torch.autograd.Function):
         if _common.runs_triton(x):
             view = torch.empty(x.shape, device=x.device, dtype=dtype, memory_format=torch.channels_last)
             (planes, C, H, L), step, strides = _planes(x, view)
-            grid, meta = _tiling(planes, H, L, max_tile=2048)
+            grid, meta = _tiling(planes, H, L, "forward")
             partials = torch.empty(6, grid[0], device=x.device, dtype=torch.float32)
             sizes, counts = (C, H, L, *strides[1], *strides[0], step), _inverse_counts(*x.shape)
             _jittered_view_fwd_kernel[grid](view, partials, x, draw, *sizes, *counts, **meta)
@@ -214,7 +215,7 @@ class _JitteredView(torch.autograd.Function):
         dview = torch.zeros_like(x) if dview is None else dview
         gradient = torch.empty_like(x)
         (planes, C, H, L), step, strides = _planes(gradient, dview, x)
-        grid, meta = _tiling(planes, H, L, max_tile=1024)
+        grid, meta = _tiling(planes, H, L, "backward")
         sizes = (C, H, L, *(stride for of_one in strides for stride in of_one), step)
         _jittered_view_bwd_kernel[grid](
             gradient, dview, x, draw, norms, image_norms, grads, 1 / len(x), *sizes, *counts, **meta

@@ -22,6 +22,8 @@ Traffic in passes over x (4 NCHW bytes each in fp32):
     best possible ratio, forward and backward: 128 / 3 = 43
 """
 
+import math
+
 import torch
 
 from kernels import _common
@@ -207,13 +209,21 @@ def _planes(*tensors):
     return (N * C, C, H, W), 1, [t.stride() for t in tensors]
 
 
-def _tiling(planes, H, L, max_tile):
-    """Grid, block sizes and warps. Whole rows up to 256 columns, then as many rows as the tile holds."""
-    block_l = min(triton.next_power_of_2(L), 256)
-    block_h = min(triton.next_power_of_2(H), max_tile // block_l)
-    tile = block_h * block_l
-    # tile  <= 256: small planes, one warp     <= 1024: 8 elements a lane     2048: 8 elements a lane
-    num_warps = 1 if tile <= 256 else 4 if tile <= 1024 else 8
+# Chosen by arithmetic, not yet measured on a GPU.
+_TILES = dict(forward=2048, backward=1024)  # most elements: the backward pass holds nine neighbours of each, not four
+_COLUMNS = 256  # most columns of a tile: whole rows of small images, 1 KB of larger ones
+_WARPS = (
+    (256, 1),
+    (1024, 4),
+    (math.inf, 8),
+)  # (up to so many elements, warps): 8 elements a lane, small planes one warp
+
+
+def _tiling(planes, H, L, direction):
+    """Grid, block sizes and warps. Whole rows as far as they fit, then as many rows as the tile holds."""
+    block_l = min(triton.next_power_of_2(L), _COLUMNS)
+    block_h = min(triton.next_power_of_2(H), max(1, _TILES[direction] // block_l))
+    num_warps = next(warps for limit, warps in _WARPS if block_h * block_l <= limit)
     grid = (planes * triton.cdiv(H, block_h) * triton.cdiv(L, block_l),)
     return grid, {"BLOCK_H": block_h, "BLOCK_L": block_l, "num_warps": num_warps}
 
@@ -224,7 +234,7 @@ class _TotalVariation(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # a result that no loss uses costs nothing on the CPU
         if _common.runs_triton(x):
             (planes, C, H, L), step, (strides,) = _planes(x)
-            grid, meta = _tiling(planes, H, L, max_tile=2048)
+            grid, meta = _tiling(planes, H, L, "forward")
             partials = torch.empty(5, grid[0], device=x.device, dtype=torch.float32)
             counts = _inverse_counts(*x.shape)
             _total_variation_fwd_kernel[grid](partials, x, C, H, L, *strides, step, *counts, **meta)
@@ -250,7 +260,7 @@ class _TotalVariation(torch.autograd.Function):
         grad_l2 = norms.new_zeros(()) if grad_l2 is None else grad_l2
         dx = torch.empty_like(x)
         (planes, C, H, L), step, (dx_strides, x_strides) = _planes(dx, x)
-        grid, meta = _tiling(planes, H, L, max_tile=1024)
+        grid, meta = _tiling(planes, H, L, "backward")
         _total_variation_bwd_kernel[grid](
             dx, x, norms, grad_l1, grad_l2, C, H, L, *dx_strides, *x_strides, step, *counts, **meta
         )

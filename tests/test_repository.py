@@ -24,6 +24,7 @@ SHARED = [
     "_common.py",
     "_logits.py",
     "bench.py",
+    "bench_steps.py",
     "contract.py",
     "data.py",
     "figures.py",
