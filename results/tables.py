@@ -30,7 +30,7 @@ def inversion_table():
     runs = {}
     for path in sorted((ROOT / "results").glob("inversion-*.json")):
         result = json.loads(path.read_text())
-        runs.setdefault((result["setting"], result["teacher"], result["verifier"]), []).append(result)
+        runs.setdefault((result["setting"]["name"], result["teacher"], result["verifier"]), []).append(result)
     lines = ["| setting | teacher | it agrees | verifier | it agrees | seeds | seconds, device | files |"]
     lines.append("|---" * 8 + "|")
     for (setting, teacher, verifier), group in sorted(runs.items(), key=str):
