@@ -351,12 +351,12 @@ def begin(x, labels, draws, stage, teacher, setting):
     return work
 
 
-def synthesis_step(work, loss=synthesis_loss):
+def synthesis_step(work):
     """One update of the images work.x, without the host waiting; work.terms receives TERMS of the images before it."""
     x, draw = work.x, work.draws.index_select(0, work.step)[0]  # (3,)
     work.optimizer.param_groups[0]["lr"].copy_(work.rates.index_select(0, work.step)[0])
     seen = F.avg_pool2d(x, work.pool) if work.pool > 1 else x
-    total, terms = loss(seen, draw, work.labels, work.teacher, work.setting)
+    total, terms = synthesis_loss(seen, draw, work.labels, work.teacher, work.setting)
     gradient = torch.autograd.grad(total, x)[0]
     x.grad = gradient.contiguous(memory_format=torch.channels_last)  # fused Adam pairs by memory order, not by stride
     work.optimizer.step()

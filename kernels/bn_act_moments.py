@@ -139,7 +139,7 @@ def _bn_act_moments_bwd_kernel(
     dy_ptr,  # shape of x
     affine_ptr,  # (3, C) fp32: running_mean, scale, bias
     mean_ptr,  # (C,) fp32: mean - running_mean
-    grad_ptr,  # (2, C) fp32: gradient of mean, of var
+    grad_ptr,  # (2, C) fp32: gradient of mean, of var; in each row dense
     n_rows,  # positions along the rows
     n_columns,  # C if CHANNELS_INSIDE, else positions along the columns
     n_channels,  # C
@@ -147,7 +147,8 @@ def _bn_act_moments_bwd_kernel(
     size_1,  # sizes of the row dimensions but the outermost
     size_2,
     size_3,
-    stride_x0,  # strides of the row dimensions of x (and dx, y, dresidual), along the columns, along the channels
+    stride_grad,  # between the rows of grad: C, or more where all layers' moments were one tensor
+    stride_x0,  # strides of the row dimensions of x, along its columns, along its channels
     stride_x1,
     stride_x2,
     stride_x3,
@@ -191,7 +192,7 @@ def _bn_act_moments_bwd_kernel(
     bias = tl.load(affine_ptr + 2 * n_channels + channels, mask=mask_c, other=0.0)
     mean = tl.load(mean_ptr + channels, mask=mask_c, other=0.0)
     a = tl.load(grad_ptr + channels, mask=mask_c, other=0.0) * inverse_n
-    b = tl.load(grad_ptr + n_channels + channels, mask=mask_c, other=0.0) * (2.0 * inverse_n)
+    b = tl.load(grad_ptr + stride_grad + channels, mask=mask_c, other=0.0) * (2.0 * inverse_n)
     for start in range(0, rows_per_program, BLOCK_ROW):
         rows = chunk * rows_per_program + start + tl.arange(0, BLOCK_ROW)
         mask = (rows < n_rows)[:, None] & mask_col[None, :]
@@ -215,6 +216,12 @@ def _bn_act_moments_bwd_kernel(
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+def fold(weight, bias, running_mean, running_var, eps):
+    """(3, C) fp32: running_mean, scale, bias, as the kernels take them; for a frozen layer once."""
+    scale = weight.float() * torch.rsqrt(running_var.float() + eps)
+    return torch.stack((running_mean.float(), scale, bias.float())).detach()
+
+
 def _forward_triton(x, residual, affine, relu):
     y = torch.empty_like(x)  # keeps a dense layout; of an x with holes or overlaps it is dense
     other = x if residual is None else residual
@@ -232,6 +239,8 @@ def _backward_triton(x, y, affine, mean, dy, grads, has_residual, needs_residual
     dx = torch.empty_like(y)
     dresidual = torch.empty_like(y) if needs_residual else None
     grid, sizes, strides, blocks = plan(BACKWARD_PROGRAMS, x.shape, x.stride(), dx.stride(), dy.stride())
+    if grads.stride(1) != 1:  # one layer's slice of all layers' is taken as it is
+        grads = grads.contiguous()
     strides, inverse_n = [step for steps in strides for step in steps], x.size(1) / x.numel()
     flags = (has_residual, needs_residual, relu)
     _bn_act_moments_bwd_kernel[grid](
@@ -244,6 +253,7 @@ def _backward_triton(x, y, affine, mean, dy, grads, has_residual, needs_residual
         mean,
         grads,
         *sizes,
+        grads.stride(0),
         *strides,
         inverse_n,
         *flags,
@@ -258,13 +268,13 @@ class _BNActMoments(torch.autograd.Function):
         ctx.relu, ctx.has_residual = relu, residual is not None
         if _common.runs_triton(x):
             y, moments = _forward_triton(x, residual, affine, relu)
-            origin = affine[0]
-        else:
-            shift, scale, bias = affine
-            y = F.batch_norm(x.float(), shift, torch.ones_like(scale), scale, bias, training=False, eps=0.0)
-            y = y if residual is None else y.add_(residual)
-            y = (y.relu_() if relu else y).to(x.dtype)
-            moments, origin = _torch_moments(x, shift)
+            ctx.save_for_backward(x, y, affine, None, moments)
+            return y, moments
+        shift, scale, bias = affine
+        y = F.batch_norm(x.float(), shift, torch.ones_like(scale), scale, bias, training=False, eps=0.0)
+        y = y if residual is None else y.add_(residual)
+        y = (y.relu_() if relu else y).to(x.dtype)
+        moments, origin = _torch_moments(x, shift)
         ctx.save_for_backward(x, y, affine, origin, moments[0])
         from_running = moments[0] - affine[0] if origin is None else moments[0]
         return y, torch.stack((from_running, moments[1]))
@@ -272,12 +282,10 @@ class _BNActMoments(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, grads):
         _common.refuse_double_backward("bn_act_moments")
-        x, y, affine, origin, mean = ctx.saved_tensors
+        x, y, affine, origin, mean = ctx.saved_tensors  # of mean the kernel reads the first C numbers
         needs_residual = ctx.needs_input_grad[1]
         if _common.runs_triton(x):
-            dx, dresidual = _backward_triton(
-                x, y, affine, mean, dy, grads.contiguous(), ctx.has_residual, needs_residual, ctx.relu
-            )
+            dx, dresidual = _backward_triton(x, y, affine, mean, dy, grads, ctx.has_residual, needs_residual, ctx.relu)
             return dx, dresidual, None, None
         g = torch.ops.aten.threshold_backward(dy, y, 0) if ctx.relu else dy
         dx = _torch_dx(x, origin, mean, grads)
@@ -328,6 +336,9 @@ def bn_act_moments(x, weight, bias, running_mean, running_var, eps=1e-5, residua
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         got = f"{tuple(residual.shape)} {residual.dtype}"
         raise ValueError(f"bn_act_moments: expected residual of {tuple(x.shape)} {x.dtype}, got {got}; match it to x")
-    scale = weight.float() * torch.rsqrt(running_var.float() + eps)
-    affine = torch.stack((running_mean.float(), scale, bias.float())).detach()  # (3, C)
+    return _BNActMoments.apply(x, residual, fold(weight, bias, running_mean, running_var, eps), relu)
+
+
+def bn_act_moments_folded(x, affine, residual=None, relu=True):
+    """`bn_act_moments` for constants that are folded already, by `fold`, and fit x: nothing is checked."""
     return _BNActMoments.apply(x, residual, affine, relu)

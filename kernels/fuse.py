@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from kernels.bn_act_moments import bn_act_moments
+from kernels.bn_act_moments import bn_act_moments_folded, fold
 from kernels.bn_moments import bn_moments
 
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
@@ -25,19 +25,17 @@ class FusedBatchNorm(nn.Module):
 
     def __init__(self, bn, relu, found):
         super().__init__()
-        for name in ("running_mean", "running_var"):
-            self.register_buffer(name, getattr(bn, name).detach())
-        ones = torch.ones_like(self.running_mean)
-        self.register_buffer("weight", ones if bn.weight is None else bn.weight.detach())
-        self.register_buffer("bias", torch.zeros_like(ones) if bn.bias is None else bn.bias.detach())
-        self.eps, self.relu, self.found = bn.eps, relu, found
+        ones = torch.ones_like(bn.running_mean)
+        weight, bias = ones if bn.weight is None else bn.weight, 0 * ones if bn.bias is None else bn.bias
+        self.register_buffer("affine", fold(weight, bias, bn.running_mean, bn.running_var, bn.eps))
+        self.register_buffer("running_var", bn.running_var.detach())
+        self.relu, self.found = relu, found
 
     def forward(self, x, residual=None):
-        constants = self.weight, self.bias, self.running_mean, self.running_var, self.eps
         if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
-            y, moments = bn_act_moments(x, *constants, residual, self.relu)
+            y, moments = bn_act_moments_folded(x, self.affine, residual, self.relu)
         else:  # an addition that broadcasts or converts
-            y, moments = bn_act_moments(x, *constants, None, False)
+            y, moments = bn_act_moments_folded(x, self.affine, None, False)
             y = F.relu(y + residual) if self.relu else y + residual
         self.found.append((moments, self.running_var))
         return y
