@@ -3,6 +3,7 @@
 import copy
 import doctest
 import importlib
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from helpers import assert_as_exact_as_eager
 import deepinversion
 import teacher
 from kernels import _common, bn_moment_loss_ref, bn_moments_ref, fuse_batchnorm, hook_batchnorm
+
+NARROW = (8, 16, 24, 32)
+# The interpreter would take 20 to 60 s for each: the same layers as in the narrow ones, more channels.
+WIDE = [("resnet34_cifar", 8), ("resnet50", 32), ("vgg11_bn", 32)]
 
 
 class Foreign(nn.Module):
@@ -53,6 +58,8 @@ def network(name):
         "resnet20": deepinversion.NETWORKS["resnet20"],
         "resnet34_cifar": deepinversion.NETWORKS["resnet34_cifar"],
         "resnet50": deepinversion.NETWORKS["resnet50"],
+        "narrow34": partial(deepinversion.ResNet, (3, 4, 6, 3), NARROW, "B"),
+        "narrow50": partial(deepinversion.ResNet, (3, 4, 6, 3), NARROW, "B", bottleneck=True, imagenet=True),
         "wrn_16_1": teacher.wrn_16_1,
         "vgg11_bn": teacher.vgg11_bn,
         "foreign": Foreign,
@@ -112,8 +119,14 @@ def test_every_pair_of_our_networks_is_fused(name, relus):
     assert not [m for m in fused.modules() if isinstance(m, nn.ReLU)]
 
 
-def test_through_the_interpreter_or_a_gpu(device):
-    model, x = network("foreign").to(device), torch.randn(3, 3, 6, 6, device=device)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("resnet20", 8), ("narrow34", 8), ("narrow50", 32), ("wrn_16_1", 8), ("foreign", 6), ("untraceable", 6)]
+    + [pytest.param(*wide, marks=pytest.mark.gpu) for wide in WIDE],
+)
+@pytest.mark.filterwarnings("ignore:fuse_batchnorm")
+def test_through_the_interpreter_or_a_gpu(name, size, device):
+    model, x = network(name).to(device), torch.randn(3, 3, size, size, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
     exact = with_hooks(copy.deepcopy(model).double(), x.double())
     got = with_fusion(fuse_batchnorm(model), x)
