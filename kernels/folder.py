@@ -1,7 +1,9 @@
 """One run's folder, as every method script writes it: args.json, metrics.jsonl, checkpoint.pt, result.json."""
 
+import contextlib
 import json
 import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,11 +13,31 @@ import torch
 from kernels.contract import fail, load_weights, one_line, ran_on
 
 
+def quiet_interruption(kind, error, trace):
+    """Stands in for sys.excepthook: one line for Ctrl-C, whose exit code Python still makes that of the signal."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def newest_whole(paths):
+    """The first of the checkpoints that can be read, and what it holds; refuses where none can."""
+    *paths, last = (path for path in paths if path.exists())
+    for path in paths:
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(None):
+            return path, load_weights(path)
+        print(f"{path} is damaged: continuing from {last.name}")
+    return last, load_weights(last)
+
+
 class RunFolder:
     """Base of a script's Run, which adds `state` (what its checkpoint holds) and `restore` (the way back).
 
     Rows of metrics.jsonl, the seconds spent and the state of the generator of random numbers are kept here. A
-    checkpoint is written beside the last one and renamed: whenever a run is killed, one whole checkpoint is there.
+    checkpoint is written beside the last one and renamed, and the last but one is kept: whenever a run is killed, a
+    whole checkpoint is there, and should the newest be damaged, --resume takes the one before. A full disk and an
+    interruption from the keyboard end in one line.
 
     Args:
         args: the script's Args; read are out, resume, seed and device.
@@ -28,14 +50,16 @@ class RunFolder:
         self.args, self.setting, self.out, self.start, self.lines = args, setting, Path(args.out), time.time(), []
         self.rng = torch.cuda if args.device == "cuda" else torch  # whose default generator draws the noise
         self.options, self.free = asdict(args) | {"setting": setting}, ("resume", "out", "data_dir", "smoke", *free)
-        checkpoint = self.out / "checkpoint.pt"
+        self.checkpoints = [self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt"]
+        sys.excepthook = quiet_interruption
         with one_line(f"--out {self.out} cannot be used", "pass another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
-            if args.resume and checkpoint.exists():
-                with one_line(f"{checkpoint}: no checkpoint of this script", "run without --resume"):
-                    self._continue(load_weights(checkpoint))
+            if args.resume and any(path.exists() for path in self.checkpoints):
+                path, saved = newest_whole(self.checkpoints)
+                with one_line(f"{path}: no checkpoint of this script", "run without --resume"):
+                    self._continue(saved)
             else:
-                for name in ("result.json", "checkpoint.pt", *clears):
+                for name in ("result.json", *(path.name for path in self.checkpoints), *clears):
                     (self.out / name).unlink(missing_ok=True)
             (self.out / "result.json").unlink(missing_ok=True)  # its presence says that a run is complete
             (self.out / "args.json").write_text(json.dumps(self.options, indent=1) + "\n")
@@ -60,7 +84,7 @@ class RunFolder:
     def write(self, row):
         """Add a row to metrics.jsonl; returns its figures as short strings."""
         self.lines.append(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
-        with open(self.out / "metrics.jsonl", "a") as file:
+        with self.written("metrics.jsonl"), open(self.out / "metrics.jsonl", "a") as file:
             file.write(self.lines[-1])
         return {k.split("/")[-1]: f"{v:.4g}" for k, v in row.items()}
 
@@ -74,22 +98,39 @@ class RunFolder:
         if bar.disable:
             print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
 
+    def written(self, name):
+        """Around whatever writes a file: a full disk ends the run in one line."""
+        return one_line(f"{self.out / name} cannot be written", "free some space, then continue with --resume")
+
     def save(self):
-        """Write checkpoint.pt."""
+        """Write checkpoint.pt; the one before becomes checkpoint-previous.pt."""
         saved = dict(lines=self.lines, options=json.dumps(self.options), state=self.state())
         saved |= dict(rng=self.rng.get_rng_state(), seconds=time.time() - self.start)
-        torch.save(saved, self.out / "checkpoint.part")  # then renamed: nobody sees half a checkpoint
-        os.replace(self.out / "checkpoint.part", self.out / "checkpoint.pt")
+        part, (newest, previous) = self.out / "checkpoint.part", self.checkpoints
+        with self.written("checkpoint.pt"):
+            try:
+                with open(part, "wb") as file:
+                    torch.save(saved, file)
+                    file.flush()
+                    os.fsync(file.fileno())  # a rename may reach the disk before what it names
+            except Exception:
+                part.unlink(missing_ok=True)
+                raise
+            if newest.exists():
+                os.replace(newest, previous)
+            os.replace(part, newest)  # nobody sees half a checkpoint
 
     def save_student(self, student, teacher, method, dataset, accuracy):
         """Write student.pt, described as teacher.py's checkpoints are; student, teacher: load_network's."""
         saved = dict(format=1, arch=student.arch, dataset=dataset, method=method, seed=self.args.seed)
         saved |= {k: getattr(teacher, k) for k in ("num_classes", "image_size", "mean", "std")}
         saved.update(channels=len(teacher.mean), accuracy=accuracy)
-        torch.save(saved | {"state_dict": student.model.state_dict()}, self.out / "student.pt")
+        with self.written("student.pt"):
+            torch.save(saved | {"state_dict": student.model.state_dict()}, self.out / "student.pt")
 
     def finish(self, result):
         """Write result.json, the last file of a run: `result`, seconds, seed, setting, device and versions."""
         result |= dict(seconds=round(time.time() - self.start, 1), seed=self.args.seed, setting=self.setting)
-        (self.out / "result.json").write_text(json.dumps(result | ran_on(self.args.device), indent=1) + "\n")
+        with self.written("result.json"):
+            (self.out / "result.json").write_text(json.dumps(result | ran_on(self.args.device), indent=1) + "\n")
         print(f"wrote result.json into {self.out}; {result['seconds']:.0f} s")

@@ -808,5 +808,6 @@ def test_resume_refuses_other_options_and_foreign_checkpoints(capsys, tmp_path):
     for blob in ({"x": torch.ones(3)}, {"options": "[]"}, {"options": 5}):
         torch.save(blob, tmp_path / "checkpoint.pt")
         assert "no checkpoint of this script" in refused(capsys, **again)
-    (tmp_path / "checkpoint.pt").write_bytes(before[:1000])
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        (tmp_path / name).write_bytes(before[:1000])
     assert "no safe checkpoint" in refused(capsys, **again)
