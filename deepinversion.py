@@ -23,15 +23,19 @@ Where we differ from the paper or its released code:
 - low-resolution stages pool the full image (as released); the paper up-samples a small one.
 Measured: on `cifar10`, 100 images a seed, 3 seeds, a verifier of another architecture agrees on 97.7 ± 1.5 % (2 CPU
 threads, 95 s, torch 2.13, commits a045d5f and 0083e38; `cifar10-long` 97.7 ± 0.6 %): results/inversion-*.json.
-Run `python deepinversion.py [--teacher resnet50]`. It writes into --out: samples.png, images.npz (`images` uint8
-(N, H, W, C), `labels` int64 (N,)), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its
-unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of views on target.
+Run `python deepinversion.py [--teacher resnet50]`. It writes into --out: samples.png, images-00000.npz … of a batch
+each (`images` uint8 (N, H, W, C), `labels` int64 (N,)), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics:
+`loss/total`; its unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of
+views on target. `torchrun --nproc-per-node N deepinversion.py …` shares the batches out over N processes.
 """
 
 import copy
 import math
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -62,8 +66,10 @@ from kernels.contract import (
     shipped,
     try_out,
 )
-from kernels.figures import draw_classes
+from kernels.distributed import join, joint_moments, least_of_all, leave, wait_for_all
+from kernels.figures import draw_classes, save_png
 from kernels.folder import RunFolder
+from kernels.quality import agreement, diversity
 
 
 @dataclass
@@ -109,6 +115,10 @@ class Args:
     """On a GPU: the whole step as one CUDA graph."""
     bf16: bool = True
     """bfloat16 activations on a GPU (moments and images stay fp32)."""
+    image_folder: bool = False
+    """Also write PNGs into images/CLASS/ of the output folder, as torchvision's ImageFolder reads them."""
+    sync_moments: bool = False
+    """Under torchrun: moments over the images of all processes, which then work on one joint batch."""
     checkpoint_every: int = 200
     """Steps between checkpoints."""
     log_every: int = 10
@@ -118,7 +128,7 @@ class Args:
     setting: str = "auto"
     """A row of SETTINGS: cifar10 | cifar10-long | cifar10-released | mnist | digits | imagenet-0 | -1 | -2."""
     num_images: int = 0
-    """Images to make, in batches; 0: one batch."""
+    """Images to make, in whole batches (under torchrun as many for each process); 0: one batch."""
     classes: tuple[int, ...] = ()
     """Wanted classes, repeated in turn; empty: all of them."""
     batch_size: int | None = None
@@ -137,6 +147,12 @@ class Args:
     """Weight of the l1 total variation (released flag: tv_l1)."""
     alpha_l2: float | None = None
     """Weight of the images' mean l2 norm (released flag: l2)."""
+    moments: str | None = None
+    """Distance of moments: l2 (paper) | symmetric-kl of the channels' Gaussians (as in ABD; summed over layers)."""
+    ema: float | None = None
+    """Share of past batches in the moments, for small batches (Fast-Datafree: 0.9; gradients shrink by 1 - ema)."""
+    priors_per_image: bool | None = None
+    """Divide the l2 total variation, which grows so, by sqrt(batch size): its weight then fits any batch."""
     jitter: int | None = None
     """Largest roll in pixels at full resolution (released flag: jitter)."""
     flip: bool | None = None
@@ -147,7 +163,8 @@ class Args:
 
 # stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup None: constant learning rate.
 # fmt: off
-BASE = dict(lr=0.3, betas=(0.5, 0.9), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True)
+BASE = dict(lr=0.3, betas=(0.5, 0.9), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True,
+            moments="l2", ema=0.0, priors_per_image=False)
 CIFAR = dict(BASE, batch_size=100, alpha_bn=1.0, first_bn=10.0, alpha_tv_l2=1.5e-2)
 GREY = dict(BASE, batch_size=100, alpha_bn=3.0, alpha_tv_l2=2e-3, flip=False)
 IMAGENET = dict(BASE, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4, alpha_l2=1e-5)
@@ -276,21 +293,45 @@ def measured(model, setting, device):
     return hook_batchnorm(network, nn.BatchNorm2d, bn_moments if setting["fused"] else bn_moments_ref)
 
 
-def moment_loss(found, first_bn, fused):
+def symmetric_kl(moments, running_var, sizes, weights):
+    """KL both ways between the channels' Gaussians, N(mean, var) and the running one: mean over a layer, then sum.
+
+    Per channel ((var + d^2) / running_var + (running_var + d^2) / var) / 2 - 1, d the difference of means.
+    """
+    d2, var, running_var = (
+        moments[0].square(),
+        moments[1] + 1e-5,
+        running_var + 1e-5,
+    )  # as BatchNorm's eps: dead channels
+    divergence = ((var + d2) / running_var + (running_var + d2) / var) / 2 - 1  # (C of all layers,)
+    return sum(w * layer.mean() for w, layer in zip(weights, divergence.split(sizes), strict=True))
+
+
+def moment_loss(found, setting, past=None):
     """R_bn, eq. 4-6: sum over BatchNorm2d inputs of ||mean - running_mean|| + ||var - running_var||, () fp32.
 
-    Norms are not squared, variances are biased. The first layer that runs counts first_bn times.
+    Norms are not squared, variances are biased. The first layer that runs counts first_bn times. `past` (2, C of all
+    layers) is the running average of moments of --ema, NaN before the first step; it is brought up to date.
     """
     moments = torch.cat([moments for moments, _ in found], 1)  # (2, C of all layers)
     running_var = torch.cat([running_var.float() for _, running_var in found])
-    sizes, weights = tuple(len(v) for _, v in found), (first_bn, *[1.0] * (len(found) - 1))
-    return (moment_distance if fused else moment_distance_ref)(moments, running_var, sizes, weights)
+    if setting["sync_moments"]:
+        moments = joint_moments(moments)
+    if past is not None:
+        moments = torch.where(past.isnan(), moments, torch.lerp(moments, past, setting["ema"]))
+        past.copy_(moments.detach())
+    sizes, weights = tuple(len(v) for _, v in found), (setting["first_bn"], *[1.0] * (len(found) - 1))
+    if setting["moments"] == "symmetric-kl":
+        return symmetric_kl(moments, running_var, sizes, weights)
+    return (moment_distance if setting["fused_distance"] else moment_distance_ref)(
+        moments, running_var, sizes, weights
+    )
 
 
 TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "teacher"
 
 
-def synthesis_loss(x, draw, labels, teacher, setting):
+def synthesis_loss(x, draw, labels, teacher, setting, past=None):
     """Total loss (scalar) and (7,) of TERMS, unweighted, for images x (N, C, H, W) seen as `draw` (3,) says.
 
     R_l2 is the mean of the images' un-squared norms; `teacher`: percent of the views that it assigns to their labels.
@@ -301,10 +342,13 @@ def synthesis_loss(x, draw, labels, teacher, setting):
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         logits, found = teacher.measured(view)
     ce = F.cross_entropy(logits.float(), labels)
-    terms = dict(ce=ce, bn=moment_loss(found, setting["first_bn"], setting["fused_distance"]))
-    terms |= dict(tv_l1=tv_l1, tv_l2=tv_l2, l2=l2)
-    # A term of weight 0 is only reported.
-    total = ce + sum(w * terms[k] for k in terms if k != "ce" and (w := setting[f"alpha_{k}"]))
+    tv_l2 = tv_l2 / math.sqrt(len(x)) if setting["priors_per_image"] else tv_l2
+    terms = dict(ce=ce, bn=moment_loss(found, setting, past), tv_l1=tv_l1, tv_l2=tv_l2, l2=l2)
+    weights = {k: 1.0 if k == "ce" else setting[f"alpha_{k}"] for k in terms}
+    if setting["sync_moments"]:  # the others are means over this process's share of the batch; l2 norms add as squares
+        n = setting["world"]
+        weights = {k: w if k == "bn" else w / math.sqrt(n) if k == "tv_l2" else w / n for k, w in weights.items()}
+    total = sum(w * terms[k] for k, w in weights.items() if w)  # a term of weight 0 is only reported
     hits = (logits.argmax(1) == labels).float().mean() * 100
     return total, torch.stack([total, *terms.values(), hits]).detach()
 
@@ -347,7 +391,11 @@ def begin(x, labels, draws, stage, teacher, setting):
     optimizer = torch.optim.Adam([x.requires_grad_()], torch.zeros((), device=x.device), **options)
     step, terms = torch.zeros(1, dtype=torch.long, device=x.device), torch.zeros(len(TERMS), device=x.device)
     work = SimpleNamespace(x=x, labels=labels, draws=draws.to(x.device), rates=rates, pool=pool, step=step)
-    work.teacher, work.setting, work.optimizer, work.terms = teacher, setting, optimizer, terms
+    work.teacher, work.setting, work.optimizer, work.terms, work.past = teacher, setting, optimizer, terms, None
+    if setting["ema"]:
+        with torch.no_grad():
+            found = teacher.measured(F.avg_pool2d(x, pool))[1]
+        work.past = torch.full((2, sum(len(v) for _, v in found)), torch.nan, device=x.device)
     return work
 
 
@@ -356,7 +404,7 @@ def synthesis_step(work):
     x, draw = work.x, work.draws.index_select(0, work.step)[0]  # (3,)
     work.optimizer.param_groups[0]["lr"].copy_(work.rates.index_select(0, work.step)[0])
     seen = F.avg_pool2d(x, work.pool) if work.pool > 1 else x
-    total, terms = synthesis_loss(seen, draw, work.labels, work.teacher, work.setting)
+    total, terms = synthesis_loss(seen, draw, work.labels, work.teacher, work.setting, work.past)
     gradient = torch.autograd.grad(total, x)[0]
     x.grad = gradient.contiguous(memory_format=torch.channels_last)  # fused Adam pairs by memory order, not by stride
     work.optimizer.step()
@@ -377,12 +425,13 @@ def synthesise(run, labels, teacher, setting):
         work.step.fill_(run.step)
         if run.optimizer is not None:
             restore_optimizer(work.optimizer, run.optimizer)
+            if work.past is not None:
+                work.past.copy_(run.past)
         step = Captured(partial(synthesis_step, work), enabled=setting["graph"])
         for n in range(run.step, stage[0]):
             step()
             run.after_step(i, n + 1, work)
         run.stage, run.step, run.optimizer = i + 1, 0, None
-    run.stage = 0
     return x.detach()
 
 
@@ -399,42 +448,36 @@ def to_uint8(x, info):
     return ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-# Copied from teacher.py
-def normalise(x, mean, std):
-    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation; mean, std: C numbers in [0, 1]."""
-    mean, std = (torch.as_tensor(v, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
-    return x.float() * (1 / (255 * std)) - mean / std
-
-
-@torch.no_grad()
-def agreement(info, images, labels):
-    """Percent of uint8 images (N, C, H, W) that a network assigns to their labels: in all, and {class: percent}."""
-    batches = (x.to(info.device) for x in images.split(100))
-    predicted = [info.model(normalise(x, info.mean, info.std)).argmax(1) for x in batches]
-    hits = 100 * (torch.cat(predicted).cpu() == labels).double()
-    by_class = {k: round(hits[labels == k].mean().item(), 2) for k in labels.unique().tolist()}
-    return round(hits.mean().item(), 2), by_class
-
-
 class Run(RunFolder):
-    """One run's folder, and where in the run we stand: batch, stage, step, its images and optimiser."""
+    """One run's folder, and where in the run we stand: batch, stage, step, its images and optimiser.
 
-    def __init__(self, args, setting, n_batches):
-        self.batch, self.stage, self.step, self.x, self.optimizer, self.done = 0, 0, 0, None, None, []
-        self.steps_of = [n for n, _, _ in setting["stages"]]
-        super().__init__(args, setting, free=("device",), clears=("images.npz", "samples.png"))
-        options = dict(disable=None, mininterval=0.5)
-        self.bar = tqdm(total=n_batches * sum(self.steps_of), initial=self.n_done(), **options)
+    Under torchrun each process but the first has its checkpoint and metrics in a folder of its own, rankN.
+    """
+
+    def __init__(self, args, setting, n_batches, place):
+        self.batch, self.stage, self.step, self.x, self.optimizer, self.past = place.rank, 0, 0, None, None, None
+        self.place, self.shards, self.steps_of = place, Path(args.out), [n for n, _, _ in setting["stages"]]
+        args = replace(args, out=str(self.shards / f"rank{place.rank}")) if place.rank else args
+        if not args.resume and not place.rank:
+            for old in self.shards.glob("images-*.npz"):
+                old.unlink()
+        wait_for_all(place)
+        super().__init__(args, setting, free=("device",), clears=("samples.png",))
+        # processes that step together were perhaps not stopped together
+        if setting["sync_moments"] and self.n_done() > least_of_all(self.n_done(), args.device):
+            self.step_back()
+        total, hidden = n_batches // place.world * sum(self.steps_of), True if place.rank else None
+        self.bar = tqdm(total=total, initial=self.n_done(), disable=hidden, mininterval=0.5)
 
     def n_done(self):
-        return self.batch * sum(self.steps_of) + sum(self.steps_of[: self.stage]) + self.step
+        return self.batch // self.place.world * sum(self.steps_of) + sum(self.steps_of[: self.stage]) + self.step
 
     def state(self):
-        return {k: getattr(self, k) for k in ("batch", "stage", "step", "x", "optimizer", "done")}
+        return {k: getattr(self, k) for k in ("batch", "stage", "step", "x", "optimizer", "past")}
 
     def restore(self, saved):
         self.batch, self.stage, self.step = int(saved["batch"]), int(saved["stage"]), int(saved["step"])
-        self.x, self.optimizer, self.done = saved["x"], saved["optimizer"], saved["done"]
+        self.x, self.optimizer, self.past = saved["x"], saved["optimizer"], saved["past"]
 
     def after_step(self, stage, step, work):
         """Log every log_every steps, where the host waits for the device and sees a NaN; checkpoint."""
@@ -452,19 +495,39 @@ class Run(RunFolder):
             if self.bar.disable and n % (10 * self.args.log_every) == 0:  # no terminal: rows instead of a bar
                 print(f"step {n:6d}  " + "  ".join(f"{k} {v:9.4g}" for k, v in values.items()), flush=True)
         if at_checkpoint:
-            self.x, self.optimizer = work.x.detach(), work.optimizer.state_dict()
+            self.x, self.optimizer, self.past = work.x.detach(), work.optimizer.state_dict(), work.past
             if not self.x.isfinite().all():  # the loss above belongs to the images before this step
                 fail(f"the images are not finite after step {n}; lower --lr or the weights of the terms")
             self.save()
 
-    def report(self, images, labels, teacher, verifier, names):
-        """Write images.npz, samples.png and result.json; print the agreements."""
-        np.savez(self.out / "images.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    def keep(self, images, labels):
+        """Write a finished batch, uint8 (N, C, H, W), and go to this process's next one."""
+        name, pixels = f"images-{self.batch:05d}.npz", images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+        with self.written(name):
+            with open(self.shards / f"{name}.part", "wb") as file:
+                np.savez(file, images=pixels, labels=labels.numpy())
+            os.replace(self.shards / f"{name}.part", self.shards / name)
+            for i, k in enumerate(labels.tolist() if self.args.image_folder else []):
+                save_png(images[i], self.shards / "images" / str(k) / f"{self.batch:05d}-{i:03d}.png")
+        self.batch, self.stage, self.x, self.optimizer, self.past = self.batch + self.place.world, 0, None, None, None
+        self.save()
+
+    def made(self):
+        """All finished batches in their order: images uint8 (N, C, H, W), labels (N,)."""
+        for path in sorted(self.shards.glob("images-*.npz")):
+            with np.load(path) as saved:
+                yield torch.from_numpy(saved["images"]).permute(0, 3, 1, 2), torch.from_numpy(saved["labels"])
+
+    def report(self, teacher, verifier, names):
+        """Write samples.png and result.json: what teacher and verifier say of all images; print their agreements."""
+        first = list(islice(self.made(), max(1, 1000 // self.setting["batch_size"])))
+        images, labels = (torch.cat(parts) for parts in zip(*first, strict=True))
         draw_classes(images, labels, names, self.out / "samples.png")
         result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None)
-        result |= dict(verifier=verifier.name if verifier else None, n_images=len(images))
+        result |= dict(verifier=verifier.name if verifier else None, ranks=self.place.world)
+        result |= dict(n_images=sum(len(y) for _, y in self.made()), diversity=diversity(teacher, images, labels))
         for role, info in (("teacher", teacher), ("verifier", verifier)):
-            total, by_class = agreement(info, images, labels) if info else (None, None)
+            total, by_class = agreement(info, self.made()) if info else (None, None)
             result |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
             if info:
                 print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
@@ -472,12 +535,14 @@ class Run(RunFolder):
 
 
 # Main
-def choose_setting(args, dataset):
+def choose_setting(args, dataset, world=1):
     """The row of SETTINGS with the command line's values over it, its stages rescaled to --iterations."""
     name = FAMILIES[dataset][0] if args.setting == "auto" else args.setting
     setting = SETTINGS[name] | {k: v for k in SETTINGS[name] if (v := getattr(args, k, None)) is not None}
     setting.update({k: args.fused and getattr(args, k) for k in ("fused", "fused_bn", "fused_distance", "fused_view")})
-    setting.update(name=name, graph=args.graph, bf16=args.bf16)
+    setting.update(
+        name=name, graph=args.graph, bf16=args.bf16, sync_moments=args.sync_moments and world > 1, world=world
+    )
     if args.smoke:
         setting.update(batch_size=min(setting["batch_size"], 20))
     planned = sum(n for n, _, _ in setting["stages"])
@@ -492,13 +557,16 @@ def check_args(args):
     """Refuse impossible settings before anything is loaded or written."""
     least = dict(batch_size=2, checkpoint_every=1, log_every=1, iterations=1, lr=1e-12)  # one image has no moments
     names = "seed image_size num_classes num_images alpha_bn alpha_tv_l2 alpha_tv_l1 alpha_l2 first_bn jitter"
-    choices = dict(dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS))
+    choices = dict(dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS), moments=(None, "l2", "symmetric-kl"))
     check_options(args, least | dict.fromkeys(names.split(), 0), choices)
+    if args.ema is not None and not 0 <= args.ema < 1:
+        fail(f"--ema: expected at least 0 and below 1, got {args.ema}")
 
 
 def main(args):
     check_args(args)
     seed_everything(args.seed)
+    place = join(args.device)
 
     with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
         teacher, verifier = load(args.teacher, args), None
@@ -507,7 +575,7 @@ def main(args):
         if size % 2 or size < 8:
             fail(f"--image-size: expected an even number of at least 8 pixels, got {size}")
         dataset = teacher.dataset if args.dataset == "auto" else args.dataset
-        setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10")
+        setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10", place.world)
         for _, pool, _ in setting["stages"]:
             try_out(teacher, n_channels, size // pool, n_classes)
         layers = [m for m in teacher.model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
@@ -528,20 +596,23 @@ def main(args):
     if not all(0 <= k < n_classes for k in args.classes):
         fail(f"--classes: expected numbers from 0 to {n_classes - 1}, got {args.classes}")
     classes = torch.tensor(args.classes or range(n_classes))
-    n_batches = -(-(args.num_images or batch_size) // batch_size)
+    n_batches = place.world * -(-(args.num_images or batch_size) // (batch_size * place.world))  # as many for each
     if len(classes) > batch_size:  # a batch cannot hold them all: mix them
         classes = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(args.seed))]
     n_images = n_batches * batch_size  # whole batches: their size is part of the method
     labels = classes.repeat(-(-n_images // len(classes)))[:n_images]
 
-    run = Run(args, setting, n_batches)
-    print(f"{teacher.name}: {len(labels)} images, setting {setting['name']}, {args.device}, fused={args.fused}")
-    for wanted in labels.to(args.device).split(batch_size)[run.batch :]:
-        images = synthesise(run, wanted, teacher, setting)
-        run.done.append(to_uint8(images, teacher).cpu())
-        run.batch, run.x = run.batch + 1, None
+    run = Run(args, setting, n_batches, place)
+    if not place.rank:
+        print(f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}")
+    while run.batch < n_batches:
+        wanted = labels[run.batch * batch_size :][:batch_size]
+        run.keep(to_uint8(synthesise(run, wanted.to(args.device), teacher, setting), teacher).cpu(), wanted)
     run.bar.close()
-    run.report(torch.cat(run.done), labels, teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))))
+    wait_for_all(place)
+    if not place.rank:
+        run.report(teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))))
+    leave(place)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ OFF = {"ours --no-fused-bn": ("fused_bn",), "ours --no-fused-distance": ("fused_
 def ours(name, device, noise, labels, off=(), compiled=False):
     """`deepinversion.synthesis_step` of one network as a function of no arguments; `off`: parts not taken."""
     setting = deepinversion.SETTINGS["cifar10"] | dict(alpha_l2=1e-5, alpha_tv_l1=1e-3, bf16=True, warmup=None)
-    setting |= {part: part not in off for part in (*FUSED, "graph")}
+    setting |= {part: part not in off for part in (*FUSED, "graph")} | dict(sync_moments=False)
     model, stage = frozen(name, device), (10**4, 1, 2)
     teacher = SimpleNamespace(
         model=model, low=torch.tensor(-2.0, device=device), high=torch.tensor(2.0, device=device)

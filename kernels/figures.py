@@ -91,6 +91,15 @@ def draw_sheets(images, mean, std, path):
     figure.savefig(path, dpi=100)
 
 
+def save_png(image, path):
+    """Write one image, uint8 (C, H, W) with C 1 or 3, as it is; the folder is made."""
+    from PIL import Image  # not needed but here
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pixels = image.permute(1, 2, 0).numpy()
+    Image.fromarray(pixels if len(image) == 3 else pixels[:, :, 0]).save(path)
+
+
 def draw_classes(images, labels, names, path, columns=10, rows=10):
     """Write a picture of images by class: one row a class, its name at the left, small images enlarged to about 64 px.
 

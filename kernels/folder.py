@@ -81,6 +81,12 @@ class RunFolder:
         self.restore(saved["state"])
         self.rng.set_rng_state(saved["rng"])
 
+    def step_back(self):
+        """Go back to the checkpoint before the newest."""
+        with one_line(f"{self.checkpoints[1]}: no checkpoint of this script", "run without --resume"):
+            self._continue(load_weights(self.checkpoints[1]))
+            (self.out / "metrics.jsonl").write_text("".join(self.lines))
+
     def write(self, row):
         """Add a row to metrics.jsonl; returns its figures as short strings."""
         self.lines.append(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")

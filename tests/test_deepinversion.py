@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from PIL import Image
 
 import deepinversion as di
 from kernels import Captured, _common, contract, total_variation_ref
+from kernels.quality import agreement, diversity
 
 FAST = dict(teacher="digits-resnet8", iterations=12, batch_size=10, checkpoint_every=5, log_every=1)
 
@@ -47,7 +49,8 @@ def refused(capsys, **options):
 # Terms
 
 
-FUSED = dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), True) | dict(bf16=True, graph=True)
+FUSED = dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), True)
+FUSED |= dict(bf16=True, graph=True, sync_moments=False)
 PLAIN = FUSED | dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), False)
 
 
@@ -59,14 +62,53 @@ def test_moment_loss_equals_a_hand_computed_case(parts):
     # Channel 0 is 0 and 2 (mean 1, variance 1); channel 1 is 3 and 5 (mean 4, variance 1).
     x = torch.tensor([[[[0.0]], [[3.0]]], [[[2.0]], [[5.0]]]])
     y, found = di.measured(nn.Sequential(bn), parts, "cpu")(x)
-    assert di.moment_loss(found, 1.0, parts["fused_distance"]).item() == pytest.approx(4 + 1)
+    assert di.moment_loss(found, parts | dict(first_bn=1.0, moments="l2")).item() == pytest.approx(4 + 1)
     assert torch.allclose(y, bn(x))
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_first_layer_that_runs_has_its_own_weight(fused):
     found = [(torch.tensor([[3.0], [1.0]]), torch.ones(1)), (torch.tensor([[0.0], [6.0]]), torch.ones(1))]
-    assert di.moment_loss(found, 10.0, fused).item() == pytest.approx(10 * 3 + 5)
+    term = FUSED | dict(first_bn=10.0, moments="l2", fused_distance=fused)
+    assert di.moment_loss(found, term).item() == pytest.approx(10 * 3 + 5)
+
+
+def test_symmetric_kl_equals_that_of_torchs_gaussians():
+    mean, var, running_var = torch.randn(5), torch.rand(5) + 0.5, torch.rand(5) + 0.5
+    here, there = (torch.distributions.Normal(m, (v + 1e-5).sqrt()) for m, v in ((mean, var), (0 * mean, running_var)))
+    divergence = torch.distributions.kl_divergence
+    expected = divergence(here, there) + divergence(there, here)  # (5,)
+    found = [(torch.stack((mean, var))[:, part], running_var[part]) for part in (slice(0, 2), slice(2, 5))]
+    loss = di.moment_loss(found, FUSED | dict(first_bn=3.0, moments="symmetric-kl"))
+    assert loss.item() == pytest.approx((3 * expected[:2].mean() + expected[2:].mean()).item(), rel=1e-4)
+
+
+def test_the_running_average_of_moments_begins_at_the_first_and_passes_on_one_share():
+    """Second step: 0.9 of the first moments and 0.1 of the second; only the second ones have a gradient."""
+    past, term = torch.full((2, 1), torch.nan), FUSED | dict(first_bn=1.0, moments="l2", ema=0.9)
+    first = torch.tensor([[3.0], [1.0]])
+    assert di.moment_loss([(first, torch.ones(1))], term, past).item() == pytest.approx(3)
+    second = torch.tensor([[1.0], [6.0]], requires_grad=True)
+    loss = di.moment_loss([(second, torch.ones(1))], term, past)
+    assert loss.item() == pytest.approx((0.9 * 3 + 0.1) + 0.1 * 5)
+    loss.backward()
+    assert second.grad.flatten().tolist() == pytest.approx([0.1, 0.1])
+    assert past.flatten().tolist() == pytest.approx([2.8, 1.5])
+
+
+def test_priors_per_image_do_not_grow_with_the_batch():
+    teacher, x = tiny_rgb_teacher(), torch.randn(1, 3, 8, 8)
+    draw, setting = torch.zeros(3, dtype=torch.long), di.SETTINGS["cifar10"] | FUSED
+    values = {}
+    for per_image in (True, False):
+        for n in (1, 4):
+            options = setting | dict(priors_per_image=per_image)
+            terms = di.synthesis_loss(
+                x.expand(n, -1, -1, -1), draw, torch.zeros(n, dtype=torch.long), teacher, options
+            )
+            values[per_image, n] = terms[1][di.TERMS.index("tv_l2")].item()
+    assert values[True, 4] == pytest.approx(values[True, 1], rel=1e-5) == pytest.approx(values[False, 1], rel=1e-5)
+    assert values[False, 4] == pytest.approx(2 * values[False, 1], rel=1e-5)
 
 
 def test_measuring_leaves_the_network_alone():
@@ -407,7 +449,7 @@ def test_imagenet_weights_come_by_file_and_run(tmp_path):
     out = tmp_path / "run"
     result = run(out, teacher="resnet18", weights=str(tmp_path / "r18.pth"), image_size=32, iterations=2, batch_size=4)
     assert result["verifier_agreement"] is None
-    with np.load(out / "images.npz") as made:
+    with np.load(out / "images-00000.npz") as made:
         assert made["images"].shape == (4, 32, 32, 3)
         assert len(set(made["labels"].tolist())) == 4  # of 1000 classes, four different ones are drawn
 
@@ -451,7 +493,7 @@ def test_a_users_own_network_is_inverted(foreign):
     result = run(foreign / "run", teacher=f"{foreign / 'my_nets.py'}:factory", batch_size=14, **options)
     assert result["teacher_accuracy"] is None
     assert result["verifier_agreement"] is None
-    with np.load(foreign / "run/images.npz") as made:
+    with np.load(foreign / "run/images-00000.npz") as made:
         assert made["images"].shape == (14, 16, 16, 3)
 
 
@@ -479,13 +521,13 @@ def test_a_verifiers_factory_brings_its_own_weights(foreign):
 
 def test_a_run_writes_everything_and_the_loss_falls(tmp_path):
     result = run(tmp_path, iterations=40)
-    for name in ("args.json", "metrics.jsonl", "result.json", "samples.png", "images.npz", "checkpoint.pt"):
+    for name in ("args.json", "metrics.jsonl", "result.json", "samples.png", "images-00000.npz", "checkpoint.pt"):
         assert (tmp_path / name).stat().st_size > 0, name
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 41))
     assert rows[-1]["loss/total"] < 0.5 * rows[0]["loss/total"]
     assert all(math.isfinite(v) for row in rows for v in row.values())
-    with np.load(tmp_path / "images.npz") as made:
+    with np.load(tmp_path / "images-00000.npz") as made:
         assert made["images"].shape == (10, 32, 32, 1)
         assert made["images"].dtype == np.uint8
         assert made["labels"].dtype == np.int64
@@ -498,7 +540,7 @@ def test_a_run_writes_everything_and_the_loss_falls(tmp_path):
 def test_same_seed_same_images_and_another_seed_others(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(tmp_path / name, seed=seed)
-    a, b, c = ((tmp_path / name / "images.npz").read_bytes() for name in "abc")
+    a, b, c = ((tmp_path / name / "images-00000.npz").read_bytes() for name in "abc")
     assert a == b
     assert a != c
 
@@ -531,7 +573,7 @@ def assert_resumes_as_if_never_cut(tmp_path, monkeypatch, stop_at, **options):
         run(tmp_path / "cut", **options)
     monkeypatch.setattr(di.Run, "after_step", after_step)
     run(tmp_path / "cut", resume=True, **options)
-    for name in ("images.npz", "metrics.jsonl", "samples.png"):
+    for name in ("images-00000.npz", "metrics.jsonl", "samples.png"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
 
 
@@ -562,10 +604,19 @@ def test_two_stages_of_two_resolutions_and_their_resume(tmp_path, monkeypatch, s
     assert_resumes_as_if_never_cut(tmp_path, monkeypatch, stop_at, **options)
 
 
-def test_classes_are_shared_out_over_the_batches(tmp_path):
-    run(tmp_path, batch_size=5, num_images=10, iterations=1)
-    with np.load(tmp_path / "images.npz") as made:
-        assert sorted(made["labels"].tolist()) == list(range(10))
+def test_classes_are_shared_out_over_the_batches_and_pngs_lie_in_folders_of_theirs(tmp_path):
+    result = run(tmp_path, batch_size=5, num_images=10, iterations=1, image_folder=True)
+    labels, images = [], []
+    for path in sorted(tmp_path.glob("images-*.npz")):
+        with np.load(path) as made:
+            labels += made["labels"].tolist()
+            images.append(made["images"])
+    assert sorted(labels) == list(range(10)) and result["n_images"] == 10
+    images = np.concatenate(images)
+    for i, k in enumerate(labels):
+        (path,) = (tmp_path / "images" / str(k)).iterdir()
+        assert path.name == f"{i // 5:05d}-{i % 5:03d}.png"
+        assert np.array_equal(np.asarray(Image.open(path)), images[i, :, :, 0])
 
 
 def test_pixel_range_is_asymmetric_in_normalised_units():
@@ -583,12 +634,27 @@ def test_pixel_range_is_asymmetric_in_normalised_units():
     assert high.flatten().tolist() == pytest.approx([3.6, 1.0, 3.0])
 
 
-def test_agreement_counts_in_all_and_by_class():
-    info = SimpleNamespace(model=lambda x: x.flatten(1)[:, :2], mean=(0.0,), std=(1.0,), device="cpu")
+def reader(model):
+    return SimpleNamespace(model=model, mean=(0.0,), std=(1.0,), num_classes=2, device="cpu")
+
+
+def test_agreement_counts_in_all_and_by_class_over_all_shards():
+    info = reader(lambda x: x.flatten(1)[:, :2])
     images = torch.tensor([[[[200, 0]]], [[[0, 200]]], [[[0, 200]]], [[[0, 200]]]], dtype=torch.uint8)
-    total, by_class = di.agreement(info, images, torch.tensor([0, 0, 1, 1]))
-    assert total == 75.0
-    assert by_class == {0: 50.0, 1: 100.0}
+    labels = torch.tensor([0, 0, 1, 1])
+    expected = (75.0, {0: 50.0, 1: 100.0})
+    assert agreement(info, [(images, labels)]) == expected
+    assert agreement(info, zip(images.split(3), labels.split(3), strict=True)) == expected
+
+
+def test_diversity_is_the_distance_to_the_nearest_of_the_same_class():
+    info = reader(nn.Sequential(nn.Flatten(), nn.Linear(2, 2)))
+    images = torch.tensor([[[[200, 0]]], [[[0, 200]]], [[[100, 0]]], [[[200, 0]]]], dtype=torch.uint8)
+    assert diversity(info, images[:2], torch.tensor([0, 0])) == 1.0  # at a right angle
+    assert diversity(info, images, torch.tensor([0, 0, 0, 1])) == pytest.approx(1 / 3, abs=1e-4)  # two point alike
+    assert diversity(info, images[:2], torch.tensor([0, 1])) is None
+    assert diversity(reader(nn.Flatten()), images, torch.tensor([0, 0, 0, 1])) is None
+    assert not info.model[1]._forward_pre_hooks
 
 
 # Refusals: one line, exit code 2

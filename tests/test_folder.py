@@ -19,7 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "deepinversion.py --teacher digits-resnet8 --verifier none --batch-size 10 --num-images 20 --iterations 24"
 COMMAND += " --checkpoint-every 2 --log-every 1 --device cpu --out"
-SAME = ("images.npz", "metrics.jsonl", "samples.png")
+SAME = ("images-00000.npz", "images-00001.npz", "metrics.jsonl", "samples.png")
 
 
 def start(out, *options, **how):

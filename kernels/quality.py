@@ -1,0 +1,65 @@
+"""What networks say of synthesised images: whether they are of their class, and how alike they are."""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+BATCH = 100  # images at a time: any network's activations fit
+
+
+def batches(info, images):
+    """The network's inputs, in its own units, from uint8 images (N, C, H, W)."""
+    mean, std = (torch.tensor(v, device=info.device).view(1, -1, 1, 1) for v in (info.mean, info.std))
+    for x in images.split(BATCH):
+        yield (x.to(info.device).float() / 255 - mean) / std
+
+
+@torch.no_grad()
+def agreement(info, shards):
+    """How many images a network assigns to the class that they were made for.
+
+    Args:
+        info: of load_network.
+        shards: pairs of images uint8 (N, C, H, W) and labels (N,), one after another.
+
+    Returns:
+        Percent in all, and {class: percent} of those that occur.
+    """
+    hits, counts = torch.zeros(2, info.num_classes, dtype=torch.double)
+    for images, labels in shards:
+        predicted = torch.cat([info.model(x).argmax(1).cpu() for x in batches(info, images)])
+        hits += torch.bincount(labels[predicted == labels], minlength=info.num_classes)
+        counts += torch.bincount(labels, minlength=info.num_classes)
+    by_class = {k: round(100 * (hits[k] / counts[k]).item(), 2) for k in counts.nonzero().flatten().tolist()}
+    return round(100 * (hits.sum() / counts.sum()).item(), 2), by_class
+
+
+@torch.no_grad()
+def diversity(info, images, labels):
+    """Mean cosine distance from an image to its nearest neighbour of the same class, in what the last layer reads.
+
+    0: each image has a copy. Comparable only between sets of one size and one network.
+
+    Args:
+        info: of load_network; its last linear layer's input is taken.
+        images: uint8 (N, C, H, W), at most some thousands.
+        labels: (N,).
+
+    Returns:
+        A number from 0 to 2; None where no class has two images or the network has no linear layer.
+    """
+    layers, features = [m for m in info.model.modules() if isinstance(m, nn.Linear)], []
+    if not layers:
+        return None
+    hook = layers[-1].register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].flatten(1).cpu()))
+    for x in batches(info, images):
+        info.model(x)
+    hook.remove()
+    features = F.normalize(torch.cat(features).float(), dim=1)  # (N, D)
+    alike = features @ features.T  # (N, N)
+    alike[(labels[:, None] != labels) | torch.eye(len(labels), dtype=torch.bool)] = -math.inf
+    nearest = alike.amax(1)
+    nearest = nearest[nearest.isfinite()]
+    return round(1 - nearest.mean().item(), 4) if len(nearest) else None
