@@ -14,7 +14,7 @@ Where we differ from the paper or its released code:
   input are one op, all layers' distances another, jitter, flip and image priors a third (`kernels/`; --no-fused-bn,
   --no-fused-distance, --no-fused-view, --no-fused turn them off); on a GPU the whole step is one CUDA graph
   (--no-graph), and the learning rates and random views of a stage are drawn before it begins;
-- noise and views of a batch depend on the seed and the number of the batch alone, on no batch before it;
+- a batch depends on the seed and its number alone, on no batch before it (but with --ema);
 - R_l2 is the mean over images of the image's norm for every data set (released CIFAR code: one norm of the batch);
 - each stage hands on, and the run keeps, the *last* images. The released code keeps those of the lowest loss and never
   resets that minimum between stages: with two stages it returns the blurred low-resolution images, and the loss that
@@ -69,6 +69,7 @@ from kernels.contract import (
 from kernels.distributed import join, joint_moments, least_of_all, leave, wait_for_all
 from kernels.figures import draw_classes, save_png
 from kernels.folder import RunFolder
+from kernels.moment_distance import moment_kl
 from kernels.quality import agreement, diversity
 
 
@@ -148,9 +149,9 @@ class Args:
     alpha_l2: float | None = None
     """Weight of the images' mean l2 norm (released flag: l2)."""
     moments: str | None = None
-    """Distance of moments: l2 (paper) | symmetric-kl of the channels' Gaussians (as in ABD; summed over layers)."""
+    """Distance of moments: l2 (paper) | symmetric-kl of the channels' Gaussians (ours, after ABD's one-sided one)."""
     ema: float | None = None
-    """Share of past batches in the moments, for small batches (Fast-Datafree: 0.9; gradients shrink by 1 - ema)."""
+    """Share of this process's earlier batches in the moments, for small batches (Fast-Datafree: 0.9)."""
     priors_per_image: bool | None = None
     """Divide the l2 total variation, which grows so, by sqrt(batch size): its weight then fits any batch."""
     jitter: int | None = None
@@ -293,39 +294,35 @@ def measured(model, setting, device):
     return hook_batchnorm(network, nn.BatchNorm2d, bn_moments if setting["fused"] else bn_moments_ref)
 
 
-def symmetric_kl(moments, running_var, sizes, weights):
-    """KL both ways between the channels' Gaussians, N(mean, var) and the running one: mean over a layer, then sum.
-
-    Per channel ((var + d^2) / running_var + (running_var + d^2) / var) / 2 - 1, d the difference of means.
-    """
-    d2, var, running_var = (
-        moments[0].square(),
-        moments[1] + 1e-5,
-        running_var + 1e-5,
-    )  # as BatchNorm's eps: dead channels
-    divergence = ((var + d2) / running_var + (running_var + d2) / var) / 2 - 1  # (C of all layers,)
-    return sum(w * layer.mean() for w, layer in zip(weights, divergence.split(sizes), strict=True))
+def blended(moments, past, share):
+    """(2, C): moments with this share of past ones (2, C), where there are any."""
+    return torch.where(past.isnan(), moments, torch.lerp(moments, past, share))
 
 
 def moment_loss(found, setting, past=None):
     """R_bn, eq. 4-6: sum over BatchNorm2d inputs of ||mean - running_mean|| + ||var - running_var||, () fp32.
 
     Norms are not squared, variances are biased. The first layer that runs counts first_bn times. `past` (2, C of all
-    layers) is the running average of moments of --ema, NaN before the first step; it is brought up to date.
+    layers): the running average of earlier batches' moments, NaN before the first; a constant within a batch.
     """
     moments = torch.cat([moments for moments, _ in found], 1)  # (2, C of all layers)
     running_var = torch.cat([running_var.float() for _, running_var in found])
     if setting["sync_moments"]:
         moments = joint_moments(moments)
-    if past is not None:
-        moments = torch.where(past.isnan(), moments, torch.lerp(moments, past, setting["ema"]))
-        past.copy_(moments.detach())
+    if setting["ema"]:
+        moments = blended(moments, past, setting["ema"])
     sizes, weights = tuple(len(v) for _, v in found), (setting["first_bn"], *[1.0] * (len(found) - 1))
     if setting["moments"] == "symmetric-kl":
-        return symmetric_kl(moments, running_var, sizes, weights)
+        return moment_kl(moments, running_var, sizes, weights)
     return (moment_distance if setting["fused_distance"] else moment_distance_ref)(
         moments, running_var, sizes, weights
     )
+
+
+def asked(teacher, view, setting):
+    """Logits (N, K) and moments of a view, in bf16 where the setting and the device have it."""
+    with torch.autocast(view.device.type, torch.bfloat16, enabled=setting["bf16"] and view.is_cuda):
+        return teacher.measured(view)
 
 
 TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "teacher"
@@ -336,18 +333,17 @@ def synthesis_loss(x, draw, labels, teacher, setting, past=None):
 
     R_l2 is the mean of the images' un-squared norms; `teacher`: percent of the views that it assigns to their labels.
     """
-    bf16 = setting["bf16"] and x.is_cuda
     see = jittered_view if setting["fused_view"] else jittered_view_ref
-    view, tv_l1, tv_l2, l2 = see(x, draw, torch.bfloat16 if bf16 else None)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-        logits, found = teacher.measured(view)
+    view, tv_l1, tv_l2, l2 = see(x, draw, torch.bfloat16 if setting["bf16"] and x.is_cuda else None)
+    logits, found = asked(teacher, view, setting)
     ce = F.cross_entropy(logits.float(), labels)
     tv_l2 = tv_l2 / math.sqrt(len(x)) if setting["priors_per_image"] else tv_l2
     terms = dict(ce=ce, bn=moment_loss(found, setting, past), tv_l1=tv_l1, tv_l2=tv_l2, l2=l2)
     weights = {k: 1.0 if k == "ce" else setting[f"alpha_{k}"] for k in terms}
-    if setting["sync_moments"]:  # the others are means over this process's share of the batch; l2 norms add as squares
-        n = setting["world"]
-        weights = {k: w if k == "bn" else w / math.sqrt(n) if k == "tv_l2" else w / n for k, w in weights.items()}
+    if setting["sync_moments"]:  # the others are means over this process's share of the joint batch: total is a share
+        n = setting["world"]  # norms add as squares
+        shares = dict(bn=1.0, tv_l2=1 / n if setting["priors_per_image"] else 1 / math.sqrt(n))
+        weights = {k: w * shares.get(k, 1 / n) for k, w in weights.items()}
     total = sum(w * terms[k] for k, w in weights.items() if w)  # a term of weight 0 is only reported
     hits = (logits.argmax(1) == labels).float().mean() * 100
     return total, torch.stack([total, *terms.values(), hits]).detach()
@@ -379,10 +375,10 @@ def drawn(number, shape, setting, seed):
     return noise, draws
 
 
-def begin(x, labels, draws, stage, teacher, setting):
+def begin(x, labels, draws, stage, teacher, setting, past=None):
     """One stage of a batch: all that its steps read and change, on the device and in place, as a CUDA graph needs it.
 
-    x: (N, C, H, W) fp32, channels_last, changed in place; labels: (N,); draws: (n_steps, 3).
+    x: (N, C, H, W) fp32, channels_last, changed in place; labels: (N,); draws: (n_steps, 3); past: as of moment_loss.
     """
     n_steps, pool, _ = stage
     rates = torch.tensor([learning_rate(i, n_steps, setting) for i in range(n_steps)], device=x.device)
@@ -391,11 +387,7 @@ def begin(x, labels, draws, stage, teacher, setting):
     optimizer = torch.optim.Adam([x.requires_grad_()], torch.zeros((), device=x.device), **options)
     step, terms = torch.zeros(1, dtype=torch.long, device=x.device), torch.zeros(len(TERMS), device=x.device)
     work = SimpleNamespace(x=x, labels=labels, draws=draws.to(x.device), rates=rates, pool=pool, step=step)
-    work.teacher, work.setting, work.optimizer, work.terms, work.past = teacher, setting, optimizer, terms, None
-    if setting["ema"]:
-        with torch.no_grad():
-            found = teacher.measured(F.avg_pool2d(x, pool))[1]
-        work.past = torch.full((2, sum(len(v) for _, v in found)), torch.nan, device=x.device)
+    work.teacher, work.setting, work.optimizer, work.terms, work.past = teacher, setting, optimizer, terms, past
     return work
 
 
@@ -415,23 +407,39 @@ def synthesis_step(work):
     work.step += 1
 
 
+@torch.no_grad()
+def remembered(x, teacher, setting, past):
+    """The running average of moments (2, C) after a batch whose images are x; past None: none before it."""
+    moments = torch.cat([moments for moments, _ in asked(teacher, x, setting)[1]], 1)
+    moments = joint_moments(moments) if setting["sync_moments"] else moments
+    return moments if past is None else blended(moments, past, setting["ema"])
+
+
 def synthesise(run, labels, teacher, setting):
     """All stages of one batch, on from where `run` stands; returns its images (N, C, H, W)."""
     shape = len(labels), teacher.shape[0], teacher.image_size, teacher.image_size
     noise, draws = drawn(run.batch, shape, setting, run.args.seed)
     x = (noise if run.x is None else run.x).to(run.args.device, memory_format=torch.channels_last)
+    past = None
+    if setting["ema"]:
+        past = (
+            torch.full_like(remembered(x, teacher, setting, None), torch.nan)
+            if run.past is None
+            else run.past.to(x.device)
+        )
     for i, stage in list(enumerate(setting["stages"]))[run.stage :]:
-        work = begin(x, labels, draws[i], stage, teacher, setting)
+        work = begin(x, labels, draws[i], stage, teacher, setting, past)
         work.step.fill_(run.step)
         if run.optimizer is not None:
             restore_optimizer(work.optimizer, run.optimizer)
-            if work.past is not None:
-                work.past.copy_(run.past)
         step = Captured(partial(synthesis_step, work), enabled=setting["graph"])
         for n in range(run.step, stage[0]):
-            step()
+            with one_line(f"step {n + 1} failed", "try --no-graph, --no-bf16, --no-fused or a smaller --batch-size"):
+                step()
             run.after_step(i, n + 1, work)
         run.stage, run.step, run.optimizer = i + 1, 0, None
+    if setting["ema"]:
+        run.past = remembered(x, teacher, setting, run.past)
     return x.detach()
 
 
@@ -459,15 +467,25 @@ class Run(RunFolder):
         self.place, self.shards, self.steps_of = place, Path(args.out), [n for n, _, _ in setting["stages"]]
         args = replace(args, out=str(self.shards / f"rank{place.rank}")) if place.rank else args
         if not args.resume and not place.rank:
-            for old in self.shards.glob("images-*.npz"):
-                old.unlink()
+            self.make_room()
         wait_for_all(place)
         super().__init__(args, setting, free=("device",), clears=("samples.png",))
-        # processes that step together were perhaps not stopped together
-        if setting["sync_moments"] and self.n_done() > least_of_all(self.n_done(), args.device):
-            self.step_back()
+        if setting["sync_moments"]:  # processes that step together were perhaps not stopped together
+            if self.n_done() > least_of_all(self.n_done(), args.device):
+                self.step_back()
+            if least_of_all(-self.n_done(), args.device) != -self.n_done():
+                fail("--resume: the processes' checkpoints are of different steps; run without --resume")
         total, hidden = n_batches // place.world * sum(self.steps_of), True if place.rank else None
         self.bar = tqdm(total=total, initial=self.n_done(), disable=hidden, mininterval=0.5)
+
+    def make_room(self):
+        """Delete what an earlier run made here; refuse where it was not finished: it may have taken days."""
+        old = sorted(self.shards.glob("images-*.npz"))
+        if len(old) > 1 and not (self.shards / "result.json").exists():
+            fail(f"--out {self.shards} holds {len(old)} batches of an unfinished run; pass --resume or another --out")
+        with one_line(f"--out {self.shards} cannot be used", "pass another folder"):
+            for path in (*old, *self.shards.glob("images/*/[0-9]*-[0-9]*.png")):
+                path.unlink()
 
     def n_done(self):
         return self.batch // self.place.world * sum(self.steps_of) + sum(self.steps_of[: self.stage]) + self.step
@@ -484,7 +502,7 @@ class Run(RunFolder):
         self.bar.update()
         self.stage, self.step = stage, step
         n = self.n_done()
-        at_checkpoint = n % self.args.checkpoint_every == 0
+        at_checkpoint = n % self.args.checkpoint_every == 0 and n % sum(self.steps_of)  # `keep` saves after a batch
         if n % self.args.log_every == 0 or at_checkpoint or n == self.bar.total:
             values = dict(zip(TERMS, work.terms.tolist(), strict=True))
             if not math.isfinite(values["total"]):
@@ -492,24 +510,30 @@ class Run(RunFolder):
             row = {("eval/" if k == "teacher" else "loss/") + k: v for k, v in values.items()}
             self.write({"step": n, "batch": self.batch, "stage": stage} | row)
             self.bar.set_postfix({k: f"{values[k]:.3g}" for k in ("total", "ce", "bn", "tv_l2", "teacher")})
-            if self.bar.disable and n % (10 * self.args.log_every) == 0:  # no terminal: rows instead of a bar
+            alone = self.bar.disable and not self.place.rank  # no terminal: rows instead of a bar
+            if alone and n % (10 * self.args.log_every) == 0:
                 print(f"step {n:6d}  " + "  ".join(f"{k} {v:9.4g}" for k, v in values.items()), flush=True)
         if at_checkpoint:
-            self.x, self.optimizer, self.past = work.x.detach(), work.optimizer.state_dict(), work.past
+            self.x, self.optimizer = work.x.detach(), work.optimizer.state_dict()
             if not self.x.isfinite().all():  # the loss above belongs to the images before this step
                 fail(f"the images are not finite after step {n}; lower --lr or the weights of the terms")
             self.save()
 
-    def keep(self, images, labels):
-        """Write a finished batch, uint8 (N, C, H, W), and go to this process's next one."""
+    def keep(self, images, labels, digits):
+        """Write a finished batch, uint8 (N, C, H, W), and go to this process's next one; digits: of a class's folder.
+
+        ImageFolder sorts folders as strings: without leading zeros 10 would come before 2.
+        """
         name, pixels = f"images-{self.batch:05d}.npz", images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
         with self.written(name):
             with open(self.shards / f"{name}.part", "wb") as file:
                 np.savez(file, images=pixels, labels=labels.numpy())
+                file.flush()
+                os.fsync(file.fileno())  # the checkpoint that counts it is on the disk, too
             os.replace(self.shards / f"{name}.part", self.shards / name)
             for i, k in enumerate(labels.tolist() if self.args.image_folder else []):
-                save_png(images[i], self.shards / "images" / str(k) / f"{self.batch:05d}-{i:03d}.png")
-        self.batch, self.stage, self.x, self.optimizer, self.past = self.batch + self.place.world, 0, None, None, None
+                save_png(images[i], self.shards / "images" / f"{k:0{digits}d}" / f"{self.batch:05d}-{i:03d}.png")
+        self.batch, self.stage, self.x, self.optimizer = self.batch + self.place.world, 0, None, None
         self.save()
 
     def made(self):
@@ -518,11 +542,14 @@ class Run(RunFolder):
             with np.load(path) as saved:
                 yield torch.from_numpy(saved["images"]).permute(0, 3, 1, 2), torch.from_numpy(saved["labels"])
 
-    def report(self, teacher, verifier, names):
+    def report(self, teacher, verifier, names, n_batches):
         """Write samples.png and result.json: what teacher and verifier say of all images; print their agreements."""
+        if (n := len(list(self.shards.glob("images-*.npz")))) != n_batches:
+            fail(f"--out {self.shards}: {n} of {n_batches} files images-*.npz are there; run without --resume")
         first = list(islice(self.made(), max(1, 1000 // self.setting["batch_size"])))
         images, labels = (torch.cat(parts) for parts in zip(*first, strict=True))
-        draw_classes(images, labels, names, self.out / "samples.png")
+        with self.written("samples.png"):
+            draw_classes(images, labels, names, self.out / "samples.png")
         result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None)
         result |= dict(verifier=verifier.name if verifier else None, ranks=self.place.world)
         result |= dict(n_images=sum(len(y) for _, y in self.made()), diversity=diversity(teacher, images, labels))
@@ -540,9 +567,7 @@ def choose_setting(args, dataset, world=1):
     name = FAMILIES[dataset][0] if args.setting == "auto" else args.setting
     setting = SETTINGS[name] | {k: v for k in SETTINGS[name] if (v := getattr(args, k, None)) is not None}
     setting.update({k: args.fused and getattr(args, k) for k in ("fused", "fused_bn", "fused_distance", "fused_view")})
-    setting.update(
-        name=name, graph=args.graph, bf16=args.bf16, sync_moments=args.sync_moments and world > 1, world=world
-    )
+    setting.update(name=name, graph=args.graph, bf16=args.bf16, sync_moments=args.sync_moments, world=world)
     if args.smoke:
         setting.update(batch_size=min(setting["batch_size"], 20))
     planned = sum(n for n, _, _ in setting["stages"])
@@ -567,6 +592,8 @@ def main(args):
     check_args(args)
     seed_everything(args.seed)
     place = join(args.device)
+    if args.sync_moments and place.world == 1:
+        fail("--sync-moments: a single process has all images already; start several with torchrun, or leave it out")
 
     with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
         teacher, verifier = load(args.teacher, args), None
@@ -581,6 +608,8 @@ def main(args):
         layers = [m for m in teacher.model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
         if layers:
             teacher.measured = measured(teacher.model, setting, args.device)
+            with torch.no_grad():  # as the steps will, in bf16 on a GPU
+                asked(teacher, torch.zeros(2, n_channels, size, size, device=args.device), setting)
     if not layers:
         fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which the method matches; take another")
     likely = FAMILIES.get(dataset, ("", "none"))[1]  # taken where it is shipped and fits this teacher's images
@@ -607,11 +636,12 @@ def main(args):
         print(f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}")
     while run.batch < n_batches:
         wanted = labels[run.batch * batch_size :][:batch_size]
-        run.keep(to_uint8(synthesise(run, wanted.to(args.device), teacher, setting), teacher).cpu(), wanted)
+        images = to_uint8(synthesise(run, wanted.to(args.device), teacher, setting), teacher).cpu()
+        run.keep(images, wanted, len(str(n_classes - 1)))
     run.bar.close()
     wait_for_all(place)
     if not place.rank:
-        run.report(teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))))
+        run.report(teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))), n_batches)
     leave(place)
 
 

@@ -250,7 +250,7 @@ def checked_calls(c):
 
 
 def peak_mb(run, device):
-    """Most memory that a call takes beyond what was there before it."""
+    """Most memory that a call takes beyond what was there before it (of a captured step: building included)."""
     if device == "cpu":
         return None
     torch.cuda.synchronize()

@@ -1,6 +1,7 @@
 """Several processes side by side, as `torchrun --nproc-per-node N SCRIPT` starts them: who is who, joint moments."""
 
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 
 import torch
@@ -22,7 +23,8 @@ def join(device):
     ):
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo")
+        # processes that do not step together may finish hours apart, and wait for each other then
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))
     return SimpleNamespace(rank=dist.get_rank(), world=dist.get_world_size())
 
 

@@ -1,6 +1,7 @@
 """One run's folder, as every method script writes it: args.json, metrics.jsonl, checkpoint.pt, result.json."""
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -16,7 +17,7 @@ from kernels.contract import fail, load_weights, one_line, ran_on
 def quiet_interruption(kind, error, trace):
     """Stands in for sys.excepthook: one line for Ctrl-C, whose exit code Python still makes that of the signal."""
     if issubclass(kind, KeyboardInterrupt):
-        print("\ninterrupted; --resume continues from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; --resume continues from the last checkpoint, if there is one", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -25,9 +26,10 @@ def newest_whole(paths):
     """The first of the checkpoints that can be read, and what it holds; refuses where none can."""
     *paths, last = (path for path in paths if path.exists())
     for path in paths:
-        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(None):
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
             return path, load_weights(path)
         print(f"{path} is damaged: continuing from {last.name}")
+        path.unlink()  # the next one written may not push it over the whole one
     return last, load_weights(last)
 
 

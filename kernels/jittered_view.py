@@ -56,11 +56,15 @@ def jittered_view_ref(x, draw, dtype=None):
 @triton.jit
 def _places(draw_ptr, rows, cols, H, L, step):
     """Of pixels of x: their rows and columns in the rolled image, those in the view, and x's next rows and columns."""
-    dy, dx, mirrored = tl.load(draw_ptr), tl.load(draw_ptr + 1), tl.load(draw_ptr + 2)
     W = L // step
-    i = ((rows + dy) % H + H) % H  # remainders here have the sign of the dividend
-    j = ((cols // step + dx) % W + W) % W
-    view_cols = tl.where(mirrored != 0, W - 1 - j, j) * step + cols % step
+    # a remainder has the sign of the dividend; one of the draw for the whole program, none for each pixel
+    dy = ((tl.load(draw_ptr) % H + H) % H).to(tl.int32)
+    dx = ((tl.load(draw_ptr + 1) % W + W) % W).to(tl.int32)
+    mirrored = tl.load(draw_ptr + 2)
+    w = cols.to(tl.int32) // step
+    i, j = rows.to(tl.int32) + dy, w + dx
+    i, j = tl.where(i >= H, i - H, i), tl.where(j >= W, j - W, j)
+    view_cols = tl.where(mirrored != 0, W - 1 - j, j) * step + cols - w * step
     rows_below = tl.where(rows + 1 < H, rows + 1, 0)
     cols_right = tl.where(cols + step < L, cols + step, cols + step - L)
     return i, j, view_cols, rows_below, cols_right, W

@@ -174,3 +174,22 @@ def moment_distance(moments, running_var, sizes, weights=None):
         error = ValueError if isinstance(weights, tuple) else TypeError
         raise error(f"moment_distance: expected weights as a tuple of {len(sizes)}, got {weights}; one for each layer")
     return _MomentDistance.apply(moments, running_var, sizes, weights)
+
+
+def moment_kl(moments, running_var, sizes, weights=None, eps=1e-5):
+    """KL both ways between the channels' Gaussians, N(mean, var) and the running one: mean over a layer, then sum.
+
+    Per channel ((var + d^2) / running_var + (running_var + d^2) / var) / 2 - 1, d the difference of means, eps added
+    to both variances, as BatchNorm does: dead channels have none. Ours; Always Be Dreaming (Smith et al.,
+    arXiv:2106.09701) takes one direction and the mean over layers. Plain PyTorch: an option, not what loops run by
+    default.
+
+    Args, returns: as moment_distance's; eps a python number.
+
+    >>> moment_kl(torch.tensor([[1.0], [1.0]]), torch.ones(1), (1,), eps=0.0)  # (2 + 2) / 2 - 1
+    tensor(1.)
+    """
+    weights = [1.0] * len(sizes) if weights is None else weights
+    d2, var, running_var = moments[0].square(), moments[1] + eps, running_var + eps
+    divergence = ((var + d2) / running_var + (running_var + d2) / var) / 2 - 1  # (C of all layers,)
+    return sum(w * layer.mean() for w, layer in zip(weights, divergence.split(sizes), strict=True))

@@ -50,7 +50,7 @@ def refused(capsys, **options):
 
 
 FUSED = dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), True)
-FUSED |= dict(bf16=True, graph=True, sync_moments=False)
+FUSED |= dict(bf16=True, graph=True, sync_moments=False, ema=0.0)
 PLAIN = FUSED | dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), False)
 
 
@@ -83,17 +83,28 @@ def test_symmetric_kl_equals_that_of_torchs_gaussians():
     assert loss.item() == pytest.approx((3 * expected[:2].mean() + expected[2:].mean()).item(), rel=1e-4)
 
 
-def test_the_running_average_of_moments_begins_at_the_first_and_passes_on_one_share():
-    """Second step: 0.9 of the first moments and 0.1 of the second; only the second ones have a gradient."""
-    past, term = torch.full((2, 1), torch.nan), FUSED | dict(first_bn=1.0, moments="l2", ema=0.9)
-    first = torch.tensor([[3.0], [1.0]])
-    assert di.moment_loss([(first, torch.ones(1))], term, past).item() == pytest.approx(3)
-    second = torch.tensor([[1.0], [6.0]], requires_grad=True)
-    loss = di.moment_loss([(second, torch.ones(1))], term, past)
+def test_moments_of_earlier_batches_count_as_the_share_says():
+    """0.9 of the past and 0.1 of the present, which alone has a gradient; no past: the present alone."""
+    term = FUSED | dict(first_bn=1.0, moments="l2", ema=0.9)
+    none, past = torch.full((2, 1), torch.nan), torch.tensor([[3.0], [1.0]])
+    now = torch.tensor([[1.0], [6.0]], requires_grad=True)
+    assert di.moment_loss([(now, torch.ones(1))], term, none).item() == pytest.approx(1 + 5)
+    loss = di.moment_loss([(now, torch.ones(1))], term, past)
     assert loss.item() == pytest.approx((0.9 * 3 + 0.1) + 0.1 * 5)
     loss.backward()
-    assert second.grad.flatten().tolist() == pytest.approx([0.1, 0.1])
-    assert past.flatten().tolist() == pytest.approx([2.8, 1.5])
+    assert now.grad.flatten().tolist() == pytest.approx([0.1, 0.1])
+    assert past.flatten().tolist() == [3, 1]
+
+
+def test_past_moments_are_those_of_finished_batches():
+    teacher, x = tiny_rgb_teacher(), torch.randn(4, 3, 8, 8)
+    setting = FUSED | dict(ema=0.9)
+    first = di.remembered(x, teacher, setting, None)
+    inputs = teacher.model[0](x)
+    assert torch.allclose(first[0], inputs.mean((0, 2, 3)) - teacher.model[1].running_mean, atol=1e-5)
+    assert torch.allclose(first[1], inputs.var((0, 2, 3), unbiased=False), atol=1e-5)
+    second = di.remembered(2 * x, teacher, setting, first)
+    assert torch.allclose(second, 0.9 * first + 0.1 * di.remembered(2 * x, teacher, setting, None), atol=1e-5)
 
 
 def test_priors_per_image_do_not_grow_with_the_batch():
@@ -251,9 +262,10 @@ def test_each_part_turned_off_gives_the_same_first_losses(off):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("parts", [FUSED, PLAIN], ids=["fused", "plain"])
-def test_a_captured_step_is_the_eager_one_and_never_syncs(parts):
+@pytest.mark.parametrize("parts", [FUSED, PLAIN, EMA := FUSED | dict(ema=0.9)], ids=["fused", "plain", "past"])
+def test_a_captured_step_is_the_eager_one_and_never_syncs(parts, monkeypatch):
     """ResNet-20, all terms, 12 steps: the same images to the bit; the host waits for nothing once it is captured."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     results = []
     for graph in (False, True):
         info = di.load("cifar10-resnet20", di.Args(device="cuda"))
@@ -262,7 +274,8 @@ def test_a_captured_step_is_the_eager_one_and_never_syncs(parts):
         info.measured = di.measured(info.model, setting, "cuda")
         noise, draws = di.drawn(0, (20, 3, 32, 32), setting, 0)
         x = noise.to("cuda", memory_format=torch.channels_last)
-        work = di.begin(x, torch.arange(20, device="cuda") % 10, draws[0], (400, 1, 2), info, setting)
+        past = di.remembered(x, info, setting, None) if parts is EMA else None
+        work = di.begin(x, torch.arange(20, device="cuda") % 10, draws[0], (400, 1, 2), info, setting, past)
         step = Captured(partial(di.synthesis_step, work), enabled=graph)
         for n in range(12):
             torch.cuda.set_sync_debug_mode("error" if n > 4 else 0)
@@ -613,6 +626,9 @@ def test_classes_are_shared_out_over_the_batches_and_pngs_lie_in_folders_of_thei
             images.append(made["images"])
     assert sorted(labels) == list(range(10)) and result["n_images"] == 10
     images = np.concatenate(images)
+    run(tmp_path / "again", batch_size=5, num_images=10, iterations=1, image_folder=True)
+    run(tmp_path / "again", batch_size=5, classes=(3,), iterations=1, image_folder=True)
+    assert len(list((tmp_path / "again").glob("images/*/*.png"))) == 5  # nothing of the run before
     for i, k in enumerate(labels):
         (path,) = (tmp_path / "images" / str(k)).iterdir()
         assert path.name == f"{i // 5:05d}-{i % 5:03d}.png"
@@ -657,6 +673,24 @@ def test_diversity_is_the_distance_to_the_nearest_of_the_same_class():
     assert not info.model[1]._forward_pre_hooks
 
 
+def test_class_folders_sort_as_their_classes(tmp_path):
+    torch.save(di.NETWORKS["resnet8"](num_classes=12).state_dict(), tmp_path / "w.pth")
+    run(tmp_path, teacher="resnet8", weights=str(tmp_path / "w.pth"), num_classes=12, image_size=8, verifier="none",
+        batch_size=12, iterations=1, image_folder=True)  # fmt: skip
+    folders = sorted(path.name for path in (tmp_path / "images").iterdir())
+    assert folders == [f"{k:02d}" for k in range(12)]
+
+
+def test_finished_batches_are_not_thrown_away(capsys, tmp_path):
+    """An unfinished set is not overwritten for want of --resume, a finished one is; a lost file is missed."""
+    options = FAST | dict(batch_size=5, num_images=15, iterations=1, out=str(tmp_path))
+    run(tmp_path, **{k: v for k, v in options.items() if k != "out"})
+    (tmp_path / "result.json").unlink()
+    assert "3 batches of an unfinished run; pass --resume" in refused(capsys, **options)
+    (tmp_path / "images-00001.npz").unlink()
+    assert "2 of 3 files images-*.npz are there" in refused(capsys, **options, resume=True)
+
+
 # Refusals: one line, exit code 2
 
 
@@ -693,6 +727,9 @@ def test_diversity_is_the_distance_to_the_nearest_of_the_same_class():
         pytest.param(dict(teacher=""), "unknown network ''", id="empty name"),
         pytest.param(dict(teacher="wrn-16-1"), "unknown network", id="name of teacher.py without file"),
         pytest.param(dict(verifier="digits-lenet5"), "--verifier digits-lenet5", id="verifier of other channels"),
+        pytest.param(dict(ema=1.0), "--ema: expected at least 0 and below 1", id="past alone"),
+        pytest.param(dict(moments="l1"), "--moments: expected one of l2, symmetric-kl", id="unknown distance"),
+        pytest.param(dict(sync_moments=True), "--sync-moments: a single process", id="one process"),
     ],
 )
 def test_bad_options_are_refused(capsys, tmp_path, options, says):

@@ -28,7 +28,7 @@ def torchrun(*command):
     python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, *command)
 
 
-def case(sync, world):
+def case(sync, world, per_image=False):
     """Images of two processes, a small teacher of whose moments they are far, and its setting."""
     import deepinversion as di
 
@@ -37,9 +37,10 @@ def case(sync, world):
     model += nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
     model.eval().requires_grad_(False)
     setting = di.SETTINGS["cifar10"] | dict.fromkeys(("fused", "fused_bn", "fused_distance", "fused_view"), True)
-    setting |= dict(bf16=False, sync_moments=sync, world=world, alpha_tv_l2=0.0, alpha_tv_l1=0.5, alpha_l2=0.5)
+    setting |= dict(bf16=False, sync_moments=sync, world=world, alpha_tv_l1=0.5, alpha_l2=0.5)
+    setting |= dict(alpha_tv_l2=0.5, priors_per_image=per_image)
     x = torch.randn(8, 3, 10, 10)
-    x[:4] = 2 * x[:4] + 1  # the two halves have other moments
+    x[:4] = x[4:].flip(0) + 1  # the halves have other moments, and total variations of the same norms
     return SimpleNamespace(measured=di.measured(model, setting, "cpu")), x, torch.arange(8), setting
 
 
@@ -60,28 +61,35 @@ def one_process(out):
 
     place = join("cpu")
     assert place.world == 2 and least_of_all(5 + place.rank, "cpu") == 5
-    teacher, x, labels, setting = case(True, 2)
+    x = case(True, 2)[1]
     mine = slice(4 * place.rank, 4 * place.rank + 4)
     moments = torch.stack((x[mine].mean((0, 2, 3)), x[mine].var((0, 2, 3), unbiased=False)))
-    total, bn, gradient = gradients(x[mine], labels[mine], teacher, setting)
-    others = total - setting["alpha_bn"] * bn  # this process's share of what is averaged
-    dist.all_reduce(others)
-    torch.save((others + setting["alpha_bn"] * bn, gradient, joint_moments(moments)), f"{out}/{place.rank}.pt")
+    results = []
+    for per_image in (False, True):
+        teacher, x, labels, setting = case(True, 2, per_image)
+        total, bn, gradient = gradients(x[mine], labels[mine], teacher, setting)
+        others = total - setting["alpha_bn"] * bn  # this process's share of what is averaged
+        dist.all_reduce(others)
+        results.append((others + setting["alpha_bn"] * bn, gradient))
+    torch.save((results, joint_moments(moments)), f"{out}/{place.rank}.pt")
     wait_for_all(place)
     leave(place)
 
 
 def test_two_processes_with_joint_moments_are_one_with_all_images(tmp_path):
     torchrun(__file__, tmp_path)
-    teacher, x, labels, setting = case(False, 1)
-    total, _, gradient = gradients(x, labels, teacher, setting)
+    x = case(False, 1)[1]
     saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     moments = torch.stack((x.mean((0, 2, 3)), x.var((0, 2, 3), unbiased=False)))
-    for loss, _, joint in saved:
-        assert loss.item() == pytest.approx(total.item(), rel=1e-5)
+    for _, joint in saved:
         assert torch.allclose(joint, moments, rtol=1e-5, atol=1e-6)
-    together = torch.cat([saved[0][1], saved[1][1]])
-    assert (together - gradient).abs().max() <= 1e-5 * gradient.abs().max()
+    for i, per_image in enumerate((False, True)):
+        teacher, x, labels, setting = case(False, 1, per_image)
+        total, _, gradient = gradients(x, labels, teacher, setting)
+        for results, _ in saved:
+            assert results[i][0].item() == pytest.approx(total.item(), rel=1e-5)
+        together = torch.cat([results[i][1] for results, _ in saved])
+        assert (together - gradient).abs().max() <= 1e-5 * gradient.abs().max()
 
 
 def shards(out):
@@ -101,8 +109,10 @@ def test_joint_batches_resume_where_the_slower_process_stopped(tmp_path):
     torchrun(*RUN.split(), tmp_path / "whole", "--sync-moments")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut/images-00003.npz").unlink()
-    newest = tmp_path / "cut/rank1/checkpoint.pt"
-    newest.write_bytes(newest.read_bytes()[:500])  # of the end: the one before is of the last step
+    slower = tmp_path / "cut/rank1"
+    (slower / "checkpoint-previous.pt").replace(slower / "checkpoint.pt")
+    steps = [torch.load(path, weights_only=True)["state"] for path in sorted(tmp_path.glob("cut/**/checkpoint.pt"))]
+    assert [(state["batch"], state["step"]) for state in steps] == [(4, 0), (3, 2)]
     torchrun(*RUN.split(), tmp_path / "cut", "--sync-moments", "--resume")
     whole, cut = shards(tmp_path / "whole"), shards(tmp_path / "cut")
     assert whole == cut and len(set(whole.values())) == 4
