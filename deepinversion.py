@@ -21,8 +21,8 @@ Where we differ from the paper or its released code:
   it compares belongs to another random view, before the step. With the cosine the last images are settled;
 - settings `cifar10` and `cifar10-long` are ours; classes that do not all fit a batch are drawn, not a fixed list;
 - low-resolution stages pool the full image (as released); the paper up-samples a small one.
-Measured: on `cifar10`, 100 images a seed, 3 seeds, a verifier of another architecture agrees on 97.7 ± 1.5 % (2 CPU
-threads, 95 s, torch 2.13, commits a045d5f and 0083e38; `cifar10-long` 97.7 ± 0.6 %): results/inversion-*.json.
+Measured: on `cifar10`, 100 images a seed, 3 seeds, a verifier of another architecture agrees on 99.7 ± 0.6 % (1 CPU
+thread beside other work, 250 s, torch 2.13, commit 364118c; `cifar10-long` 98.3 ± 1.5 %): results/inversion-*.json.
 Run `python deepinversion.py [--teacher resnet50]`. It writes into --out: samples.png, images-00000.npz … of a batch
 each (`images` uint8 (N, H, W, C), `labels` int64 (N,)), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics:
 `loss/total`; its unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of
