@@ -1,7 +1,6 @@
 """kernels.bench: its gate catches wrong ops, every candidate of a sweep is right, its counts are those of hand."""
 
 import math
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -94,17 +93,16 @@ def test_percent_of_limit_takes_the_longer_of_both():
 
 
 def test_columns_of_a_step_do_the_same_work(monkeypatch):
-    """Ours with any part off has the terms of ours; conventional's loss is theirs but for another draw of the view."""
+    """Ours with any part off has the terms of ours; conventional's loss is ours of its view, each layer once."""
     monkeypatch.setattr(kernels._common, "INTERPRET", False)
-    noise, labels = torch.randn(6, 3, 8, 8), torch.arange(6)
-    assert bench_steps.first_losses_agree("resnet8", "cpu", noise, labels)
-    step = partial(bench_steps.ours, "resnet8", "cpu", noise, labels)
-    expected = step()().clone()
+    case = "resnet8", "cpu", torch.randn(6, 3, 8, 8), torch.arange(6)
+    assert bench_steps.first_losses_agree(*case)
+    expected = bench_steps.ours(*case)().clone()
     for off in bench_steps.OFF.values():
-        assert torch.allclose(step(off=off)(), expected, rtol=1e-4)
-    usual = bench_steps.conventional("resnet8", "cpu", noise, labels)
-    ce, bn, tv_l1, tv_l2, l2 = expected[1:6].tolist()
-    setting = bench_steps.deepinversion.SETTINGS["cifar10"]
-    bn_unweighted = ce + setting["alpha_bn"] * bn + 1e-3 * tv_l1 + setting["alpha_tv_l2"] * tv_l2 + 1e-5 * l2
-    # our first BatchNorm counts first_bn times, and the roll differs: the same terms, not the same number
-    assert 0.2 * bn_unweighted < usual() < bn_unweighted
+        assert torch.allclose(bench_steps.ours(*case, off=off)(), expected, rtol=1e-4)
+    di, noise, labels = bench_steps.deepinversion, *case[2:]
+    setting = di.SETTINGS["cifar10"] | dict.fromkeys(bench_steps.FUSED, True) | dict(bf16=False, sync_moments=False)
+    setting |= dict(first_bn=1.0, alpha_l2=1e-5, alpha_tv_l1=1e-3)
+    teacher = SimpleNamespace(measured=di.measured(bench_steps.frozen("resnet8", "cpu"), setting, "cpu"))
+    total, _ = di.synthesis_loss(noise, torch.tensor([1, -1, 0]), labels, teacher, setting)
+    assert bench_steps.conventional(*case)() == pytest.approx(total.item(), rel=1e-4)

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "deepinversion.py --teacher digits-resnet8 --verifier none --batch-size 10 --num-images 20 --iterations 24"
-COMMAND += " --checkpoint-every 2 --log-every 1 --device cpu --out"
+COMMAND = "deepinversion.py --teacher digits-resnet8 --verifier none --batch-size 10 --num-images 20 --iterations 120"
+COMMAND += " --checkpoint-every 4 --log-every 1 --device cpu --out"
 SAME = ("images-00000.npz", "images-00001.npz", "metrics.jsonl", "samples.png")
 
 
@@ -71,7 +71,7 @@ def whole(tmp_path_factory):
 
 def test_kill_9_at_random_moments_changes_nothing(whole, tmp_path):
     n_steps = kill_and_resume(whole, tmp_path / "cut", 2)
-    assert 0 < n_steps[0] < 48, "killed too late or too early to test anything"
+    assert 0 < n_steps[0] < 240, "killed too late or too early to test anything"
 
 
 def test_interrupted_out_of_disk_and_damaged(whole, tmp_path):
@@ -105,7 +105,7 @@ def test_interrupted_out_of_disk_and_damaged(whole, tmp_path):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        COMMAND = COMMAND.replace("--iterations 24", f"--iterations {12 * int(sys.argv[1])}")
+        COMMAND = COMMAND.replace("--iterations 120", f"--iterations {12 * int(sys.argv[1])}")
         assert finish(Path(made) / "whole")[0] == 0
         steps = kill_and_resume(Path(made) / "whole", Path(made) / "cut", int(sys.argv[1]))
         print("steps done at each kill:", steps, "- the same bytes in the end")

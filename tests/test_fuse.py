@@ -15,7 +15,7 @@ import deepinversion
 import teacher
 from kernels import _common, bn_moment_loss_ref, bn_moments_ref, fuse_batchnorm, hook_batchnorm
 
-TERM = dict(first_bn=1.0, moments="l2", sync_moments=False, fused_distance=True)
+TERM = dict(first_bn=1.0, moments="l2", sync_moments=False, fused_distance=True, ema=0.0)
 NARROW = (8, 16, 24, 32)
 # The interpreter would take 20 to 60 s for each: the same layers as in the narrow ones, more channels.
 WIDE = [("resnet34_cifar", 8), ("resnet50", 32), ("vgg11_bn", 32)]
