@@ -87,8 +87,8 @@ class Args:
     """Adam's initial learning rate of the generators."""
     moments: str | None = None
     """l2 (norms, as DeepInversion) | squared | gaussian-kl (of batch from stored moments)."""
-    pool: bool | None = None
-    """Match moments of all generators' images together; --no-pool: of each generator's own."""
+    pool: float | None = None
+    """Share of the BatchNorms, the last, whose moments are of all (a rank's) generators' images; others: of each's."""
     alpha_bn: float | None = None
     """Weight of the moment loss, beside the cross-entropy's 1."""
     alpha_tv: float | None = None
@@ -115,7 +115,7 @@ class Args:
 
 # fmt: off
 PAPER = dict(student="resnet18_cifar", generators=10, steps=20000, batch_size=500, latent=100, width=128, stages=0,
-             lr_generator=1e-3, moments="l2", pool=True, alpha_bn=10.0, alpha_tv=0.0, alpha_l2=0.0, epochs=200,
+             lr_generator=1e-3, moments="l2", pool=1.0, alpha_bn=10.0, alpha_tv=0.0, alpha_l2=0.0, epochs=200,
              iterations=500, student_batch=250, bn="batch", shift=0, temperature=1.0, optimizer="sgd", lr_student=0.1)
 OURS = dict(PAPER, student="lenet5", batch_size=80, width=16, latent=32, steps=600, alpha_bn=3.0, alpha_tv=0.0,
             epochs=20, iterations=50, student_batch=100, optimizer="adam", lr_student=2e-3, lr_generator=5e-3)
@@ -244,46 +244,53 @@ class Observed:
         """Folds the generators into the channels, as they do: then the moments of a channel are of one generator."""
         x, P = inputs[0], self.n_parts
         x = x.reshape(len(x) // P, P * x.shape[1], *x.shape[2:])  # (n, P C, H, W)
-        running_mean, running_var = (v.repeat(P) for v in (bn.running_mean, bn.running_var))
+        running_mean = bn.running_mean.repeat(P)
         mean, var = self.moments(x, running_mean)
-        self.found.append((torch.stack([mean - running_mean, var]), running_var))
+        self.found.append((torch.stack([mean - running_mean, var]).unflatten(1, (P, -1)), bn.running_var))
 
     def __call__(self, x):
-        """Logits (N, K); moments (2, C): mean less running mean, and biased variance, layer beside layer and, within
-        each, part beside part; running_var (C,); the layers' sizes, once for each part."""
-        self.found.clear()
+        """Logits (N, K); moments (2, P, C): mean less running mean, biased variance, of each part, layer beside layer;
+        running_var (C,); the layers' sizes, which add up to C."""
         y = self.model(x)
         logits, found = (y, list(self.found)) if self.hooks else y
         self.found.clear()  # nothing may keep the graph of a step that is over
-        sizes = tuple(len(v) // self.n_parts for _, v in found for _ in range(self.n_parts))
-        moments, running_var = torch.cat([m for m, _ in found], 1), torch.cat([v for _, v in found])
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)), moments, running_var, sizes
+        moments, sizes = [m.view(2, self.n_parts, -1) for m, _ in found], tuple(len(v) for _, v in found)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits, torch.cat(moments, 2), torch.cat([v for _, v in found]), sizes
+
+
+def pooled(moments):
+    """Moments (2, P, C) of equal parts -> (2, 1, C) of all together, by the law of total variance."""
+    mean, var = moments.mean(1)
+    return torch.stack([mean, var + moments[0].var(0, unbiased=False)]).unsqueeze(1)
 
 
 def moment_loss(moments, running_var, sizes, form, fused, eps=1e-5):
-    """Distance of the batch's moments from the stored ones, a sum over layers (and parts); form: of --moments.
+    """Distance of moments (2, P, C) from the stored ones: a sum over layers, a mean over parts; form: of --moments.
 
     l2: ||mean - mu|| + ||var - s2|| of each layer, not squared; squared: its squares; gaussian-kl: the sum over
     channels of KL(N(mean, var) || N(mu, s2)), eps added to both variances.
     """
+    P, (distance, var) = moments.shape[1], moments
     if form == "l2":
-        return (kernels.moment_distance if fused else kernels.moment_distance_ref)(moments, running_var, sizes)
-    distance, var = moments
+        norms = kernels.moment_distance if fused else kernels.moment_distance_ref
+        return norms(moments.flatten(1).contiguous(), running_var.repeat(P), sizes * P) / P
     if form == "squared":
-        return distance.square().sum() + (var - running_var).square().sum()
+        return (distance.square() + (var - running_var).square()).sum() / P
     var, running_var = var + eps, running_var + eps
-    return ((running_var / var).log() + (var + distance.square()) / running_var - 1).sum() / 2
+    return ((running_var / var).log() + (var + distance.square()) / running_var - 1).sum() / (2 * P)
 
 
-def generator_terms(x, labels, answers, setting, n_parts):
+def generator_terms(x, labels, answers, setting):
     """The unweighted terms of the generators' loss, means over generators: (4,) ce, bn, tv, l2; 0 where not wanted."""
-    logits, *moments = answers
-    ce = F.cross_entropy(logits, labels)  # "inceptionism": the teacher is to see the drawn class
-    bn, tv, l2 = (
-        moment_loss(*moments, setting["moments"], setting["fused"]) / n_parts,
-        ce.new_zeros(()),
-        ce.new_zeros(()),
-    )
+    (logits, moments, running_var, sizes), zero = answers, x.new_zeros(())
+    ce, bn, tv, l2 = F.cross_entropy(logits, labels), zero, zero, zero  # "inceptionism": of the class that was drawn
+    first = len(sizes) - round(setting["pool"] * len(sizes))  # layers of which each generator has its own moments
+    for part, layers in ((moments, slice(0, first)), (pooled(moments), slice(first, len(sizes)))):
+        if sizes[layers]:
+            at = slice(sum(sizes[: layers.start]), sum(sizes[: layers.stop]))
+            matched = part[:, :, at], running_var[at], sizes[layers]
+            bn = bn + moment_loss(*matched, setting["moments"], setting["fused"])
     if setting["alpha_tv"]:
         tv, _ = (kernels.total_variation if setting["fused"] else kernels.total_variation_ref)(x)
     if setting["alpha_l2"]:
@@ -299,8 +306,7 @@ class Distiller(nn.Module):
         super().__init__()
         self.teacher, self.setting, cuda = teacher, setting, args.device == "cuda"  # the teacher is not a submodule
         self.student, self.ensemble = student.model, ensemble
-        self.n_generators = len(ensemble.dense)
-        self.n_parts = 1 if setting["pool"] else self.n_generators
+        self.n_parts = 1 if setting["pool"] == 1 else len(ensemble.dense)  # whose moments are taken apart
         self.register_buffer("step", torch.zeros(()))  # of the generators
         self.register_buffer("epoch", torch.zeros(()))  # of the student
         self.register_buffer("sums", torch.zeros(6))  # ce, bn, tv, l2, images on target, loss of the student
@@ -325,15 +331,15 @@ class Distiller(nn.Module):
 
 
 def generator_step(state, observe):
-    """One step of all generators on one pass through the teacher; with moments of its own each learns as if alone."""
+    """One step of all generators on one pass through the teacher; at --pool 0 each learns exactly as if alone."""
     setting, n = state.setting, state.setting["batch_size"] // state.setting["generators"]
     cosine = (1 + torch.cos(math.pi / setting["steps"] * state.step)) / 2
     state.optimizers["generator"].param_groups[0]["lr"].copy_(setting["lr_generator"] * cosine)
     with state.amp():
         x, labels = state.ensemble(*state.ensemble.draw(n))  # (N, C, H, W)
         answers = observe(x)
-    terms = generator_terms(x, labels, answers, setting, state.n_parts)
-    state.update("generator", state.n_parts * (state.weights * terms).sum(), state.ensemble)
+    terms = generator_terms(x, labels, answers, setting)
+    state.update("generator", state.n_parts * (state.weights * terms).sum(), state.ensemble)  # not a mean: as alone
     hits = (answers[0].argmax(1) == labels).float().mean()
     state.sums[:5] += torch.stack([*terms.detach(), hits])
     state.step += 1
@@ -563,7 +569,9 @@ def check_args(args):
         dataset=("auto", "digits", *FILES, "none"), setting=("auto", *SETTINGS), bn=(None, "batch", "running")
     )
     choices |= dict(moments=(None, "l2", "squared", "gaussian-kl"), optimizer=(None, "sgd", "adam"))
-    check_options(args, least, choices)
+    check_options(args, least | dict(pool=0), choices)
+    if (args.pool or 0) > 1:
+        fail(f"--pool {args.pool}: a share of at most 1 is pooled")
 
 
 def write_samples(args):
