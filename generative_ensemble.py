@@ -17,6 +17,7 @@ import tyro
 from tqdm import tqdm
 
 import kernels
+from kernels.augment import cut, shifted
 from kernels.contract import check_options, fail, load_network, load_student, load_teacher, load_weights, one_line
 from kernels.data import FILES, real_images
 from kernels.figures import compare_arms, diversity, draw_grid
@@ -105,6 +106,8 @@ class Args:
     """Moments in the generators' BatchNorms while they teach: batch (train mode) | running (eval mode)."""
     shift: int | None = None
     """Each image that a student sees is shifted by up to so many pixels each way, its edges repeated."""
+    cut: bool | None = None
+    """Replace a random band of rows or columns, in half of a student's images, by another image's (as CutMix)."""
     temperature: float | None = None
     """Divides both logits of the student's KL, which is multiplied by its square."""
     optimizer: str | None = None
@@ -116,7 +119,8 @@ class Args:
 # fmt: off
 PAPER = dict(student="resnet18_cifar", generators=10, steps=20000, batch_size=500, latent=100, width=128, stages=0,
              lr_generator=1e-3, moments="l2", pool=1.0, alpha_bn=10.0, alpha_tv=0.0, alpha_l2=0.0, epochs=200,
-             iterations=500, student_batch=250, bn="batch", shift=0, temperature=1.0, optimizer="sgd", lr_student=0.1)
+             iterations=500, student_batch=250, bn="batch", shift=0, cut=False, temperature=1.0, optimizer="sgd",
+             lr_student=0.1)
 OURS = dict(PAPER, student="lenet5", batch_size=80, width=16, latent=32, steps=600, alpha_bn=3.0, alpha_tv=0.0,
             epochs=20, iterations=50, student_batch=100, optimizer="adam", lr_student=2e-3, lr_generator=5e-3)
 SETTINGS = {
@@ -345,16 +349,6 @@ def generator_step(state, observe):
     state.step += 1
 
 
-def shifted(x, pixels):
-    """Each image of (N, C, H, W) moved by a random number of pixels each way, its edge pixels repeated."""
-    N, _, H, W = x.shape
-    moves = (torch.rand(2, N, 1, device=x.device) * (2 * pixels + 1)).long() - pixels
-    rows = (torch.arange(H, device=x.device) + moves[0]).clamp(0, H - 1)  # (N, H)
-    columns = (torch.arange(W, device=x.device) + moves[1]).clamp(0, W - 1)  # (N, W)
-    images = torch.arange(N, device=x.device).view(N, 1, 1)
-    return x.permute(0, 2, 3, 1)[images, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-
-
 def student_step(state, ensemble):
     """One step towards the teacher's answers to fresh images; ensemble: frozen."""
     setting, T = state.setting, state.setting["temperature"]
@@ -363,6 +357,7 @@ def student_step(state, ensemble):
         with torch.no_grad():
             x, _ = ensemble(*ensemble.draw(setting["student_batch"] // setting["generators"]))
             x = shifted(x, setting["shift"]) if setting["shift"] else x
+            x = cut(x) if setting["cut"] else x
             t_logits = state.teacher.model(x)
         loss = T**2 * divergence(t_logits, state.student(x), T)
     state.update("student", loss, state.student)

@@ -32,7 +32,6 @@ OWN = {  # defined in several scripts, and meant to differ
     "generator_step": "one method's step",
     "student_step": "one method's step",
     "Distiller": "all networks of one method with their optimisers",
-    "shifted": "by device, not by host",
 }
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 import generative_ensemble as ge
 import kernels
-from kernels import _common, contract, figures, ranks
+from kernels import _common, augment, contract, figures, ranks
 
 FAST = dict(steps=4, batch_size=20, width=4, latent=6, epochs=2, iterations=2, student_batch=20, generators=5)
 
@@ -420,16 +420,34 @@ def test_shifts_move_whole_images_and_repeat_edges():
     torch.manual_seed(0)
     x = torch.arange(64.0).view(1, 1, 8, 8).repeat(200, 1, 1, 1)
     padded, seen = F.pad(x[:1], (2, 2, 2, 2), mode="replicate"), set()
-    for image in ge.shifted(x, 2):
+    for image in augment.shifted(x, 2):
         fits = [(i, j) for i in range(5) for j in range(5) if torch.equal(padded[0, :, i : i + 8, j : j + 8], image)]
         assert len(fits) == 1
         seen.update(fits)
     assert len(seen) == 25
 
 
+def test_cut_images_have_a_band_of_another():
+    torch.manual_seed(0)
+    x = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 1, 8, 8)
+    y, kinds = augment.cut(x), {"whole": 0, "rows": 0, "columns": 0}
+    for i, image in enumerate(y[:, 0]):
+        foreign = image != i
+        assert len(image.unique()) <= 2
+        if not foreign.any():
+            kinds["whole"] += 1
+            continue
+        rows = bool((foreign == foreign[:, :1]).all())
+        kinds["rows" if rows else "columns"] += 1
+        line = (foreign[:, 0] if rows else foreign[0]).int()
+        assert (foreign == foreign[:, :1]).all() or (foreign == foreign[:1]).all()
+        assert (line.diff() == 1).sum() <= 1  # one band
+    assert 180 < kinds["whole"] < 270 and kinds["columns"] > 60 and kinds["rows"] > 60, kinds
+
+
 def test_a_student_step_is_distillation():
     """KL of the student from the teacher at T times T^2, on the frozen ensemble's images, with one Adam step."""
-    state, _ = state_of(temperature=4.0, bn="batch", shift=0)
+    state, _ = state_of(temperature=4.0, bn="batch", shift=0, cut=False)
     ensemble = state.ensemble.part(slice(None)).freeze("batch")
     plain = ge.load("lenet5_half", ge.Args(device="cpu"), teacher=state.teacher, fresh=True).model
     plain.load_state_dict(state.student.state_dict())
@@ -723,7 +741,7 @@ def test_real_images_only_measure(tmp_path):
 
 
 def test_doctests():
-    for module in (figures, ranks):
+    for module in (augment, figures, ranks):
         tested = doctest.testmod(module)
         assert tested.attempted and not tested.failed
 

@@ -28,7 +28,7 @@ SHARED = [
     "data.py",
     "figures.py",
 ]
-SHARED += ["folder.py", "fuse.py", "graphs.py", "transitions.py"]
+SHARED += ["augment.py", "folder.py", "fuse.py", "graphs.py", "ranks.py", "transitions.py"]
 OPS = [path for path in KERNELS if path.name not in SHARED]
 TRITON = [*OPS, ROOT / "kernels" / "_channels.py", ROOT / "kernels" / "_logits.py"]
 PYTHON = [*SCRIPTS, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "results").glob("*.py"))]
