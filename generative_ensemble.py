@@ -1,6 +1,26 @@
-"""Generative ensemble: small generators, each of some classes, are trained on a teacher alone and teach students.
+"""Generative ensemble: small generators, each of its own classes, learn from a teacher alone, then teach students.
 
-HEADER
+Luo, Sandler, Lin, Zhmoginov, Howard, "Large-scale generative data-free distillation", 2020, arXiv:2012.05578. The
+teacher T must see in an image the class that it was made for, and know its moments; students S learn T's answers:
+
+    L_G = CE(T(x), y) + alpha_bn R(x),   x = G_g(z, y), z ~ N(0, I), y uniform over the classes of generator g
+    L_S = T^2 KL(T(x) / T || S(x) / T),  x of the frozen ensemble, all generators alike, nothing stored
+
+R: distance of the moments of T's BatchNorm inputs from those it stored. All generators train at once, as groups of one
+network, in one pass through T. The generator is the released one (of its depthwise variant nothing is known, so it is
+not here). Neither losses, coefficients nor schedules were released: all else here is ours, chosen on training images:
+- `--pool`: of which layers moments are pooled over all generators. A class cannot have the moments of all classes, in
+  deep layers least. Pooled everywhere, generators divide the styles among them (blobs, bricks); own moments everywhere
+  make strokes of no class; the default pools the last 30 % of the layers;
+- `--bn batch`: generators teach in train mode, in batches as they were trained in; eval mode: 6 points worse (digits);
+- no total variation, no l2 prior (switches); `--shift`, `--cut` vary what students see; T^2 in L_S.
+MEASURED
+Run `python generative_ensemble.py`. It writes into --out: ensemble.pt, student.pt, samples.png (a row per class),
+result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means since the last row: `loss/ce`, `loss/bn`,
+`loss/tv`, `loss/l2` unweighted, `eval/hits` percent of images on target; `loss/student`, `eval/acc` percent
+of real test images. `--ensemble FILE` teaches another student, `--sample N` draws a grid, `--compare RUN RUN …` writes
+compare.json and compare.png.
+`torchrun --nproc-per-node=R generative_ensemble.py` splits the generators over ranks; each pools over its own.
 """
 
 import math
@@ -381,10 +401,7 @@ def evaluate(model, images, labels, mean, std, batch_size=500):
 
 @torch.no_grad()
 def sample_classes(ensemble, n_images, n):
-    """(classes, images of each, C, H, W) on the CPU: so many images in all, or one of each of the first classes.
-
-    They are drawn in batches of n from each generator, as a student sees them.
-    """
+    """n_images in all, of (the first) classes alike: (classes, each, C, H, W) on the CPU; n: batch of a generator."""
     n_classes = min(n_images, int(ensemble.classes.max()) + 1)
     each, kept = n_images // n_classes, [[] for _ in range(n_classes)]
     while min(map(len, kept)) < each:
@@ -396,12 +413,10 @@ def sample_classes(ensemble, n_images, n):
 
 
 def ensemble_measures(state, ensemble, test, n):
-    """hits: percent of images in which the teacher sees their class; diversity; of the student each class's accuracy.
-
-    Diversity is of up to 50 images a class, and of as many real ones beside them.
-    """
+    """hits: percent of images that the teacher sees as wanted; diversity, beside that of as many real images; accuracy
+    of each class."""
     K, model, device = state.teacher.num_classes, state.teacher.model, state.step.device
-    images = sample_classes(ensemble, max(K, min(50 * K, 1000)), n).to(device)  # (K, each, C, H, W)
+    images = sample_classes(ensemble, max(2 * K, min(50 * K, 1000)), n).to(device)  # (K, each, C, H, W)
     with torch.no_grad():
         hits = [(model(x).argmax(1) == k).float().mean().item() for k, x in enumerate(images)]
     found = dict(hits=100 * float(np.mean(hits)), diversity=diversity(model, images))
@@ -430,11 +445,10 @@ def load_ensemble(path, device, teacher=None):
         saved = load_weights(path)
         shape = {k: saved["shape"][k] for k in SHAPE}
         classes = sorted(k for group in shape["groups"] for k in group)
-        if classes != list(range(len(classes))) or saved["n"] < 1 or saved["bn"] not in ("batch", "running"):
-            raise ValueError("its description does not belong together")
         its = dict(num_classes=len(classes), image_size=shape["image_size"], mean=saved["mean"], std=saved["std"])
-        if not shape["channels"] == len(saved["mean"]) == len(saved["std"]):
-            raise ValueError("its channels do not belong together")
+        right = classes == list(range(len(classes))) and saved["n"] >= 1 and saved["bn"] in ("batch", "running")
+        if not right or not shape["channels"] == len(saved["mean"]) == len(saved["std"]):
+            raise ValueError("its description does not belong together")
         ensemble = Ensemble(shape)
         ensemble.load_state_dict(saved["state_dict"])
         if not all(v.isfinite().all() for v in ensemble.state_dict().values()):

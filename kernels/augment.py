@@ -1,4 +1,4 @@
-"""Random changes of a batch of images on its device, without a host sync: what a student sees of a generator's images."""
+"""Random changes of images on their device, without a host sync: what a student sees of a generator's batch."""
 
 import torch
 
