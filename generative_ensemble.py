@@ -416,7 +416,7 @@ def ensemble_measures(state, ensemble, test, n):
     """hits: percent of images that the teacher sees as wanted; diversity, beside that of as many real images; accuracy
     of each class."""
     K, model, device = state.teacher.num_classes, state.teacher.model, state.step.device
-    images = sample_classes(ensemble, max(2 * K, min(50 * K, 1000)), n).to(device)  # (K, each, C, H, W)
+    images = sample_classes(ensemble, max(2 * K, min(20 * K, 1000)), n).to(device)  # (K, each, C, H, W)
     with torch.no_grad():
         hits = [(model(x).argmax(1) == k).float().mean().item() for k, x in enumerate(images)]
     found = dict(hits=100 * float(np.mean(hits)), diversity=diversity(model, images))
