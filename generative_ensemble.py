@@ -146,7 +146,7 @@ OURS = dict(PAPER, student="lenet5", batch_size=40, latent=64, width=16, lr_gene
 SETTINGS = {
     "cifar10": PAPER,  # untested: values of related work
     "mnist": dict(OURS, steps=4000, epochs=40),
-    "digits": dict(OURS, steps=1200, epochs=20),
+    "digits": dict(OURS, steps=1000, alpha_bn=5.0, epochs=20, student_batch=80, iterations=80),
 }
 # fmt: on
 load = partial(load_network, networks={})  # all but the generators are factories, of teacher.py or of the user
