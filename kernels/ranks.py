@@ -25,7 +25,7 @@ def slices(n, n_parts):
 
 
 def exchange(states):
-    """Give every rank all ranks' tensors, in place.
+    """Give every rank all ranks' tensors, in place: the last thing that they do together.
 
     Args:
         states: [{name: contiguous tensor}, one for each rank]: this rank's own, and others of the right shapes.
@@ -33,3 +33,5 @@ def exchange(states):
     for rank, state in enumerate(states):
         for tensor in state.values() if len(states) > 1 else ():
             dist.broadcast(tensor, rank)
+    if len(states) > 1:
+        dist.destroy_process_group()
