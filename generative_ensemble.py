@@ -7,19 +7,18 @@ teacher T must see in an image the class that it was made for, and know its mome
     L_S = T^2 KL(T(x) / T || S(x) / T),  x of the frozen ensemble, all generators alike, nothing stored
 
 R: distance of the moments of T's BatchNorm inputs from those it stored. All generators train at once, as groups of one
-network, in one pass through T. The generator is the released one (of its depthwise variant nothing is known, so it is
-not here). Neither losses, coefficients nor schedules were released: all else here is ours, chosen on training images:
+network, in one pass through T. The generator is the released one, without its depthwise variant. Neither losses,
+coefficients nor schedules were released: all else here is ours, chosen on training images (results/README.md):
 - `--pool`: of which layers moments are pooled over all generators. A class cannot have the moments of all classes, in
   deep layers least. Pooled everywhere, generators divide the styles among them (blobs, bricks); own moments everywhere
   make strokes of no class; the default pools the last 30 % of the layers;
-- `--bn batch`: generators teach in train mode, in batches as they were trained in; eval mode: 6 points worse (digits);
+- `--bn batch`: generators teach in train mode; eval mode: 6 points worse (digits). Batches as in training help, too;
 - no total variation, no l2 prior (switches); `--shift`, `--cut` vary what students see; T^2 in L_S.
 MEASURED
 Run `python generative_ensemble.py`. It writes into --out: ensemble.pt, student.pt, samples.png (a row per class),
 result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means since the last row: `loss/ce`, `loss/bn`,
-`loss/tv`, `loss/l2` unweighted, `eval/hits` percent of images on target; `loss/student`, `eval/acc` percent
-of real test images. `--ensemble FILE` teaches another student, `--sample N` draws a grid, `--compare RUN RUN …` writes
-compare.json and compare.png.
+`loss/tv`, `loss/l2` unweighted, `eval/hits` percent of images on target; `loss/student`, `eval/acc` percent of real
+test images. `--ensemble FILE` teaches another student, `--sample N` draws a grid, `--compare RUN RUN …` compares runs.
 `torchrun --nproc-per-node=R generative_ensemble.py` splits the generators over ranks; each pools over its own.
 """
 
