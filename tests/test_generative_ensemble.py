@@ -329,7 +329,7 @@ def test_one_class_alone_cannot_have_the_moments_of_all():
 
 
 def test_a_single_class_that_matches_alone_is_no_longer_that_class():
-    """What --no-pool asks of it: one class's images, moved by gradient steps, spread until they look like both."""
+    """What --pool 0 asks of it: one class's images, moved by gradient steps, spread until they look like both."""
     spread = {}
     for n_parts in (1, 2):
         x = 0.5 * torch.randn(100, 1, 8, 8, generator=torch.Generator().manual_seed(0))
