@@ -127,7 +127,7 @@ class Args:
     shift: int | None = None
     """Each image that a student sees is shifted by up to so many pixels each way, its edges repeated."""
     cut: bool | None = None
-    """Replace a random band of rows or columns, in half of a student's images, by another image's (as CutMix)."""
+    """Replace a random band of rows or columns, in half of a student's images, by another's (CutMix): True | False."""
     temperature: float | None = None
     """Divides both logits of the student's KL, which is multiplied by its square."""
     optimizer: str | None = None
