@@ -2,22 +2,30 @@
 
 import os
 from datetime import timedelta
-from types import SimpleNamespace
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from kernels.contract import one_line
 
 
+class Place(NamedTuple):
+    """Which process this is, from 0, and how many there are."""
+
+    rank: int
+    world: int
+
+
 def join(device):
-    """This process's place among those that torchrun started: rank and world (0 and 1 without torchrun).
+    """This process's Place among those that torchrun started; (0, 1) without torchrun.
 
     Args:
         device: cpu (gloo) or cuda (NCCL; this process then uses the GPU of its local rank).
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return SimpleNamespace(rank=0, world=1)
+        return Place(0, 1)
     with one_line(
         "torchrun: the processes cannot be joined", "check its --nproc-per-node and the machines' addresses"
     ):
@@ -25,13 +33,35 @@ def join(device):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # processes that do not step together may finish hours apart, and wait for each other then
         dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=7))
-    return SimpleNamespace(rank=dist.get_rank(), world=dist.get_world_size())
+    return Place(dist.get_rank(), dist.get_world_size())
 
 
 def wait_for_all(place):
     """Until every process has come here."""
     if place.world > 1:
         dist.barrier()
+
+
+def slices(n, n_parts):
+    """range(n) in so many contiguous parts, even but for one; none is empty where n >= n_parts.
+
+    >>> slices(10, 3)
+    [slice(0, 4, None), slice(4, 7, None), slice(7, 10, None)]
+    """
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in np.array_split(range(n), n_parts)]
+
+
+def exchange(states):
+    """Give every process all processes' tensors, in place: the last thing that they do together.
+
+    Args:
+        states: [{name: contiguous tensor}, one for each rank]: this process's own, and others of the right shapes.
+    """
+    for rank, state in enumerate(states):
+        for tensor in state.values() if len(states) > 1 else ():
+            dist.broadcast(tensor, rank)
+    if len(states) > 1:
+        dist.destroy_process_group()
 
 
 def least_of_all(value, device):

@@ -129,6 +129,14 @@ def draw_classes(images, labels, names, path, columns=10, rows=10):
     sheet.save(path, format="PNG")
 
 
+def _refuse_differences(kinds, by):
+    """What all runs share; kinds: {folder: {option: value}}."""
+    first = next(iter(kinds.values()))
+    if differ := sorted({k for kind in kinds.values() for k in kind if kind[k] != first.get(k, kind[k])}):
+        fail(f"--compare: the runs differ in {', '.join(differ)}; pass runs that differ in {by} and seed alone")
+    return first
+
+
 def compare_runs(folders, by, out):
     """Write compare.json and compare.png: the accuracies of finished runs, grouped by an entry of their result.json.
 
@@ -153,9 +161,7 @@ def compare_runs(folders, by, out):
             kind = {k: result[k] for k in ("teacher", "student", "dataset", "teacher_accuracy")} | result["setting"]
             kinds[folder] = kind | {by: None, "epochs": len(rows)}
             curves.setdefault(f"{by} {value}", []).append(accuracies)
-    first = next(iter(kinds.values()))
-    if differ := sorted({k for kind in kinds.values() for k in kind if kind[k] != first.get(k, kind[k])}):
-        fail(f"--compare: the runs differ in {', '.join(differ)}; pass runs that differ in {by} and seed alone")
+    first = _refuse_differences(kinds, by)
     for value, runs in arms.items():
         means = {k: f"{np.mean([r[k] for r in runs]):.2f}" for k in ("mean", "std", "best", "final", "last_quarter")}
         print(f"{by} {value}: {len(runs)} runs,", ", ".join(f"{k} {v}" for k, v in means.items()))
@@ -164,4 +170,81 @@ def compare_runs(folders, by, out):
         draw_curves(curves, out / "compare.png")
         known = {k: v for k, v in first.items() if k != by}
         (out / "compare.json").write_text(json.dumps(known | dict(arms=arms), indent=1) + "\n")
+    print(f"wrote compare.json, compare.png into {out}")
+
+
+def draw_grid(images, mean, std, path):
+    """`draw_classes` of images by class, (classes, n, C, H, W) in normalised units, on the CPU.
+
+    Args:
+        images: as above, C 1 or 3.
+        mean, std: C numbers each that undo the normalisation.
+        path: of the PNG, or a file object.
+
+    >>> import io
+    >>> draw_grid(torch.randn(3, 4, 1, 8, 8), [0.5], [0.2], io.BytesIO())
+    """
+    n_classes, n = images.shape[:2]
+    images = images * torch.tensor(std).view(-1, 1, 1) + torch.tensor(mean).view(-1, 1, 1)
+    pixels = (images.clamp(0, 1) * 255).round().to(torch.uint8).flatten(0, 1)
+    draw_classes(pixels, torch.arange(n_classes).repeat_interleave(n), {}, path, columns=n, rows=n_classes)
+
+
+def draw_arms(arms, path):
+    """Write bars, an arm's mean over runs ± one standard deviation: accuracy of each class, diversity over the real.
+
+    Args:
+        arms: {label: [run, …]}, a run with class_accuracies [percent, …], diversity, real_diversity {name: distance}.
+        path: of the PNG, or a file object.
+
+    >>> import io
+    >>> run = dict(class_accuracies=[90.0, 80.0], diversity={"pixels": 4.0}, real_diversity={"pixels": 5.0})
+    >>> draw_arms({"a": [run, run], "b": [run]}, io.BytesIO())
+    """
+    from matplotlib.figure import Figure  # not needed but here
+
+    figure = Figure((11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    for i, (label, runs) in enumerate(arms.items()):
+        classes = np.array([r["class_accuracies"] for r in runs])  # (runs, K)
+        names = list(runs[0]["diversity"])
+        ratios = np.array([[r["diversity"][k] / r["real_diversity"][k] for k in names] for r in runs])
+        for axis, values in ((left, classes), (right, ratios)):
+            x = np.arange(values.shape[1]) + 0.8 * (i - (len(arms) - 1) / 2) / len(arms)
+            axis.bar(x, values.mean(0), 0.8 / len(arms), yerr=values.std(0), label=label)
+    left.set(xlabel="class", ylabel="test accuracy, %", xticks=range(classes.shape[1]))
+    left.legend(loc="lower right")
+    right.set(ylabel="distance within a class / of real images", xticks=range(len(names)), xticklabels=names)
+    figure.savefig(path, dpi=100)
+
+
+def compare_arms(folders, sizes, out):
+    """Write compare.json and compare.png: finished runs by number and size of their generators.
+
+    Args:
+        folders: where the runs are, with result.json; runs of one arm are its seeds.
+        sizes: the entries of setting that make an arm; in all others the runs must agree.
+        out: folder to write into.
+
+    compare.json: what the runs share; arms, {"10 generators of 37,402": [figures of a run, …]}.
+    """
+    arms, kinds, out = {}, {}, Path(out)
+    kept = ("seed", "student_accuracy", "class_accuracies", "diversity", "real_diversity", "hits", "seconds")
+    for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+        with one_line(f"--compare {folder}", "pass the --out of finished, tested runs, each seed once an arm"):
+            result = json.loads((folder / "result.json").read_text())
+            setting = result["setting"]
+            arm = f"{setting['generators']} of {result['generator_parameters']:,}"
+            if any(run["seed"] == result["seed"] for run in arms.setdefault(arm, [])):
+                raise ValueError(f"a second run of generators {arm} parameters with seed {result['seed']}")
+            arms[arm].append({k: result[k] for k in (*kept, "device_name", "versions")})
+            kind = {k: result[k] for k in ("teacher", "student", "dataset", "teacher_accuracy")} | setting
+            kinds[folder] = {k: v for k, v in kind.items() if k not in sizes}
+    first = _refuse_differences(kinds, "generators")
+    for arm, runs in arms.items():
+        print(f"generators {arm} parameters: {np.mean([r['student_accuracy'] for r in runs]):.2f} %, {len(runs)} runs")
+    with one_line(f"--out {out} cannot be used", "pass another folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        draw_arms({f"{arm} parameters": runs for arm, runs in arms.items()}, out / "compare.png")
+        (out / "compare.json").write_text(json.dumps(first | dict(arms=arms), indent=1) + "\n")
     print(f"wrote compare.json, compare.png into {out}")

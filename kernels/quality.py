@@ -36,6 +36,18 @@ def agreement(info, shards):
     return round(100 * (hits.sum() / counts.sum()).item(), 2), by_class
 
 
+def last_inputs(model, inputs):
+    """What enters a network's last linear layer, [(n, D), …] on the CPU, for each of its inputs; None: it has none."""
+    layers, found = [m for m in model.modules() if isinstance(m, nn.Linear)], []
+    if not layers:
+        return None
+    hook = layers[-1].register_forward_pre_hook(lambda module, inputs: found.append(inputs[0].flatten(1).cpu()))
+    for x in inputs:
+        model(x)
+    hook.remove()
+    return found
+
+
 @torch.no_grad()
 def diversity(info, images, labels):
     """Mean cosine distance from an image to its nearest neighbour of the same class, in what the last layer reads.
@@ -50,16 +62,29 @@ def diversity(info, images, labels):
     Returns:
         A number from 0 to 2; None where no class has two images or the network has no linear layer.
     """
-    layers, features = [m for m in info.model.modules() if isinstance(m, nn.Linear)], []
-    if not layers:
+    features = last_inputs(info.model, batches(info, images))
+    if features is None:
         return None
-    hook = layers[-1].register_forward_pre_hook(lambda module, inputs: features.append(inputs[0].flatten(1).cpu()))
-    for x in batches(info, images):
-        info.model(x)
-    hook.remove()
     features = F.normalize(torch.cat(features).float(), dim=1)  # (N, D)
     alike = features @ features.T  # (N, N)
     alike[(labels[:, None] != labels) | torch.eye(len(labels), dtype=torch.bool)] = -math.inf
     nearest = alike.amax(1)
     nearest = nearest[nearest.isfinite()]
     return round(1 - nearest.mean().item(), 4) if len(nearest) else None
+
+
+@torch.no_grad()
+def spread_of_classes(model, classes):
+    """Mean distance of two images of one class, in pixels and in what enters the network's last linear layer.
+
+    Args:
+        model: in eval mode; without a linear layer its logits are taken.
+        classes: [(n, C, H, W), …], images of one class each, at least two, in normalised units.
+
+    >>> pair = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    >>> spread_of_classes(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), [pair, pair])
+    {'pixels': 2.0, 'features': 2.0}
+    """
+    groups = {"pixels": classes, "features": last_inputs(model, classes) or [model(x) for x in classes]}
+    distances = {k: [torch.pdist(x.flatten(1).cpu()).mean() for x in images] for k, images in groups.items()}
+    return {k: torch.stack(values).double().mean().item() for k, values in distances.items()}

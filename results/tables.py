@@ -100,6 +100,59 @@ def replay_table():
     return "\n".join(lines)
 
 
+def ensemble_table():
+    """Final-iterate accuracies of students of ensembles, by setting, from results/ensemble-*-seed*.json."""
+    runs = {}
+    for path in sorted((ROOT / "results").glob("ensemble-*-seed*.json")):
+        runs.setdefault(path.stem.rpartition("-seed")[0], []).append(json.loads(path.read_text()))
+    lines = [
+        "| setting | generators | teacher → student | teacher | student | relative | steps, epochs | seeds, longest |"
+    ]
+    lines.append("|---" * 8 + "|")
+    for name, group in runs.items():
+        first, students = group[0], [r["student_accuracy"] for r in group]
+        setting, relative = first["setting"], statistics.mean(students) / first["teacher_accuracy"]
+        lines.append(
+            f"| `{setting['name']}` | {setting['generators']} of {first['generator_parameters']:,} "
+            f"| `{first['teacher']}` → `{first['student']}` | {first['teacher_accuracy']:.2f} % | {spread(students)} "
+            f"| {100 * relative:.1f} % | {setting['steps']}, {setting['epochs']} | {len(group)}, "
+            f"{max(r['seconds'] for r in group):.0f} s, {first['device_name']}; `results/{name}-seed*.json` |"
+        )
+    return "\n".join(lines)
+
+
+def arms_table(data):
+    """One generator against many, from results/ensemble-arms-DATA.json."""
+    table = json.loads((ROOT / f"results/ensemble-arms-{data}.json").read_text())
+    names = "student | its weakest class | images on target | distance in pixels | in features"
+    lines = [f"| generators, parameters each | {names} | seeds |", "|---" * 7 + "|"]
+    for arm, runs in table["arms"].items():
+        ratio = {k: [100 * r["diversity"][k] / r["real_diversity"][k] for r in runs] for k in ("pixels", "features")}
+        cells = [spread([r["student_accuracy"] for r in runs]), spread([min(r["class_accuracies"]) for r in runs], 1)]
+        cells += [spread([r["hits"] for r in runs], 1), *(spread(v, 0) for v in ratio.values())]
+        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {len(runs)} |")
+    note = (
+        f"{table['steps']} steps of {table['batch_size']} images each; `{table['teacher']}` → `{table['student']}`; "
+    )
+    note += "distances within a class, in percent of that of real test images; "
+    return "\n".join(lines) + f"\n\n{note}`results/ensemble-arms-{data}.json`."
+
+
+def ensemble_speed_table():
+    """Generators together against one after another, from results/ensemble-speed.json."""
+    saved = json.loads((ROOT / "results/ensemble-speed.json").read_text())
+    lines = ["| width | images of a generator | 10 together, ms | 10 × one, ms | ratio |", "|---" * 5 + "|"]
+    for r in saved["rows"]:
+        ratio = f"{r['together_ms'] / r['alone_ms']:.2f}"
+        cells = (r["width"], r["images_per_generator"], r["together_ms"], r["alone_ms"], ratio)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    where = f"{saved['device_name']}, torch {saved['versions']['torch']}, commit {saved['versions']['commit']}"
+    return (
+        "\n".join(lines)
+        + f"\n\nOne step of `{saved['teacher']}`, medians of 8; {where}; `results/ensemble-speed.json`."
+    )
+
+
 def trace_table():
     """A short run of zskt.py's paper setting beside the first window of the authors' log."""
     rows = [json.loads(line) for line in (ROOT / "results/zskt-cifar10-trace.jsonl").read_text().splitlines()]
@@ -180,7 +233,8 @@ def tables():
     """{name: text between its markers}."""
     makers = dict(teachers=teachers_table, inversion=inversion_table, cpu_ops=cpu_ops_table, cpu_step=cpu_step_table)
     makers |= dict(zskt=zskt_table, mte=mte_table, cpu_pseudo_batch=cpu_pseudo_batch_table)
-    makers |= dict(trace=trace_table, replay=replay_table, cpu_summary=cpu_summary)
+    makers |= dict(trace=trace_table, replay=replay_table, cpu_summary=cpu_summary, ensemble=ensemble_table)
+    makers |= dict(ensemble_speed=ensemble_speed_table, ensemble_arms_digits=lambda: arms_table("digits"))
     return {name: make() for name, make in makers.items()}
 
 

@@ -31,6 +31,8 @@ OWN = {  # defined in several scripts, and meant to differ
     "disagreement": "one paper's divergence of teacher and student",
     "generator_step": "one method's step",
     "student_step": "one method's step",
+    "moment_loss": "one method's distance of moments",
+    "Distiller": "all networks of one method with their optimisers",
 }
 
 

@@ -29,7 +29,7 @@ SHARED = [
     "data.py",
     "figures.py",
 ]
-SHARED += ["distributed.py", "folder.py", "fuse.py", "graphs.py", "quality.py", "transitions.py"]
+SHARED += ["augment.py", "distributed.py", "folder.py", "fuse.py", "graphs.py", "quality.py", "transitions.py"]
 OPS = [path for path in KERNELS if path.name not in SHARED]
 TRITON = [*OPS, ROOT / "kernels" / "_channels.py", ROOT / "kernels" / "_logits.py"]
 PYTHON = [*SCRIPTS, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "results").glob("*.py"))]

@@ -1,0 +1,32 @@
+"""Random changes of images on their device, without a host sync: what a student sees of a generator's batch."""
+
+import torch
+
+
+def shifted(x, pixels):
+    """Each image of (N, C, H, W) moved by a random number of pixels each way, at most so many, its edges repeated.
+
+    >>> shifted(torch.ones(2, 1, 8, 8), 3).shape
+    torch.Size([2, 1, 8, 8])
+    """
+    N, _, H, W = x.shape
+    moves = (torch.rand(2, N, 1, device=x.device) * (2 * pixels + 1)).long() - pixels
+    rows = (torch.arange(H, device=x.device) + moves[0]).clamp(0, H - 1)  # (N, H)
+    columns = (torch.arange(W, device=x.device) + moves[1]).clamp(0, W - 1)  # (N, W)
+    images = torch.arange(N, device=x.device).view(N, 1, 1)
+    return x.permute(0, 2, 3, 1)[images, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+def cut(x):
+    """Half of the images of (N, C, S, S) get a random band of rows or of columns from another image, as in CutMix.
+
+    >>> cut(torch.ones(2, 1, 8, 8)).mean()
+    tensor(1.)
+    """
+    N, side = len(x), x.shape[2]
+    ends = (torch.rand(2, N, 1, device=x.device) * (side + 1)).long()
+    at = torch.arange(side, device=x.device)
+    band = (at >= ends[0]) & (at < ends[1])  # (N, S), empty where the ends are the wrong way round
+    of_rows = torch.rand(N, 1, 1, device=x.device) < 0.5
+    mask = torch.where(of_rows, band.unsqueeze(2), band.unsqueeze(1))  # (N, S, S)
+    return torch.where(mask.unsqueeze(1), x[(torch.rand(N, device=x.device) * N).long()], x)
