@@ -235,6 +235,7 @@ def tables():
     makers |= dict(zskt=zskt_table, mte=mte_table, cpu_pseudo_batch=cpu_pseudo_batch_table)
     makers |= dict(trace=trace_table, replay=replay_table, cpu_summary=cpu_summary, ensemble=ensemble_table)
     makers |= dict(ensemble_speed=ensemble_speed_table, ensemble_arms_digits=lambda: arms_table("digits"))
+    makers |= dict(ensemble_arms_mnist=lambda: arms_table("mnist"))
     return {name: make() for name, make in makers.items()}
 
 
