@@ -14,7 +14,7 @@ coefficients nor schedules were released: all else here is ours, chosen on train
   make strokes of no class; the default pools the last 30 % of the layers;
 - `--bn batch`: generators teach in train mode; eval mode: 6 points worse (digits). Batches as in training help, too;
 - no total variation, no l2 prior (switches); `--shift`, `--cut` vary what students see; T^2 in L_S.
-Measured (results/ensemble-*.json; 1 CPU thread): digits 94.17 % (1 seed, 214 s); mnist-resnet8 to lenet5 96.44 ± 0.53 %
+Measured (results/ensemble-*; 1 CPU thread): digits 94.17 % (1 seed, 214 s); mnist-resnet8 to lenet5 96.44 ± 0.53 %
 (3 seeds, at most 842 s), with one generator 82.97 %, with one ten times its size 90.65 % (1 seed). Not on a GPU yet.
 Run `python generative_ensemble.py`. It writes into --out: ensemble.pt, student.pt, samples.png (a row per class),
 result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means since the last row: `loss/ce`, `loss/bn`,
