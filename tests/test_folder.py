@@ -22,16 +22,22 @@ COMMAND += " --checkpoint-every 4 --log-every 1 --device cpu --out"
 SAME = ("images-00000.npz", "images-00001.npz", "metrics.jsonl", "samples.png")
 
 
-def start(out, *options, **how):
+def start(out, *options, limit=resource.RLIM_INFINITY):
+    """A run as a process of its own; limit: bytes of the largest file that it may write."""
+
+    def before_it_begins():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background is born deaf to it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
     env = os.environ | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    command = [sys.executable, *COMMAND.split(), str(out), *options]
+    command, pipes = [sys.executable, *COMMAND.split(), str(out), *options], dict(stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, **how
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, preexec_fn=before_it_begins, **pipes
     )
 
 
-def finish(out, *options, **how):
-    process = start(out, *options, **how)
+def finish(out, *options, **limit):
+    process = start(out, *options, **limit)
     errors = process.communicate(timeout=120)[1]
     return process.returncode, [line for line in errors.splitlines() if "|" not in line and line.strip()]
 
@@ -90,8 +96,7 @@ def test_interrupted_out_of_disk_and_damaged(whole, tmp_path):
 
     # the largest file that the process may write is smaller than a checkpoint: no room is left for the next one
     before = (cut / "checkpoint.pt").read_bytes()
-    limits = (len(before) - 20_000,) * 2
-    code, errors = finish(cut, "--resume", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    code, errors = finish(cut, "--resume", limit=len(before) - 20_000)
     assert code == 2 and len(errors) == 1, errors
     assert "checkpoint.pt cannot be written" in errors[0] and "then continue with --resume" in errors[0]
     assert (cut / "checkpoint.pt").read_bytes() == before
