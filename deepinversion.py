@@ -552,7 +552,7 @@ class Run(RunFolder):
             draw_classes(images, labels, names, self.out / "samples.png")
         result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None)
         result |= dict(verifier=verifier.name if verifier else None, ranks=self.place.world)
-        result |= dict(n_images=sum(len(y) for _, y in self.made()), diversity=diversity(teacher, images, labels))
+        result |= dict(n_images=n * self.setting["batch_size"], diversity=diversity(teacher, images, labels))
         for role, info in (("teacher", teacher), ("verifier", verifier)):
             total, by_class = agreement(info, self.made()) if info else (None, None)
             result |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}

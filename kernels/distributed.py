@@ -72,6 +72,7 @@ def least_of_all(value, device):
 
 
 def leave(place):
+    """The end of what `join` began."""
     if place.world > 1:
         dist.destroy_process_group()
 

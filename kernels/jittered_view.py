@@ -25,13 +25,14 @@ from kernels import _common
 from kernels._common import tl, triton
 from kernels.total_variation import (
     _backward_torch,
+    _forward_torch,
     _inverse_counts,
     _planes,
-    _shifted_pairs,
     _tiling,
     l2_weight,
     plane_and_tile,
     slope,
+    slope_weights,
     store_shares,
     total_variation_ref,
 )
@@ -156,10 +157,8 @@ def _jittered_view_bwd_kernel(
     right = cols_right * stride_xl
 
     grad_l1, grad_l2 = tl.load(grads_ptr), tl.load(grads_ptr + 1)
-    h1, h2 = grad_l1 * inv_count_h, l2_weight(grad_l2, norms_ptr)
-    v1, v2 = grad_l1 * inv_count_v, l2_weight(grad_l2, norms_ptr + 1)
-    d1, d2 = grad_l1 * inv_count_d, l2_weight(grad_l2, norms_ptr + 2)
-    a2 = l2_weight(grad_l2, norms_ptr + 3)
+    counts = inv_count_h, inv_count_v, inv_count_d
+    h1, v1, d1, h2, v2, d2, a2 = slope_weights(grad_l1, grad_l2, norms_ptr, counts)
     of_norm = l2_weight(tl.load(grads_ptr + 2) * inverse_n, image_norms_ptr + plane // C)
 
     here = (rows < H) & (cols < L)
@@ -186,7 +185,6 @@ class _JitteredView(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, draw, dtype):
         ctx.set_materialize_grads(False)  # a term that no loss uses costs nothing on the CPU
-        ctx.dtype, ctx.strides = x.dtype, torch.empty_like(x, device="meta").stride()
         if _common.runs_triton(x):
             view = torch.empty(x.shape, device=x.device, dtype=dtype, memory_format=torch.channels_last)
             (planes, C, H, L), step, strides = _planes(x, view)
@@ -200,9 +198,8 @@ class _JitteredView(torch.autograd.Function):
         else:
             x32 = _moved(x.float(), *_sources(draw, *x.shape[2:]))
             view = x32.to(dtype)
-            differences = [minuend - subtrahend for minuend, subtrahend in _shifted_pairs(x32)]
-            tv_l1 = sum(d.abs().mean() for d in differences)
-            norms = torch.stack([torch.linalg.vector_norm(d) for d in differences])  # (4,)
+            tv_l1, norms = _forward_torch(x32)
+            ctx.dtype, ctx.strides = x.dtype, torch.empty_like(x, device="meta").stride()
             image_norms = torch.linalg.vector_norm(x32.flatten(1), dim=1)  # (N,)
             ctx.save_for_backward(x32, draw, norms, image_norms)
         return view, tv_l1, norms.sum(), image_norms.mean()

@@ -138,6 +138,15 @@ def l2_weight(grad_l2, norm_ptr):
 
 
 @triton.jit
+def slope_weights(grad_l1, grad_l2, norms_ptr, inv_counts):
+    """What `slope` takes for horizontal, vertical and both diagonal neighbours: l1's three weights, l2's four."""
+    h1, v1, d1 = grad_l1 * inv_counts[0], grad_l1 * inv_counts[1], grad_l1 * inv_counts[2]
+    h2, v2 = l2_weight(grad_l2, norms_ptr), l2_weight(grad_l2, norms_ptr + 1)
+    d2, a2 = l2_weight(grad_l2, norms_ptr + 2), l2_weight(grad_l2, norms_ptr + 3)
+    return h1, v1, d1, h2, v2, d2, a2
+
+
+@triton.jit
 def _total_variation_bwd_kernel(
     dx_ptr,  # gradient of the images
     x_ptr,  # images
@@ -169,10 +178,8 @@ def _total_variation_bwd_kernel(
 
     grad_l1 = tl.load(grad_l1_ptr).to(tl.float32)
     grad_l2 = tl.load(grad_l2_ptr).to(tl.float32)
-    h1, h2 = grad_l1 * inv_count_h, l2_weight(grad_l2, norms_ptr)
-    v1, v2 = grad_l1 * inv_count_v, l2_weight(grad_l2, norms_ptr + 1)
-    d1, d2 = grad_l1 * inv_count_d, l2_weight(grad_l2, norms_ptr + 2)
-    a2 = l2_weight(grad_l2, norms_ptr + 3)
+    counts = inv_count_h, inv_count_v, inv_count_d
+    h1, v1, d1, h2, v2, d2, a2 = slope_weights(grad_l1, grad_l2, norms_ptr, counts)
 
     here = (rows < H) & (cols < L)
     has_left = here & (cols >= step)
@@ -228,6 +235,12 @@ def _tiling(planes, H, L, direction):
     return grid, {"BLOCK_H": block_h, "BLOCK_L": block_l, "num_warps": num_warps}
 
 
+def _forward_torch(x):
+    """l1 and the four norms (4,) of fp32 images."""
+    differences = [minuend - subtrahend for minuend, subtrahend in _shifted_pairs(x)]
+    return sum(d.abs().mean() for d in differences), torch.stack([torch.linalg.vector_norm(d) for d in differences])
+
+
 class _TotalVariation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -241,9 +254,7 @@ class _TotalVariation(torch.autograd.Function):
             l1 = partials[0].sum()
             norms = partials[1:].sum(1).sqrt()  # (4,)
         else:
-            differences = [minuend - subtrahend for minuend, subtrahend in _shifted_pairs(x.float())]
-            l1 = sum(d.abs().mean() for d in differences)
-            norms = torch.stack([torch.linalg.vector_norm(d) for d in differences])  # (4,)
+            l1, norms = _forward_torch(x.float())
         ctx.save_for_backward(x, norms)
         return l1, norms.sum()
 
