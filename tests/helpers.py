@@ -1,7 +1,9 @@
-"""The measured-tolerance rule, the layouts that every op is tested in, and pairs of logits for the divergences."""
+"""The measured-tolerance rule, layouts and pairs of logits for the ops; runs and refusals of the scripts."""
 
 import importlib
+import json
 
+import pytest
 import torch
 
 
@@ -61,3 +63,33 @@ def assert_divergence_exact(op, p_logits, q_logits, temperature=1.0, cotangent=-
     for name, *values in zip(("value", "dp", "dq"), fused, exact, eager, strict=True):
         assert_as_exact_as_eager(*values, name=name)
     return fused
+
+
+def script_runs(script, fast):
+    """Two functions of a script's tests: `run` it into a folder, result.json back; the one line that it `refused` with.
+
+    fast: options of a run of seconds, which those that are passed replace.
+    """
+
+    def run(out, **options):
+        script.main(script.Args(**(fast | options), out=str(out), device="cpu"))
+        return json.loads((out / "result.json").read_text())
+
+    def refused(capsys, **options):
+        with pytest.raises(SystemExit) as stop:
+            script.main(script.Args(**(fast | {"device": "cpu"} | options)))
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run, refused
+
+
+def rows_of(out):
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def n_parameters(model):
+    return sum(p.numel() for p in model.parameters())

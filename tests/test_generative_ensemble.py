@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import n_parameters, rows_of, script_runs
 
 import generative_ensemble as ge
 import kernels
 from kernels import _common, augment, contract, distributed
 
 FAST = dict(steps=4, batch_size=20, width=4, latent=6, epochs=2, iterations=2, student_batch=20, generators=5)
+run, refused = script_runs(ge, FAST)
 
 
 @pytest.fixture(autouse=True)
@@ -38,29 +40,6 @@ def few_real_images(monkeypatch):
 
     real_images = ge.real_images
     monkeypatch.setattr(ge, "real_images", few)
-
-
-def run(out, **options):
-    ge.main(ge.Args(**(FAST | options), out=str(out), device="cpu"))
-    return json.loads((out / "result.json").read_text())
-
-
-def rows_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def refused(capsys, **options):
-    """The one line that a refused run prints."""
-    with pytest.raises(SystemExit) as stop:
-        ge.main(ge.Args(**(FAST | {"device": "cpu"} | options)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
-def n_parameters(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 def shape_of(groups, latent=6, width=8, stages=2, channels=1, image_size=32):

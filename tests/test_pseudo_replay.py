@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import n_parameters, rows_of, script_runs
 
 import kernels
 import pseudo_replay as replay
 from kernels import _common, contract, figures
 
 FAST = dict(epochs=3, iterations=2, batch_size=16, memory_share=0.2, width=4, latent=6)
+run, refused = script_runs(replay, FAST)
 
 
 @pytest.fixture(autouse=True)
@@ -36,35 +38,12 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-def run(out, **options):
-    replay.main(replay.Args(**(FAST | options), out=str(out), device="cpu"))
-    return json.loads((out / "result.json").read_text())
-
-
-def rows_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def refused(capsys, **options):
-    """The one line that a refused run prints."""
-    with pytest.raises(SystemExit) as stop:
-        replay.main(replay.Args(**(FAST | {"device": "cpu"} | options)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    return lines[0]
-
-
 def distiller_of(student="lenet5_half", memory="vae", **setting):
     args = replay.Args(device="cpu", memory=memory, **FAST)
     torch.manual_seed(0)
     teacher = replay.load("digits-lenet5", args)
     setting = replay.choose_setting(args, "digits") | setting
     return replay.Distiller(teacher, replay.load(student, args, teacher=teacher, fresh=True), setting, args)
-
-
-def n_parameters(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 # Sizes and layers

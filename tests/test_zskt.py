@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers import n_parameters, rows_of, script_runs
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
 
@@ -21,6 +22,7 @@ import zskt
 from kernels import _common, contract
 
 FAST = dict(pseudo_batches=6, batch_size=8, evaluations=3, width=4)
+run, refused = script_runs(zskt, FAST)
 
 
 @pytest.fixture(autouse=True)
@@ -28,25 +30,6 @@ def cpu_path(monkeypatch):
     """Scripts run the CPU path: the interpreter would take minutes. One line of stderr is checked: fix the name."""
     monkeypatch.setattr(_common, "INTERPRET", False)
     monkeypatch.setattr(sys, "argv", ["zskt.py"])
-
-
-def run(out, **options):
-    zskt.main(zskt.Args(**(FAST | options), out=str(out), device="cpu"))
-    return json.loads((out / "result.json").read_text())
-
-
-def rows_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def refused(capsys, **options):
-    """The one line that a refused run prints."""
-    with pytest.raises(SystemExit) as stop:
-        zskt.main(zskt.Args(**(FAST | {"device": "cpu"} | options)))
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2
-    assert len(lines) == 1, lines
-    return lines[0]
 
 
 def mean_kl(t_logits, s_logits):
@@ -63,10 +46,6 @@ def game_of(student="lenet5_half", **setting):
 
 
 # Fidelity: sizes, layers, terms, schedule
-
-
-def n_parameters(model):
-    return sum(p.numel() for p in model.parameters())
 
 
 def test_generator_is_the_papers():
