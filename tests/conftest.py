@@ -1,4 +1,4 @@
-"""Chooses the interpreter where there is no GPU, skips GPU-only cases with a reason, poisons fresh memory."""
+"""Chooses the interpreter where there is no GPU, skips GPU-only cases with a reason, seeds, poisons fresh memory."""
 
 import os
 import sys
@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Each test draws the same numbers in every run and in every order."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,7 @@ def assert_divergence_exact(op, p_logits, q_logits, temperature=1.0, cotangent=-
 
 
 def script_runs(script, fast):
-    """Two functions of a script's tests: `run` it into a folder, result.json back; the one line that it `refused` with.
+    """Two functions for the tests of a script: `run` (into a folder, result.json back) and `refused` (its one line).
 
     fast: options of a run of seconds, which those that are passed replace.
     """
