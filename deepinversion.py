@@ -1,41 +1,42 @@
-"""DeepInversion: class-conditional images from a trained network alone.
+"""DeepInversion and Adaptive DeepInversion: class-conditional images from a network alone, and students of them.
 
 Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha, Kautz, "Dreaming to Distill: Data-free Knowledge Transfer via
 DeepInversion", CVPR 2020, arXiv:1912.08795. A batch of noise images is optimised until a frozen teacher assigns the
 wanted classes and the moments of every BatchNorm input equal the running moments that the teacher stored in training.
 
     loss = CE(f(x'), y) + alpha_bn * R_bn(x') + alpha_tv_l2 * TV2(x') + alpha_tv_l1 * TV1(x') + alpha_l2 * R_l2(x')
+           [ + alpha_competition * (1 - JS(f(x'), g(x'))), adaptive: g is the student as it stands ]
 
 where x' is what the teacher sees of x in this step: pooled in a low-resolution stage, rolled by a random offset,
-mirrored at random; one draw for the whole batch (released code).
+mirrored at random; one draw for the whole batch (released code). With --student, g learns T² KL(f || g) at temperature
+T on a growing pool of these images, augmented anew in each step; a new batch is used at once, then joins the pool.
 
 Where we differ from the paper or its released code:
 - the teacher is frozen (no weight gradients); each BatchNorm, the addition and ReLU after it and the moments of its
   input are one op, all layers' distances another, jitter, flip and image priors a third (`kernels/`; --no-fused-bn,
-  --no-fused-distance, --no-fused-view, --no-fused turn them off); on a GPU the whole step is one CUDA graph
-  (--no-graph), and the learning rates and random views of a stage are drawn before it begins;
-- a batch depends on the seed and its number alone, on no batch before it (but with --ema);
+  --no-fused-distance, --no-fused-view, --no-fused turn them off); on a GPU a step is one CUDA graph (--no-graph);
+- a batch depends on the seed and its number alone, on none before it (but with --ema, or where it competes);
 - R_l2 is the mean over images of the image's norm for every data set (released CIFAR code: one norm of the batch);
-- each stage hands on, and the run keeps, the *last* images. The released code keeps those of the lowest loss and never
-  resets that minimum between stages: with two stages it returns the blurred low-resolution images, and the loss that
-  it compares belongs to another random view, before the step. With the cosine the last images are settled;
-- settings `cifar10` and `cifar10-long` are ours; classes that do not all fit a batch are drawn, not a fixed list;
+- each stage hands on, and the run keeps, the *last* images; the released code those of the lowest loss, a minimum that
+  it never resets between stages: with two it returns the blurred low-resolution images;
+- the paper's competition term is textbook JS, the released one is not (`competition_loss` says what that does); the
+  student competes as it stands, in eval mode, its weights frozen (released: a fixed network, gradients left on);
+- settings but `-released` and `imagenet-N` are ours; classes that do not all fit a batch are drawn, not a fixed list;
 - low-resolution stages pool the full image (as released); the paper up-samples a small one.
 Measured: on `cifar10`, 100 images a seed, 3 seeds, a verifier of another architecture agrees on 99.7 ± 0.6 % (1 CPU
 thread beside other work, 250 s, torch 2.13, commit 364118c; `cifar10-long` 98.3 ± 1.5 %): results/inversion-*.json.
 Run `python deepinversion.py [--teacher resnet50]`. It writes into --out: samples.png, images-00000.npz … of a batch
-each (`images` uint8 (N, H, W, C), `labels` int64 (N,)), result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics:
-`loss/total`; its unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2`; `eval/teacher` percent of
-views on target. `torchrun --nproc-per-node N deepinversion.py …` shares the batches out over N processes.
+each (`images` uint8 (N, H, W, C), `labels` int64 (N,)), student.pt and curve.png of a student, result.json, args.json,
+metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1`
+`loss/l2` `loss/competition`; `eval/teacher` percent of views on target; of an epoch `loss/student` and `eval/acc`.
+`torchrun --nproc-per-node N deepinversion.py …` shares the batches out over N processes.
 """
 
-import copy
+import contextlib
 import math
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from pathlib import Path
+from itertools import chain
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,134 +46,87 @@ import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from kernels import (
-    Captured,
-    bn_moments,
-    bn_moments_ref,
-    fuse_batchnorm,
-    hook_batchnorm,
-    jittered_view,
-    jittered_view_ref,
-    moment_distance,
-    moment_distance_ref,
-)
-from kernels.contract import (
-    check_options,
-    fail,
-    load_network,
-    one_line,
-    restore_optimizer,
-    seed_everything,
-    shipped,
-    try_out,
-)
-from kernels.distributed import join, joint_moments, least_of_all, leave, wait_for_all
-from kernels.figures import draw_classes, save_png
+import kernels
+from kernels.augment import varied
+from kernels.contract import RunOptions, check_options, fail, load_network, load_student, load_verifier, one_line
+from kernels.data import CLASS_NAMES, pixel_range, real_images, to_uint8
+from kernels.distributed import join, joint_moments, leave, wait_for_all
+from kernels.figures import draw_classes, draw_curves
 from kernels.folder import RunFolder
+from kernels.fuse import lowered, measured
+from kernels.js_divergence import released_divergence
 from kernels.moment_distance import moment_kl
-from kernels.quality import agreement, diversity
+from kernels.pool import Pool
+from kernels.quality import agreement, report
+from kernels.shards import Shards
 
 
 @dataclass
-class Args:
-    # Run settings.
-    teacher: str = "cifar10-resnet20"
-    """Shipped name (teachers/index.json), resnet18/34/50/101/152 (ImageNet), a teacher.pt, or file.py:factory."""
-    weights: str = ""
-    """State dict to load instead of the named one; needed for file.py:factory."""
-    num_classes: int = 0
-    """Classes of a foreign teacher; 0: as the named teacher has."""
-    image_size: int = 0
-    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
-    mean: tuple[float, ...] = ()
-    """Per-channel mean the teacher's inputs were normalised with; empty: as the named teacher has."""
-    std: tuple[float, ...] = ()
-    """Per-channel standard deviation, likewise."""
-    verifier: str = "auto"
-    """Network that judges the images, never optimised against: as --teacher (a factory with weights); auto | none."""
-    dataset: str = "auto"
-    """Family of the images, which chooses --setting and --verifier: cifar10 | mnist | digits | imagenet | auto."""
-    data_dir: str = "data"
-    """Where ImageNet weights are looked for and downloaded to."""
-    out: str = "runs/deepinversion/default"
-    """Output folder."""
-    seed: int = 0
-    """Seeds python, numpy and torch."""
-    device: str = "auto"
-    """auto | cpu | cuda."""
-    resume: bool = False
-    """Continue from checkpoint.pt of the output folder; on a CPU (same machine, threads, versions) bit-exactly."""
-    smoke: bool = False
-    """A run of seconds: 6 steps on 20 images."""
-    fused: bool = True
-    """Use the fused ops of kernels/; --no-fused runs the plain references, whatever the next three say."""
-    fused_bn: bool = True
-    """BatchNorm, addition, ReLU and moments as one op; off: hooks that read each input once more."""
-    fused_distance: bool = True
-    """The moment loss of all layers as one op; off: layer by layer."""
-    fused_view: bool = True
-    """Jitter, flip, total variation and l2 as one op; off: one after another."""
-    graph: bool = True
-    """On a GPU: the whole step as one CUDA graph."""
-    bf16: bool = True
-    """bfloat16 activations on a GPU (moments and images stay fp32)."""
-    image_folder: bool = False
-    """Also write PNGs into images/CLASS/ of the output folder, as torchvision's ImageFolder reads them."""
-    sync_moments: bool = False
-    """Under torchrun: moments over the images of all processes, which then work on one joint batch."""
-    checkpoint_every: int = 200
-    """Steps between checkpoints."""
-    log_every: int = 10
-    """Steps between rows of metrics.jsonl; the host waits for the device then, and at checkpoints, only."""
+class Args(RunOptions):
+    # Run settings, besides those of RunOptions.
+    teacher: str = "auto"  # Shipped name, resnet18 … 152 (ImageNet), teacher.pt, file.py:factory; auto: --dataset's.
+    student: str = ""  # Network to train: one of this script or of teacher.py, a shipped name, file.py:factory.
+    competition: str = "none"  # Adaptive: images that the student gets wrong: none | js (paper) | released.
+    images: str = ""  # An earlier run's folder: its images are the student's initial pool, in place of new ones.
+    verifier: str = "auto"  # Judges the images, never optimised against: as --teacher (factory with weights) | none.
+    dataset: str = "auto"  # Of setting, verifier, test: cifar10 | cifar100 | mnist | digits | imagenet | none | auto.
+    out: str = "runs/deepinversion/default"  # Output folder.
+    smoke: bool = False  # A run of seconds: 6 steps on 20 images.
+    fused: bool = True  # Use the fused ops of kernels/; off: the plain references, whatever the next three say.
+    fused_bn: bool = True  # BatchNorm, addition, ReLU and moments as one op; off: hooks that read inputs once more.
+    fused_distance: bool = True  # The moment loss of all layers as one op; off: layer by layer.
+    fused_view: bool = True  # Jitter, flip, total variation and l2 as one op; off: one after another.
+    graph: bool = True  # On a GPU: the whole step as one CUDA graph.
+    image_folder: bool = False  # Also write PNGs into images/CLASS/ of --out, as torchvision's ImageFolder reads them.
+    sync_moments: bool = False  # Under torchrun: moments over the images of all processes, as of one joint batch.
+    checkpoint_every: int = 200  # Steps between checkpoints.
+    log_every: int = 10  # Steps between rows of metrics.jsonl: at these and at checkpoints the host waits, only.
 
     # Method. None: as --setting has it.
-    setting: str = "auto"
-    """A row of SETTINGS: cifar10 | cifar10-long | cifar10-released | mnist | digits | imagenet-0 | -1 | -2."""
-    num_images: int = 0
-    """Images to make, in whole batches (under torchrun as many for each process); 0: one batch."""
-    classes: tuple[int, ...] = ()
-    """Wanted classes, repeated in turn; empty: all of them."""
-    batch_size: int | None = None
-    """Images optimised together; part of the method, for the moments are those of the batch."""
-    iterations: int | None = None
-    """Steps per batch, shared out over the setting's stages."""
-    lr: float | None = None
-    """Adam's peak learning rate, in normalised units."""
-    alpha_bn: float | None = None
-    """Weight of the moment loss (released flag: r_feature)."""
-    first_bn: float | None = None
-    """Extra factor on the first BatchNorm (released code: 10 on ImageNet; absent from the paper)."""
-    alpha_tv_l2: float | None = None
-    """Weight of the l2 total variation (released flag: tv_l2)."""
-    alpha_tv_l1: float | None = None
-    """Weight of the l1 total variation (released flag: tv_l1)."""
-    alpha_l2: float | None = None
-    """Weight of the images' mean l2 norm (released flag: l2)."""
-    moments: str | None = None
-    """Distance of moments: l2 (paper) | symmetric-kl of the channels' Gaussians (ours, after ABD's one-sided one)."""
-    ema: float | None = None
-    """Share of this process's earlier batches in the moments, for small batches (Fast-Datafree: 0.9)."""
-    priors_per_image: bool | None = None
-    """Divide the l2 total variation, which grows so, by sqrt(batch size): its weight then fits any batch."""
-    jitter: int | None = None
-    """Largest roll in pixels at full resolution (released flag: jitter)."""
-    flip: bool | None = None
-    """Mirror the batch with probability 1/2."""
-    clip: bool | None = None
-    """Clip to the range of real pixels after each step, [-m/s, (1 - m)/s] per channel."""
+    setting: str = "auto"  # A row of SETTINGS; auto: the data set's first.
+    num_images: int = 0  # Images to make, in whole batches; with --student: before its first step. 0: as the setting.
+    classes: tuple[int, ...] = ()  # Wanted classes, repeated in turn; empty: all of them.
+    batch_size: int | None = None  # Images optimised together; part of the method: the moments are those of a batch.
+    iterations: int | None = None  # Steps per batch, shared out over the setting's stages.
+    lr: float | None = None  # Adam's peak learning rate, in normalised units.
+    alpha_bn: float | None = None  # Weight of the moment loss (released flag: r_feature).
+    first_bn: float | None = None  # Factor on the first BatchNorm (released code: 10 on ImageNet; not in the paper).
+    alpha_tv_l2: float | None = None  # Weight of the l2 total variation (released flag: tv_l2).
+    alpha_tv_l1: float | None = None  # Weight of the l1 total variation (released flag: tv_l1).
+    alpha_l2: float | None = None  # Weight of the images' mean l2 norm (released flag: l2).
+    moments: str | None = None  # Distance: l2 (paper) | symmetric-kl of Gaussians (ours, after ABD's one-sided one).
+    ema: float | None = None  # Share of this process's past batches in the moments (Fast-Datafree: 0.9).
+    priors_per_image: bool | None = None  # Divide TV2, which grows so, by sqrt(batch size): one weight for all sizes.
+    jitter: int | None = None  # Largest roll in pixels at full resolution (released flag: jitter).
+    flip: bool | None = None  # Mirror the batch with probability 1/2.
+    clip: bool | None = None  # Clip to the range of real pixels after each step, [-m/s, (1 - m)/s] per channel.
+    alpha_competition: float | None = None  # Weight of the competition term (released flag: adi_scale).
+    epochs: int | None = None  # Epochs of the student; it is tested after each.
+    steps_per_epoch: int | None = None  # The student's updates in an epoch.
+    batches_per_epoch: int | None = None  # Batches of images made in each epoch, at even distances.
+    student_batch: int | None = None  # Images of an update, drawn from the pool.
+    lr_student: float | None = None  # The student's initial learning rate.
+    temperature: float | None = None  # T of the student's loss, which is multiplied by T², and of the competition.
+    shift: int | None = None  # Largest move of a student's images, each its own, in pixels.
 
 
-# stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup None: constant learning rate.
+# stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup None: constant learning rate; drop: epochs
+# until the student's falls to a tenth, None: a cosine over all; initial: batches before the student's first step.
 # fmt: off
 BASE = dict(lr=0.3, betas=(0.5, 0.9), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True,
-            moments="l2", ema=0.0, priors_per_image=False)
-CIFAR = dict(BASE, batch_size=100, alpha_bn=1.0, first_bn=10.0, alpha_tv_l2=1.5e-2)
-GREY = dict(BASE, batch_size=100, alpha_bn=3.0, alpha_tv_l2=2e-3, flip=False)
-IMAGENET = dict(BASE, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4, alpha_l2=1e-5)
+            moments="l2", ema=0.0, priors_per_image=False, alpha_competition=1.0, temperature=3.0)
+STUDENT = dict(initial=10, epochs=20, steps_per_epoch=195, batches_per_epoch=2, student_batch=256, optimizer="sgd",
+               lr_student=0.1, drop=None, shift=4, mirror=True, cut=False)
+PAPER = dict(STUDENT, initial=50, epochs=250, drop=100)  # 4.1; of the initial pool nothing is known
+SMALL = dict(STUDENT, student_batch=128, optimizer="adam", lr_student=2e-3, mirror=False, cut=True)
+CIFAR = dict(BASE, **STUDENT, batch_size=100, alpha_bn=1.0, first_bn=10.0, alpha_tv_l2=1.5e-2)
+GREY = dict(BASE, **SMALL, batch_size=100, alpha_bn=3.0, alpha_tv_l2=2e-3, flip=False)
+IMAGENET = dict(BASE, **STUDENT, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4,
+                alpha_l2=1e-5)
 SETTINGS = {
     "cifar10": dict(CIFAR, stages=[(400, 1, 2)]),  # ours
     "cifar10-long": dict(CIFAR, stages=[(1200, 1, 2)], alpha_bn=3.0),  # ours
-    "cifar10-released": dict(CIFAR, stages=[(2000, 1, 2)], batch_size=256, alpha_bn=10.0, first_bn=1.0, lr=0.05,
+    "cifar10-released": dict(BASE, **PAPER, stages=[(2000, 1, 2)], batch_size=256, alpha_bn=10.0, lr=0.05,
                              alpha_tv_l2=2.5e-5, betas=(0.9, 0.999), warmup=None, flip=False, clip=False),
     "mnist": dict(GREY, stages=[(300, 1, 2)]),  # ours
     "digits": dict(GREY, stages=[(300, 1, 2)]),  # ours
@@ -180,10 +134,10 @@ SETTINGS = {
     "imagenet-1": dict(IMAGENET, stages=[(2000, 1, 30)]),
     "imagenet-2": dict(IMAGENET, stages=[(20000, 1, 30)], betas=(0.9, 0.999), clip=False),  # nearest the paper's 4.2
 }
-FAMILIES = {"cifar10": ("cifar10", "cifar10-wrn-16-1"), "mnist": ("mnist", "mnist-lenet5"),  # setting, verifier
-            "digits": ("digits", "digits-lenet5"), "imagenet": ("imagenet-0", "none")}
+FAMILIES = {"cifar10": ("cifar10", "cifar10-resnet20", "cifar10-wrn-16-1"),  # setting, teacher, verifier
+            "mnist": ("mnist", "mnist-resnet8", "mnist-lenet5"), "imagenet": ("imagenet-0", "resnet50", "none"),
+            "digits": ("digits", "digits-resnet8", "digits-lenet5")}
 # fmt: on
-CLASS_NAMES = {"cifar10": ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]}
 
 
 # Networks: the paper's ResNets, CIFAR and ImageNet layouts. Everything else comes through file.py:factory.
@@ -261,39 +215,13 @@ NARROW, WIDE = (16, 32, 64), (64, 128, 256, 512)  # widths of the three- and the
 NETWORKS = {f"resnet{6 * n + 2}": partial(ResNet, (n, n, n), NARROW, "A") for n in (1, 3, 5, 7, 9)}
 NETWORKS["resnet18_cifar"] = partial(ResNet, (2, 2, 2, 2), WIDE, "B")
 NETWORKS["resnet34_cifar"] = partial(ResNet, (3, 4, 6, 3), WIDE, "B")
-PUBLIC = {}  # teachers to be downloaded, as teachers/index.json describes the shipped ones
-for _name, _blocks, _file, _accuracy in (  # the official file's suffix: first 8 digits of its SHA-256; top-1 in %
-    ("resnet18", (2, 2, 2, 2), "resnet18-f37072fd.pth", 69.758),
-    ("resnet34", (3, 4, 6, 3), "resnet34-b627a593.pth", 73.314),
-    ("resnet50", (3, 4, 6, 3), "resnet50-0676ba61.pth", 76.130),
-    ("resnet101", (3, 4, 23, 3), "resnet101-63fe2227.pth", 77.374),
-    ("resnet152", (3, 8, 36, 3), "resnet152-394f9c45.pth", 78.312),
-):
-    NETWORKS[_name] = partial(ResNet, _blocks, WIDE, "B", bottleneck=int(_name[6:]) >= 50, imagenet=True)
-    PUBLIC[_name] = dict(arch=_name, dataset="imagenet", num_classes=1000, image_size=224, accuracy=_accuracy)
-    PUBLIC[_name] |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
-    PUBLIC[_name] |= dict(file=_file, sha256=_file[-12:-4], url=f"https://download.pytorch.org/models/{_file}")
-
-
-load = partial(load_network, networks=NETWORKS, public=PUBLIC)
+DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+for _depth, _blocks in DEPTHS.items():
+    NETWORKS[f"resnet{_depth}"] = partial(ResNet, _blocks, WIDE, "B", bottleneck=_depth >= 50, imagenet=True)
+load = partial(load_network, networks=NETWORKS, public=kernels.contract.PUBLIC)
 
 
 # Losses
-def measured(model, setting, device):
-    """`model` as the steps call it: view (N, C, H, W) -> logits (N, K), [(moments (2, C), running_var (C,)), …].
-
-    Moments are those of its BatchNorm2d inputs, mean less running mean and biased variance, in the order of the
-    layers' running. A copy: the model itself keeps fp32 weights, without hooks.
-    """
-    network = copy.deepcopy(model)
-    for m in network.modules():
-        if setting["bf16"] and device == "cuda" and isinstance(m, (nn.Conv2d, nn.Linear)):
-            m.to(torch.bfloat16)  # once; autocast, which caches only what needs gradients, would do so in every step
-    if setting["fused_bn"]:
-        return fuse_batchnorm(network, nn.BatchNorm2d)
-    return hook_batchnorm(network, nn.BatchNorm2d, bn_moments if setting["fused"] else bn_moments_ref)
-
-
 def blended(moments, past, share):
     """(2, C): moments with this share of past ones (2, C), where there are any."""
     return torch.where(past.isnan(), moments, torch.lerp(moments, past, share))
@@ -314,31 +242,41 @@ def moment_loss(found, setting, past=None):
     sizes, weights = tuple(len(v) for _, v in found), (setting["first_bn"], *[1.0] * (len(found) - 1))
     if setting["moments"] == "symmetric-kl":
         return moment_kl(moments, running_var, sizes, weights)
-    return (moment_distance if setting["fused_distance"] else moment_distance_ref)(
-        moments, running_var, sizes, weights
-    )
+    distance = kernels.moment_distance if setting["fused_distance"] else kernels.moment_distance_ref
+    return distance(moments, running_var, sizes, weights)
 
 
-def asked(teacher, view, setting):
-    """Logits (N, K) and moments of a view, in bf16 where the setting and the device have it."""
-    with torch.autocast(view.device.type, torch.bfloat16, enabled=setting["bf16"] and view.is_cuda):
-        return teacher.measured(view)
+def competition_loss(t_logits, s_logits, setting):
+    """R_compete, eq. 8: 1 - JS of teacher and student, both (N, K), at a temperature; () fp32, >= 1 - ln 2.
 
-
-TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "teacher"
-
-
-def synthesis_loss(x, draw, labels, teacher, setting, past=None):
-    """Total loss (scalar) and (7,) of TERMS, unweighted, for images x (N, C, H, W) seen as `draw` (3,) says.
-
-    R_l2 is the mean of the images' un-squared norms; `teacher`: percent of the views that it assigns to their labels.
+    `released`: with `released_divergence`, which passes 1 where both are sure and disagree; the outer clamp then ends
+    the gradient. So it drives images to where they begin to differ, the paper's on to where they differ most.
     """
-    see = jittered_view if setting["fused_view"] else jittered_view_ref
+    if setting["competition"] == "released":
+        return 1 - released_divergence(t_logits, s_logits, setting["temperature"]).clamp(0, 1)
+    js = kernels.js_divergence if setting["fused"] else kernels.js_divergence_ref
+    return 1 - js(t_logits, s_logits, setting["temperature"])
+
+
+TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
+
+
+def synthesis_loss(x, draw, labels, teacher, setting, past=None, student=None):
+    """Total loss (scalar) and (8,) of TERMS, unweighted, for images x (N, C, H, W) seen as `draw` (3,) says.
+
+    R_l2 is the mean of the images' un-squared norms; `teacher`: percent of the views that it assigns to their labels;
+    student: the network in eval mode that the images compete with, if any.
+    """
+    see = kernels.jittered_view if setting["fused_view"] else kernels.jittered_view_ref
     view, tv_l1, tv_l2, l2 = see(x, draw, torch.bfloat16 if setting["bf16"] and x.is_cuda else None)
-    logits, found = asked(teacher, view, setting)
+    logits, found = teacher.measured(view)
     ce = F.cross_entropy(logits.float(), labels)
     tv_l2 = tv_l2 / math.sqrt(len(x)) if setting["priors_per_image"] else tv_l2
-    terms = dict(ce=ce, bn=moment_loss(found, setting, past), tv_l1=tv_l1, tv_l2=tv_l2, l2=l2)
+    terms = dict(ce=ce, bn=moment_loss(found, setting, past), tv_l1=tv_l1, tv_l2=tv_l2, l2=l2, competition=ce * 0)
+    if student is not None:
+        with lowered(setting, x):
+            s_logits = student(view)
+        terms["competition"] = competition_loss(logits, s_logits, setting)
     weights = {k: 1.0 if k == "ce" else setting[f"alpha_{k}"] for k in terms}
     if setting["sync_moments"]:  # the others are means over this process's share of the joint batch: total is a share
         n = setting["world"]  # norms add as squares
@@ -375,10 +313,11 @@ def drawn(number, shape, setting, seed):
     return noise, draws
 
 
-def begin(x, labels, draws, stage, teacher, setting, past=None):
+def begin(x, labels, draws, stage, teacher, setting, past=None, student=None):
     """One stage of a batch: all that its steps read and change, on the device and in place, as a CUDA graph needs it.
 
-    x: (N, C, H, W) fp32, channels_last, changed in place; labels: (N,); draws: (n_steps, 3); past: as of moment_loss.
+    x: (N, C, H, W) fp32, channels_last, changed in place; labels: (N,); draws: (n_steps, 3); past: as of moment_loss;
+    student: as of synthesis_loss.
     """
     n_steps, pool, _ = stage
     rates = torch.tensor([learning_rate(i, n_steps, setting) for i in range(n_steps)], device=x.device)
@@ -386,9 +325,8 @@ def begin(x, labels, draws, stage, teacher, setting, past=None):
     options = dict(betas=setting["betas"], fused=True, capturable=x.is_cuda)
     optimizer = torch.optim.Adam([x.requires_grad_()], torch.zeros((), device=x.device), **options)
     step, terms = torch.zeros(1, dtype=torch.long, device=x.device), torch.zeros(len(TERMS), device=x.device)
-    work = SimpleNamespace(x=x, labels=labels, draws=draws.to(x.device), rates=rates, pool=pool, step=step)
-    work.teacher, work.setting, work.optimizer, work.terms, work.past = teacher, setting, optimizer, terms, past
-    return work
+    kept = dict(x=x, labels=labels, draws=draws.to(x.device), rates=rates, pool=pool, step=step, terms=terms)
+    return SimpleNamespace(**kept, teacher=teacher, setting=setting, optimizer=optimizer, past=past, student=student)
 
 
 def synthesis_step(work):
@@ -396,7 +334,7 @@ def synthesis_step(work):
     x, draw = work.x, work.draws.index_select(0, work.step)[0]  # (3,)
     work.optimizer.param_groups[0]["lr"].copy_(work.rates.index_select(0, work.step)[0])
     seen = F.avg_pool2d(x, work.pool) if work.pool > 1 else x
-    total, terms = synthesis_loss(seen, draw, work.labels, work.teacher, work.setting, work.past)
+    total, terms = synthesis_loss(seen, draw, work.labels, work.teacher, work.setting, work.past, work.student)
     gradient = torch.autograd.grad(total, x)[0]
     x.grad = gradient.contiguous(memory_format=torch.channels_last)  # fused Adam pairs by memory order, not by stride
     work.optimizer.step()
@@ -410,29 +348,26 @@ def synthesis_step(work):
 @torch.no_grad()
 def remembered(x, teacher, setting, past):
     """The running average of moments (2, C) after a batch whose images are x; past None: none before it."""
-    moments = torch.cat([moments for moments, _ in asked(teacher, x, setting)[1]], 1)
+    moments = torch.cat([moments for moments, _ in teacher.measured(x)[1]], 1)
     moments = joint_moments(moments) if setting["sync_moments"] else moments
     return moments if past is None else blended(moments, past, setting["ema"])
 
 
-def synthesise(run, labels, teacher, setting):
+def synthesise(run, labels, teacher, setting, student=None):
     """All stages of one batch, on from where `run` stands; returns its images (N, C, H, W)."""
     shape = len(labels), teacher.shape[0], teacher.image_size, teacher.image_size
     noise, draws = drawn(run.batch, shape, setting, run.args.seed)
     x = (noise if run.x is None else run.x).to(run.args.device, memory_format=torch.channels_last)
     past = None
     if setting["ema"]:
-        past = (
-            torch.full_like(remembered(x, teacher, setting, None), torch.nan)
-            if run.past is None
-            else run.past.to(x.device)
-        )
+        nothing = torch.full_like(remembered(x, teacher, setting, None), torch.nan)
+        past = nothing if run.past is None else run.past.to(x.device)
     for i, stage in list(enumerate(setting["stages"]))[run.stage :]:
-        work = begin(x, labels, draws[i], stage, teacher, setting, past)
+        work = begin(x, labels, draws[i], stage, teacher, setting, past, student)
         work.step.fill_(run.step)
         if run.optimizer is not None:
-            restore_optimizer(work.optimizer, run.optimizer)
-        step = Captured(partial(synthesis_step, work), enabled=setting["graph"])
+            kernels.contract.restore_optimizer(work.optimizer, run.optimizer)
+        step = kernels.Captured(partial(synthesis_step, work), enabled=setting["graph"])
         for n in range(run.step, stage[0]):
             with one_line(f"step {n + 1} failed", "try --no-graph, --no-bf16, --no-fused or a smaller --batch-size"):
                 step()
@@ -443,76 +378,118 @@ def synthesise(run, labels, teacher, setting):
     return x.detach()
 
 
+# Knowledge transfer
+class Distiller(nn.Module):
+    """A student with its optimiser, and the pool of images that it learns from."""
+
+    def __init__(self, teacher, student, setting, n_images):
+        super().__init__()
+        self.teacher, self.student, self.setting = teacher, student, setting  # of load_network; what learns is `model`
+        self.model, self.pool = student.model, Pool(teacher, n_images)
+        self.register_buffer("sum", torch.zeros((), device=teacher.device))  # of the losses of an epoch
+        self.optimizer = kernels.contract.make_optimizer(setting["optimizer"], self.model, setting["lr_student"])
+
+    @contextlib.contextmanager
+    def at_rest(self):
+        """The student as it is tested and as images compete with it: eval mode, no gradients of its weights."""
+        yield self.model.eval().requires_grad_(False)
+        self.model.train().requires_grad_(True)
+
+
+def student_step(state):
+    """One update of the student towards the teacher's answers to images of the pool, each augmented anew."""
+    setting, T = state.setting, state.setting["temperature"]
+    x = varied(state.pool.draw(setting["student_batch"]), setting)  # (N, C, H, W)
+    divergence = kernels.kl_divergence if setting["fused"] else kernels.kl_divergence_ref
+    with lowered(setting, x):
+        with torch.no_grad():
+            t_logits = state.teacher.model(x)
+        loss = T**2 * divergence(t_logits, state.model(x), T)
+    state.optimizer.zero_grad()
+    loss.backward(inputs=list(state.model.parameters()))
+    state.optimizer.step()
+    state.sum += loss.detach()
+
+
+def batches_before(step, setting):
+    """Batches that are in the pool when the student takes its step number `step`, counted from 0."""
+    new = setting["batches_per_epoch"]
+    return setting["initial"] + (step * new // setting["steps_per_epoch"] + 1 if new and step >= 0 else 0)
+
+
+def distil(run, state, step, test=None):
+    """The student's steps until a new batch of images is due or its epoch ends."""
+    setting, end = state.setting, state.setting["steps_per_epoch"] * (run.epoch + 1)
+    decay = (1 + math.cos(math.pi * run.epoch / setting["epochs"])) / 2
+    decay = 0.1 ** (run.epoch // setting["drop"]) if setting["drop"] else decay
+    state.optimizer.param_groups[0]["lr"].fill_(setting["lr_student"] * decay)
+    for n in range(run.n_student, end):
+        if batches_before(n, setting) > run.batch:
+            return
+        state.pool.draw_from(newest=batches_before(n, setting) > batches_before(n - 1, setting))
+        step()
+        run.after_student_step(n + 1, end, state, test)
+
+
 # Evaluation and files
-def pixel_range(info, device):
-    """Real pixels, 0 to 1, in normalised units: (low, high), (1, C, 1, 1) each; asymmetric about 0."""
-    bounds = [[(pixel - m) / s for m, s in zip(info.mean, info.std, strict=True)] for pixel in (0.0, 1.0)]
-    return torch.tensor(bounds, device=device).view(2, 1, -1, 1, 1)
-
-
-def to_uint8(x, info):
-    """Normalised (N, C, H, W) float -> (N, C, H, W) uint8 pixels."""
-    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (info.mean, info.std))
-    return ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
 class Run(RunFolder):
-    """One run's folder, and where in the run we stand: batch, stage, step, its images and optimiser.
+    """One run's folder, and where in the run we stand: batch, stage, step, its images and optimiser; the student.
 
     Under torchrun each process but the first has its checkpoint and metrics in a folder of its own, rankN.
     """
 
-    def __init__(self, args, setting, n_batches, place):
-        self.batch, self.stage, self.step, self.x, self.optimizer, self.past = place.rank, 0, 0, None, None, None
-        self.place, self.shards, self.steps_of = place, Path(args.out), [n for n, _, _ in setting["stages"]]
-        args = replace(args, out=str(self.shards / f"rank{place.rank}")) if place.rank else args
-        if not args.resume and not place.rank:
-            self.make_room()
-        wait_for_all(place)
-        super().__init__(args, setting, free=("device",), clears=("samples.png",))
-        if setting["sync_moments"]:  # processes that step together were perhaps not stopped together
-            if self.n_done() > least_of_all(self.n_done(), args.device):
-                self.step_back()
-            if least_of_all(-self.n_done(), args.device) != -self.n_done():
-                fail("--resume: the processes' checkpoints are of different steps; run without --resume")
-        total, hidden = n_batches // place.world * sum(self.steps_of), True if place.rank else None
-        self.bar = tqdm(total=total, initial=self.n_done(), disable=hidden, mininterval=0.5)
+    NUMBERS = "batch", "stage", "step", "epoch", "n_student"
 
-    def make_room(self):
-        """Delete what an earlier run made here; refuse where it was not finished: it may have taken days."""
-        old = sorted(self.shards.glob("images-*.npz"))
-        if len(old) > 1 and not (self.shards / "result.json").exists():
-            fail(f"--out {self.shards} holds {len(old)} batches of an unfinished run; pass --resume or another --out")
-        with one_line(f"--out {self.shards} cannot be used", "pass another folder"):
-            for path in (*old, *self.shards.glob("images/*/[0-9]*-[0-9]*.png")):
-                path.unlink()
+    def __init__(self, args, setting, n_batches, place, distiller=None):
+        self.batch, self.stage, self.step, self.x, self.optimizer, self.past = place.rank, 0, 0, None, None, None
+        self.place, self.shards, self.steps_of = place, Shards(args.out), [n for n, _, _ in setting["stages"]]
+        self.distiller, self.epoch, self.n_student = distiller, 0, 0
+        if not args.resume and not place.rank:
+            self.shards.clear()
+        wait_for_all(place)
+        super().__init__(args, setting, free=("device",), rank=place.rank)
+        if setting["sync_moments"]:
+            self.meet(self.n_done)
+        total = n_batches // place.world * sum(self.steps_of)
+        total += setting["epochs"] * setting["steps_per_epoch"] if distiller else 0
+        hidden, done = True if place.rank else None, self.n_done() + self.n_student
+        self.bar = tqdm(total=total, initial=done, disable=hidden, mininterval=0.5)
 
     def n_done(self):
         return self.batch // self.place.world * sum(self.steps_of) + sum(self.steps_of[: self.stage]) + self.step
 
     def state(self):
-        return {k: getattr(self, k) for k in ("batch", "stage", "step", "x", "optimizer", "past")}
+        saved = {k: getattr(self, k) for k in (*self.NUMBERS, "x", "optimizer", "past")}
+        if self.distiller:
+            saved |= dict(student=self.distiller.state_dict(), student_optimizer=self.distiller.optimizer.state_dict())
+        return saved
 
     def restore(self, saved):
-        self.batch, self.stage, self.step = int(saved["batch"]), int(saved["stage"]), int(saved["step"])
+        for k in self.NUMBERS:
+            setattr(self, k, int(saved[k]))
         self.x, self.optimizer, self.past = saved["x"], saved["optimizer"], saved["past"]
+        if self.distiller:
+            self.distiller.load_state_dict(saved["student"])
+            if self.n_student:
+                kernels.contract.restore_optimizer(self.distiller.optimizer, saved["student_optimizer"])
 
     def after_step(self, stage, step, work):
         """Log every log_every steps, where the host waits for the device and sees a NaN; checkpoint."""
         self.bar.update()
         self.stage, self.step = stage, step
-        n = self.n_done()
-        at_checkpoint = n % self.args.checkpoint_every == 0 and n % sum(self.steps_of)  # `keep` saves after a batch
-        if n % self.args.log_every == 0 or at_checkpoint or n == self.bar.total:
+        n, last = self.n_done(), (stage + 1, step) == (len(self.steps_of), self.steps_of[-1])
+        at_checkpoint = n % self.args.checkpoint_every == 0 and not last  # `keep` saves after a batch
+        if n % self.args.log_every == 0 or at_checkpoint or last:
             values = dict(zip(TERMS, work.terms.tolist(), strict=True))
             if not math.isfinite(values["total"]):
                 fail(f"the loss is {values['total']} at step {n}; lower --lr or the weights of the terms")
+            if work.student is None:
+                del values["competition"]
             row = {("eval/" if k == "teacher" else "loss/") + k: v for k, v in values.items()}
-            self.write({"step": n, "batch": self.batch, "stage": stage} | row)
-            self.bar.set_postfix({k: f"{values[k]:.3g}" for k in ("total", "ce", "bn", "tv_l2", "teacher")})
-            alone = self.bar.disable and not self.place.rank  # no terminal: rows instead of a bar
-            if alone and n % (10 * self.args.log_every) == 0:
-                print(f"step {n:6d}  " + "  ".join(f"{k} {v:9.4g}" for k, v in values.items()), flush=True)
+            shown = self.write({"step": n, "batch": self.batch, "stage": stage} | row)
+            self.bar.set_postfix({k: shown[k] for k in ("total", "ce", "bn", "tv_l2", "teacher")})
+            if self.bar.disable and not self.place.rank and n % (10 * self.args.log_every) == 0:  # no terminal
+                print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
         if at_checkpoint:
             self.x, self.optimizer = work.x.detach(), work.optimizer.state_dict()
             if not self.x.isfinite().all():  # the loss above belongs to the images before this step
@@ -520,128 +497,152 @@ class Run(RunFolder):
             self.save()
 
     def keep(self, images, labels, digits):
-        """Write a finished batch, uint8 (N, C, H, W), and go to this process's next one; digits: of a class's folder.
-
-        ImageFolder sorts folders as strings: without leading zeros 10 would come before 2.
-        """
-        name, pixels = f"images-{self.batch:05d}.npz", images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-        with self.written(name):
-            with open(self.shards / f"{name}.part", "wb") as file:
-                np.savez(file, images=pixels, labels=labels.numpy())
-                file.flush()
-                os.fsync(file.fileno())  # the checkpoint that counts it is on the disk, too
-            os.replace(self.shards / f"{name}.part", self.shards / name)
-            for i, k in enumerate(labels.tolist() if self.args.image_folder else []):
-                save_png(images[i], self.shards / "images" / f"{k:0{digits}d}" / f"{self.batch:05d}-{i:03d}.png")
+        """Write a finished batch, uint8 (N, C, H, W), and go to this process's next one; digits: as Shards.write."""
+        with self.written(f"images-{self.batch:05d}.npz"):
+            self.shards.write(self.batch, images, labels, digits if self.args.image_folder else 0)
         self.batch, self.stage, self.x, self.optimizer = self.batch + self.place.world, 0, None, None
         self.save()
 
-    def made(self):
-        """All finished batches in their order: images uint8 (N, C, H, W), labels (N,)."""
-        for path in sorted(self.shards.glob("images-*.npz")):
-            with np.load(path) as saved:
-                yield torch.from_numpy(saved["images"]).permute(0, 3, 1, 2), torch.from_numpy(saved["labels"])
-
-    def report(self, teacher, verifier, names, n_batches):
-        """Write samples.png and result.json: what teacher and verifier say of all images; print their agreements."""
-        if (n := len(list(self.shards.glob("images-*.npz")))) != n_batches:
-            fail(f"--out {self.shards}: {n} of {n_batches} files images-*.npz are there; run without --resume")
-        first = list(islice(self.made(), max(1, 1000 // self.setting["batch_size"])))
-        images, labels = (torch.cat(parts) for parts in zip(*first, strict=True))
-        with self.written("samples.png"):
-            draw_classes(images, labels, names, self.out / "samples.png")
-        result = dict(teacher=teacher.name, teacher_accuracy=teacher.accuracy, student_accuracy=None)
-        result |= dict(verifier=verifier.name if verifier else None, ranks=self.place.world)
-        result |= dict(n_images=n * self.setting["batch_size"], diversity=diversity(teacher, images, labels))
-        for role, info in (("teacher", teacher), ("verifier", verifier)):
-            total, by_class = agreement(info, self.made()) if info else (None, None)
-            result |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
-            if info:
-                print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
-        self.finish(result)
+    def after_student_step(self, n, end, state, test):
+        """At an epoch's end the host looks at the device: a row with the student's accuracy; checkpoint."""
+        self.bar.update()
+        self.n_student = n
+        if n == end:
+            self.epoch += 1
+            row = {"epoch": self.epoch, "loss/student": state.sum.item() / state.setting["steps_per_epoch"]}
+            if not math.isfinite(row["loss/student"]):
+                fail(f"the student's loss is {row['loss/student']} in epoch {self.epoch}; lower --lr-student")
+            state.sum.zero_()
+            with state.at_rest():
+                self.show(self.bar, row | ({"eval/acc": agreement(state.student, [test])[0]} if test else {}))
+        if n == end or n % self.args.checkpoint_every == 0:
+            self.save()
 
 
 # Main
 def choose_setting(args, dataset, world=1):
     """The row of SETTINGS with the command line's values over it, its stages rescaled to --iterations."""
-    name = FAMILIES[dataset][0] if args.setting == "auto" else args.setting
+    name = FAMILIES.get(dataset, FAMILIES["cifar10"])[0] if args.setting == "auto" else args.setting
     setting = SETTINGS[name] | {k: v for k in SETTINGS[name] if (v := getattr(args, k, None)) is not None}
     setting.update({k: args.fused and getattr(args, k) for k in ("fused", "fused_bn", "fused_distance", "fused_view")})
     setting.update(name=name, graph=args.graph, bf16=args.bf16, sync_moments=args.sync_moments, world=world)
     if args.smoke:
+        setting.update(initial=1, epochs=2, steps_per_epoch=2, batches_per_epoch=1, student_batch=20)
         setting.update(batch_size=min(setting["batch_size"], 20))
+    elif args.num_images or args.images:
+        setting.update(initial=-(-args.num_images // setting["batch_size"]))
     planned = sum(n for n, _, _ in setting["stages"])
     scale = (6 if args.smoke else args.iterations or planned) / planned
-    stages = [(max(1, round(n * scale)), pool, jitter) for n, pool, jitter in setting["stages"]]
-    if args.jitter is not None:  # given at full resolution
-        stages = [(n, pool, args.jitter // pool) for n, pool, _ in stages]
-    return setting | {"stages": stages}
+    stages = [(n, pool, j if args.jitter is None else args.jitter // pool) for n, pool, j in setting["stages"]]
+    setting.update(stages=[(max(1, round(n * scale)), pool, j) for n, pool, j in stages], competition=args.competition)
+    return setting if args.student else {k: v for k, v in setting.items() if k not in STUDENT}
 
 
 def check_args(args):
     """Refuse impossible settings before anything is loaded or written."""
     least = dict(batch_size=2, checkpoint_every=1, log_every=1, iterations=1, lr=1e-12)  # one image has no moments
+    least |= dict(epochs=1, steps_per_epoch=1, student_batch=1, lr_student=1e-12, temperature=1e-6)
     names = "seed image_size num_classes num_images alpha_bn alpha_tv_l2 alpha_tv_l1 alpha_l2 first_bn jitter"
-    choices = dict(dataset=("auto", *FAMILIES), setting=("auto", *SETTINGS), moments=(None, "l2", "symmetric-kl"))
+    names += " alpha_competition batches_per_epoch shift"
+    choices = dict(dataset=("auto", *FAMILIES, "cifar100", "none"), setting=("auto", *SETTINGS))
+    choices |= dict(moments=(None, "l2", "symmetric-kl"), competition=("none", "js", "released"))
     check_options(args, least | dict.fromkeys(names.split(), 0), choices)
     if args.ema is not None and not 0 <= args.ema < 1:
         fail(f"--ema: expected at least 0 and below 1, got {args.ema}")
+    if not args.student and (args.competition != "none" or args.images):
+        fail("--competition and --images are of a student's training; name one with --student")
+    if args.teacher == "auto":
+        args.teacher = FAMILIES.get(args.dataset, FAMILIES["cifar10"])[1]
+
+
+def load_measured(args, world):
+    """The teacher, with what the steps call, tried out at every resolution of its setting; and that setting."""
+    with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
+        teacher = load(args.teacher, args)
+        teacher.low, teacher.high = pixel_range(teacher, args.device)
+        n_channels, size, n_classes = teacher.shape
+        if size % 2 or size < 8:
+            fail(f"--image-size: expected an even number of at least 8 pixels, got {size}")
+        teacher.family = teacher.dataset if args.dataset in ("auto", "none") else args.dataset
+        setting = choose_setting(args, teacher.family, world)
+        for _, pool, _ in setting["stages"]:
+            kernels.contract.try_out(teacher, n_channels, size // pool, n_classes)
+        if not any(isinstance(m, nn.BatchNorm2d) and m.running_mean is not None for m in teacher.model.modules()):
+            fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which are matched; take another")
+        teacher.measured = measured(teacher.model, setting, args.device)
+        with torch.no_grad():  # as the steps will, in bf16 on a GPU
+            teacher.measured(torch.zeros(2, n_channels, size, size, device=args.device))
+    return teacher, setting
 
 
 def main(args):
     check_args(args)
-    seed_everything(args.seed)
+    kernels.contract.seed_everything(args.seed)
     place = join(args.device)
     if args.sync_moments and place.world == 1:
         fail("--sync-moments: a single process has all images already; start several with torchrun, or leave it out")
+    if args.student and place.world > 1:
+        fail("--student: one process trains it; make images with torchrun first, then pass their folder as --images")
 
-    with one_line(f"--teacher {args.teacher}", "check --weights, --num-classes, --image-size, --mean and --std"):
-        teacher, verifier = load(args.teacher, args), None
-        teacher.low, teacher.high = pixel_range(teacher, args.device)
-        n_classes, n_channels, size = teacher.num_classes, len(teacher.mean), teacher.image_size
-        if size % 2 or size < 8:
-            fail(f"--image-size: expected an even number of at least 8 pixels, got {size}")
-        dataset = teacher.dataset if args.dataset == "auto" else args.dataset
-        setting = choose_setting(args, dataset if dataset in FAMILIES else "cifar10", place.world)
-        for _, pool, _ in setting["stages"]:
-            try_out(teacher, n_channels, size // pool, n_classes)
-        layers = [m for m in teacher.model.modules() if isinstance(m, nn.BatchNorm2d) and m.running_mean is not None]
-        if layers:
-            teacher.measured = measured(teacher.model, setting, args.device)
-            with torch.no_grad():  # as the steps will, in bf16 on a GPU
-                asked(teacher, torch.zeros(2, n_channels, size, size, device=args.device), setting)
-    if not layers:
-        fail(f"--teacher {args.teacher}: no BatchNorm2d with running moments, which the method matches; take another")
-    likely = FAMILIES.get(dataset, ("", "none"))[1]  # taken where it is shipped and fits this teacher's images
-    takes = [shipped().get(likely, {}).get(k) for k in ("num_classes", "channels", "image_size")]
-    likely = likely if takes == [n_classes, n_channels, size] else "none"
-    judge = likely if args.verifier == "auto" else args.verifier
-    if judge != "none":
-        with one_line(f"--verifier {judge}", "choose another, or --verifier none"):
-            verifier = load(judge, args, teacher=teacher)
-            try_out(verifier, n_channels, size, n_classes)
-
-    batch_size = setting["batch_size"]
-    if not all(0 <= k < n_classes for k in args.classes):
-        fail(f"--classes: expected numbers from 0 to {n_classes - 1}, got {args.classes}")
-    classes = torch.tensor(args.classes or range(n_classes))
+    # The teacher, the network that judges the images, the student and the real images that measure (never train) it.
+    teacher, setting = load_measured(args, place.world)
+    verifier = load_verifier(load, args.verifier, FAMILIES.get(teacher.family, ("none",))[-1], args, teacher)
+    batch_size, student, state, test = setting["batch_size"], None, None, None
+    measures, given = dict(teacher_accuracy=teacher.accuracy, student_accuracy=None), Shards(args.images or "nowhere")
     n_batches = place.world * -(-(args.num_images or batch_size) // (batch_size * place.world))  # as many for each
+    if args.images and not len(given):
+        fail(f"--images {args.images}: no images-*.npz there; pass the --out of a finished run")
+    if args.student:
+        student = load_student(load, args.student, args, teacher)
+        dataset, test = real_images(teacher, args)
+        n_batches = batches_before(setting["epochs"] * setting["steps_per_epoch"] - 1, setting)
+        state = Distiller(teacher, student, setting, n_batches * batch_size + given.n_images())
+        if test:
+            measures["teacher_accuracy"], _ = agreement(teacher, [test])
+
+    if not all(0 <= k < teacher.num_classes for k in args.classes):
+        fail(f"--classes: expected numbers from 0 to {teacher.num_classes - 1}, got {args.classes}")
+    classes = torch.tensor(args.classes or range(teacher.num_classes))
     if len(classes) > batch_size:  # a batch cannot hold them all: mix them
         classes = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(args.seed))]
     n_images = n_batches * batch_size  # whole batches: their size is part of the method
-    labels = classes.repeat(-(-n_images // len(classes)))[:n_images]
-
-    run = Run(args, setting, n_batches, place)
+    labels = classes.repeat(-(-n_images // len(classes)))[:n_images].view(n_batches, batch_size)
+    run = Run(args, setting, n_batches, place, state)
     if not place.rank:
         print(f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}")
-    while run.batch < n_batches:
-        wanted = labels[run.batch * batch_size :][:batch_size]
-        images = to_uint8(synthesise(run, wanted.to(args.device), teacher, setting), teacher).cpu()
-        run.keep(images, wanted, len(str(n_classes - 1)))
+    if state:
+        for images, _ in chain(given.read(), run.shards.read(run.batch)):
+            state.pool.add(images)
+        step = kernels.Captured(partial(student_step, state), enabled=setting["graph"])
+    while run.batch < n_batches or (state and run.epoch < setting["epochs"]):
+        if state and run.batch >= batches_before(run.n_student, setting):
+            distil(run, state, step, test)
+            continue
+        competes = args.competition != "none" and run.batch >= setting["initial"]
+        with state.at_rest() if competes else contextlib.nullcontext() as opponent:
+            x = synthesise(run, labels[run.batch].to(args.device), teacher, setting, opponent)
+        images = to_uint8(x, teacher)
+        if state:
+            state.pool.add(images)
+        run.keep(images.cpu(), labels[run.batch], len(str(teacher.num_classes - 1)))
     run.bar.close()
     wait_for_all(place)
+
     if not place.rank:
-        run.report(teacher, verifier, dict(enumerate(CLASS_NAMES.get(dataset, []))), n_batches)
+        made = run.shards if n_batches else given
+        if n_batches and len(made) != n_batches:
+            fail(f"--out {args.out}: {len(made)} of {n_batches} files images-*.npz are there; run without --resume")
+        with run.written("samples.png"):
+            draw_classes(*made.first(1000), CLASS_NAMES.get(teacher.family, {}), run.out / "samples.png")
+        if state:
+            if accuracies := run.column("eval/acc"):
+                measures["student_accuracy"] = accuracies[-1]
+                draw_curves({student.name: [accuracies]}, run.out / "curve.png")
+                print("teacher {teacher_accuracy:.2f} %, student {student_accuracy:.2f} %".format(**measures))
+            method = "deepinversion" if args.competition == "none" else "adaptive deepinversion"
+            run.save_student(student, teacher, method, dataset, measures["student_accuracy"])
+            measures |= dict(student=student.name, dataset=dataset)
+        run.finish(measures | report(made, teacher, verifier) | dict(ranks=place.world))
     leave(place)
 
 

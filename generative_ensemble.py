@@ -37,8 +37,18 @@ import tyro
 from tqdm import tqdm
 
 import kernels
-from kernels.augment import cut, shifted
-from kernels.contract import check_options, fail, load_network, load_student, load_teacher, load_weights, one_line
+from kernels.augment import varied
+from kernels.contract import (
+    RunOptions,
+    check_options,
+    fail,
+    load_network,
+    load_student,
+    load_teacher,
+    load_weights,
+    make_optimizer,
+    one_line,
+)
 from kernels.data import FILES, real_images
 from kernels.distributed import exchange, join, slices
 from kernels.figures import compare_arms, draw_grid
@@ -47,26 +57,14 @@ from kernels.quality import spread_of_classes
 
 
 @dataclass
-class Args:
+class Args(RunOptions):
     # Run settings.
     teacher: str = "digits-resnet8"
     """Shipped name (teachers/index.json), a teacher.pt, or file.py:factory; its BatchNorms are what is matched."""
-    weights: str = ""
-    """State dict to load instead of the named one; needed for file.py:factory."""
-    num_classes: int = 0
-    """Classes of a foreign teacher; 0: as the named teacher has."""
-    image_size: int = 0
-    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
-    mean: tuple[float, ...] = ()
-    """Per-channel mean the teacher's inputs were normalised with; empty: as the named teacher has."""
-    std: tuple[float, ...] = ()
-    """Per-channel standard deviation, likewise."""
     student: str = "auto"
     """lenet5 or another network of teacher.py, a shipped name, file.py:factory; auto: as --setting has it."""
     dataset: str = "auto"
     """Real test images: digits | mnist | cifar10 | cifar100 | none; auto: the teacher's. Training never sees them."""
-    data_dir: str = "data"
-    """Folder with the data set's official files."""
     out: str = "runs/generative_ensemble/default"
     """Output folder."""
     ensemble: str = ""
@@ -75,18 +73,10 @@ class Args:
     """Write a labelled grid of so many images of --ensemble (or of --out's) into --out, and stop."""
     compare: tuple[str, ...] = ()
     """Compare these finished runs (their --out folders) by number and size of generators instead of training."""
-    seed: int = 0
-    """Seeds python, numpy and torch."""
-    device: str = "auto"
-    """auto | cpu | cuda."""
-    resume: bool = False
-    """Continue from checkpoint.pt of --out; on a CPU (same threads, versions; torch's own randomness) bit-exactly."""
     smoke: bool = False
     """A run of seconds: 3 generator steps, 2 epochs of 2 student steps."""
     fused: bool = True
     """Use the fused ops of kernels/; --no-fused runs hooks and the plain references."""
-    bf16: bool = True
-    """bfloat16 activations on a GPU."""
     graph: bool = True
     """Replay a step as one CUDA graph on a GPU."""
 
@@ -339,13 +329,8 @@ class Distiller(nn.Module):
         weights = [1.0, *(setting[f"alpha_{name}"] for name in ("bn", "tv", "l2"))]
         self.weights = torch.tensor(weights, device=args.device)
         self.amp = partial(torch.autocast, args.device, torch.bfloat16, args.bf16 and cuda, cache_enabled=False)
-        self.optimizers = {}
-        for name, model in (("generator", ensemble), ("student", self.student)):
-            lr = torch.tensor(setting[f"lr_{name}"], device=args.device)  # where a graph can read what it becomes
-            make = partial(torch.optim.Adam, capturable=cuda)
-            if name == "student" and setting["optimizer"] == "sgd":
-                make = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
-            self.optimizers[name] = make(model.parameters(), lr, fused=True)
+        self.optimizers = {"generator": make_optimizer("adam", ensemble, setting["lr_generator"])}
+        self.optimizers["student"] = make_optimizer(setting["optimizer"], self.student, setting["lr_student"])
 
     def update(self, name, loss, model):
         """Step on the gradient of one network's weights, of no other."""
@@ -377,8 +362,7 @@ def student_step(state, ensemble):
     with state.amp():
         with torch.no_grad():
             x, _ = ensemble(*ensemble.draw(setting["student_batch"] // setting["generators"]))
-            x = shifted(x, setting["shift"]) if setting["shift"] else x
-            x = cut(x) if setting["cut"] else x
+            x = varied(x, setting)
             t_logits = state.teacher.model(x)
         loss = T**2 * divergence(t_logits, state.student(x), T)
     state.update("student", loss, state.student)
@@ -462,12 +446,12 @@ def load_ensemble(path, device, teacher=None):
 
 
 class Run(RunFolder):
-    """One run's folder; of torchrun's ranks but the first a folder rank-R in it, with checkpoint and rows."""
+    """One run's folder; of torchrun's ranks but the first a folder rankN in it, with checkpoint and rows."""
 
-    def __init__(self, args, state):
+    def __init__(self, args, state, rank):
         self.distiller = state
         clears = ("student.pt", "samples.png", *(() if args.ensemble else ("ensemble.pt",)))
-        super().__init__(args, state.setting, free=("graph", "compare", "sample"), clears=clears)
+        super().__init__(args, state.setting, free=("graph", "compare", "sample"), clears=clears, rank=rank)
 
     def state(self):
         optimizers = {name: optimizer.state_dict() for name, optimizer in self.distiller.optimizers.items()}
@@ -623,9 +607,8 @@ def main(args):
         ensemble = (
             Ensemble(shape | {k: setting[k] for k in ("latent", "width", "stages")}).initialise().part(owns[rank])
         )
-    args.out = args.out if rank == 0 else f"{args.out}/rank-{rank}"
     state = Distiller(teacher, student, ensemble, setting, args)
-    run = Run(args, state)
+    run = Run(args, state, rank)
     print(f"{teacher.name}, {student.name}: {setting['generators']} generators, {args.device}, fused={args.fused}")
     train_ensemble(state, run, args, quiet=rank > 0)
     ensemble = gathered(ensemble, owns, rank).freeze(setting["bn"])

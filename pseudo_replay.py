@@ -36,47 +36,28 @@ from torch.nn.utils import spectral_norm
 from tqdm import tqdm
 
 import kernels
-from kernels.contract import check_options, fail, load_network, load_student, load_teacher
+from kernels.contract import RunOptions, check_options, fail, load_network, load_student, load_teacher
 from kernels.data import FILES, real_images
 from kernels.figures import accuracy_statistics, compare_runs, draw_curves, draw_sheets
 from kernels.folder import RunFolder
+from kernels.js_divergence import released_divergence
 
 
 @dataclass
-class Args:
+class Args(RunOptions):
     # Run settings.
     teacher: str = "digits-lenet5"
     """Shipped name (teachers/index.json), a teacher.pt, or file.py:factory."""
-    weights: str = ""
-    """State dict to load instead of the named one; needed for file.py:factory."""
-    num_classes: int = 0
-    """Classes of a foreign teacher; 0: as the named teacher has."""
-    image_size: int = 0
-    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
-    mean: tuple[float, ...] = ()
-    """Per-channel mean the teacher's inputs were normalised with; empty: as the named teacher has."""
-    std: tuple[float, ...] = ()
-    """Per-channel standard deviation, likewise."""
     student: str = "auto"
     """lenet5-half or the like, a network of teacher.py, a shipped name, file.py:factory; auto: as --setting has it."""
     dataset: str = "auto"
     """Real test images: digits | mnist | cifar10 | cifar100 | none; auto: the teacher's. Training never sees them."""
-    data_dir: str = "data"
-    """Folder with the data set's official files."""
     out: str = "runs/pseudo_replay/default"
     """Output folder."""
-    seed: int = 0
-    """Seeds python, numpy and torch."""
-    device: str = "auto"
-    """auto | cpu | cuda."""
-    resume: bool = False
-    """Continue from checkpoint.pt of --out; on a CPU (same threads, versions; torch's own randomness) bit-exactly."""
     smoke: bool = False
     """A run of seconds: 2 epochs of 2 iterations of 16 images."""
     fused: bool = True
     """Use the fused op of kernels/ (--divergence js); --no-fused runs the plain reference."""
-    bf16: bool = True
-    """bfloat16 activations on a GPU."""
     graph: bool = True
     """Replay the inner iteration as one CUDA graph on a GPU."""
     compare: tuple[str, ...] = ()
@@ -342,9 +323,7 @@ def disagreement(t_logits, s_logits, divergence, fused, temperature=3.0):
     t_logits = t_logits.detach()
     if divergence == "js":
         return (kernels.js_divergence if fused else kernels.js_divergence_ref)(t_logits, s_logits, temperature)
-    p, q = (torch.softmax(logits / temperature, 1) for logits in (t_logits, s_logits))
-    p, q, m = (x.clamp(0.01, 0.99) for x in (p, q, (p + q) / 2))
-    return (m * (2 * m.log() - p.log() - q.log())).mean() / 2
+    return released_divergence(t_logits, s_logits, temperature) / t_logits.shape[1]
 
 
 def generator_loss(t_logits, features, s_logits, setting):

@@ -42,46 +42,26 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import kernels
-from kernels.contract import check_options, fail, load_network, load_student, load_teacher, one_line
+from kernels.contract import RunOptions, check_options, fail, load_network, load_student, load_teacher, one_line
 from kernels.data import FILES, load_dataset, real_images
 from kernels.folder import RunFolder
 
 
 @dataclass
-class Args:
+class Args(RunOptions):
     # Run settings.
     teacher: str = "digits-lenet5"
     """Shipped name (teachers/index.json), a teacher.pt, or file.py:factory."""
-    weights: str = ""
-    """State dict to load instead of the named one; needed for file.py:factory."""
-    num_classes: int = 0
-    """Classes of a foreign teacher; 0: as the named teacher has."""
-    image_size: int = 0
-    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
-    mean: tuple[float, ...] = ()
-    """Per-channel mean the teacher's inputs were normalised with; empty: as the named teacher has."""
-    std: tuple[float, ...] = ()
-    """Per-channel standard deviation, likewise."""
     student: str = "auto"
     """wrn-16-1 or the like, a network of teacher.py, a shipped name or file.py:factory; auto: as --setting has it."""
     dataset: str = "auto"
     """Real test images: digits | mnist | cifar10 | cifar100 | none; auto: the teacher's. Training never sees them."""
-    data_dir: str = "data"
-    """Folder with the data set's official files."""
     out: str = "runs/zskt/default"
     """Output folder."""
-    seed: int = 0
-    """Seeds python, numpy and torch."""
-    device: str = "auto"
-    """auto | cpu | cuda."""
-    resume: bool = False
-    """Continue from checkpoint.pt of --out; on a CPU (same threads, versions; torch's own randomness) bit-exactly."""
     smoke: bool = False
     """A run of seconds: 3 pseudo-batches of 16 images."""
     fused: bool = True
     """Use the fused ops of kernels/; --no-fused runs the plain references."""
-    bf16: bool = True
-    """bfloat16 activations on a GPU."""
     graph: bool = True
     """Replay the pseudo-batch as one CUDA graph on a GPU."""
     mte: tuple[str, ...] = ()

@@ -17,6 +17,15 @@ def shifted(x, pixels):
     return x.permute(0, 2, 3, 1)[images, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
+def mirrored(x):
+    """Each image of (N, C, H, W) mirrored left to right with probability 1/2.
+
+    >>> mirrored(torch.ones(2, 1, 8, 8)).mean()
+    tensor(1.)
+    """
+    return torch.where(torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5, x.flip(3), x)
+
+
 def cut(x):
     """Half of the images of (N, C, S, S) get a random band of rows or of columns from another image, as in CutMix.
 
@@ -30,3 +39,11 @@ def cut(x):
     of_rows = torch.rand(N, 1, 1, device=x.device) < 0.5
     mask = torch.where(of_rows, band.unsqueeze(2), band.unsqueeze(1))  # (N, S, S)
     return torch.where(mask.unsqueeze(1), x[(torch.rand(N, device=x.device) * N).long()], x)
+
+
+def varied(x, setting):
+    """What a student sees of images (N, C, H, W); setting: shift, most pixels of a move; mirror and cut, whether."""
+    x = shifted(x, setting["shift"]) if setting["shift"] else x
+    x = mirrored(x) if setting.get("mirror") else x
+    x = cut(x) if setting["cut"] else x
+    return x.contiguous(memory_format=torch.channels_last)

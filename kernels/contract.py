@@ -12,6 +12,8 @@ import random
 import subprocess
 import sys
 import warnings
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +22,32 @@ import torch
 import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parent.parent  # where teachers/ and teacher.py lie, if they came along
+
+
+@dataclass
+class RunOptions:
+    """The options that mean the same in every method script, whose Args add their own."""
+
+    weights: str = ""
+    """State dict to load instead of the named one; needed for file.py:factory."""
+    num_classes: int = 0
+    """Classes of a foreign teacher; 0: as the named teacher has."""
+    image_size: int = 0
+    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
+    mean: tuple[float, ...] = ()
+    """Per-channel mean the teacher's inputs were normalised with; empty: as the named teacher has."""
+    std: tuple[float, ...] = ()
+    """Per-channel standard deviation, likewise."""
+    data_dir: str = "data"
+    """Folder with the data set's official files, and where a public teacher's weights are looked for and put."""
+    seed: int = 0
+    """Seeds python, numpy and torch."""
+    device: str = "auto"
+    """auto | cpu | cuda."""
+    resume: bool = False
+    """Continue from checkpoint.pt of --out; on a CPU (same threads, versions; torch's own randomness) bit-exactly."""
+    bf16: bool = True
+    """bfloat16 activations on a GPU (moments and images stay fp32)."""
 
 
 def fail(message):
@@ -99,6 +127,21 @@ def load_state(model, saved, path):
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     if missing or unknown:
         fail(f"{path}: keys do not fit the network (lacks {missing[:2]}, has unknown {unknown[:2]}); check --teacher")
+
+
+# ImageNet teachers with an official address, described as teachers/index.json does the shipped ones; the file's suffix
+# is the first 8 digits of its SHA-256, the accuracy top-1 in percent.
+PUBLIC = {}
+for _name, _file, _accuracy in (
+    ("resnet18", "resnet18-f37072fd.pth", 69.758),
+    ("resnet34", "resnet34-b627a593.pth", 73.314),
+    ("resnet50", "resnet50-0676ba61.pth", 76.130),
+    ("resnet101", "resnet101-63fe2227.pth", 77.374),
+    ("resnet152", "resnet152-394f9c45.pth", 78.312),
+):
+    PUBLIC[_name] = dict(arch=_name, dataset="imagenet", num_classes=1000, image_size=224, accuracy=_accuracy)
+    PUBLIC[_name] |= dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    PUBLIC[_name] |= dict(file=_file, sha256=_file[-12:-4], url=f"https://download.pytorch.org/models/{_file}")
 
 
 # What is taken of a network that is not described otherwise: CIFAR-10's.
@@ -194,11 +237,35 @@ def load_student(load, spec, args, teacher):
     return student
 
 
+def load_verifier(load, spec, likely, args, teacher):
+    """The network that judges a teacher's images, tried out, or None; spec: a name, none, or auto for `likely`.
+
+    The likely one, or none, is taken where it is shipped and fits the teacher's images and classes.
+    """
+    takes = [shipped().get(likely, {}).get(k) for k in ("channels", "image_size", "num_classes")]
+    likely = likely if takes == list(teacher.shape) else "none"
+    if (spec := likely if spec == "auto" else spec) == "none":
+        return None
+    with one_line(f"--verifier {spec}", "choose another, or --verifier none"):
+        verifier = load(spec, args, teacher=teacher)
+        try_out(verifier, *teacher.shape)
+    return verifier
+
+
 def seed_everything(seed):
     """Python, numpy and torch; torch's own streams make networks and noise, the others are for foreign code."""
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def make_optimizer(kind, model, lr):
+    """adam, or sgd with momentum 0.9 and weight decay 5e-4: fused, and its learning rate where a graph can read it."""
+    cuda = next(model.parameters()).is_cuda
+    make = partial(torch.optim.Adam, capturable=cuda)
+    if kind == "sgd":
+        make = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
+    return make(model.parameters(), torch.tensor(lr, device="cuda" if cuda else "cpu"), fused=True)
 
 
 def restore_optimizer(optimizer, saved):

@@ -1,4 +1,4 @@
-"""The real images that teachers are trained on and that students are measured by: official files, read only."""
+"""Images as bytes and in a network's units; the real ones that measure students: official files, read only."""
 
 import gzip
 from pathlib import Path
@@ -9,12 +9,29 @@ import torch.nn.functional as F
 
 from kernels.contract import fail, one_line
 
+
+def pixel_range(info, device):
+    """Real pixels, 0 to 1, in a network's normalised units: (low, high), (1, C, 1, 1) each; asymmetric about 0."""
+    bounds = [[(pixel - m) / s for m, s in zip(info.mean, info.std, strict=True)] for pixel in (0.0, 1.0)]
+    return torch.tensor(bounds, device=device).view(2, 1, -1, 1, 1)
+
+
+def to_uint8(x, info):
+    """Normalised (N, C, H, W) float -> (N, C, H, W) uint8 pixels."""
+    mean, std = (torch.tensor(v, device=x.device).view(1, -1, 1, 1) for v in (info.mean, info.std))
+    return ((x * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 # Official files: folder, training files, test files, bytes of labels before each image (the last one counts).
 FILES = {
     "mnist": ("mnist", *([f"{s}-images-idx3-ubyte.gz", f"{s}-labels-idx1-ubyte.gz"] for s in ("train", "t10k")), 0),
     "cifar10": ("cifar-10-batches-bin", [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"], 1),
     "cifar100": ("cifar-100-binary", ["train.bin"], ["test.bin"], 2),
 }
+
+
+CIFAR10 = "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+CLASS_NAMES = {"cifar10": dict(enumerate(CIFAR10))}
 
 
 def load_digits(split):
@@ -63,8 +80,8 @@ def real_images(teacher, args, split="test"):
     """
     known = teacher.dataset if teacher.dataset in ("digits", *FILES) else "none"
     dataset = known if args.dataset == "auto" else args.dataset
-    if dataset == "none":
-        return dataset, None
+    if dataset not in ("digits", *FILES):  # such as ImageNet, whose validation split is no single file
+        return "none", None
     images, labels = load_dataset(dataset, args.data_dir, split)
     if images.shape[1:3] != teacher.shape[:2] or labels.max() >= teacher.num_classes:
         fail(f"--dataset {dataset}: its images or classes do not fit the teacher; choose another, or none")

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from kernels.contract import fail, load_weights, one_line, ran_on
+from kernels.distributed import least_of_all
 
 
 def quiet_interruption(kind, error, trace):
@@ -46,10 +47,12 @@ class RunFolder:
         setting: the method's values, derived from args; they stand in args.json and result.json.
         free: options that a continued run may change; all others must be those of args.json.
         clears: files of an earlier run, besides checkpoint.pt and result.json, which may not pass for this one's.
+        rank: which of torchrun's processes this is; each but the first has a folder of its own, rankN, in --out.
     """
 
-    def __init__(self, args, setting, free=(), clears=("student.pt", "samples.png", "curve.png")):
-        self.args, self.setting, self.out, self.start, self.lines = args, setting, Path(args.out), time.time(), []
+    def __init__(self, args, setting, free=(), clears=("student.pt", "samples.png", "curve.png"), rank=0):
+        self.args, self.setting, self.start, self.lines = args, setting, time.time(), []
+        self.out = Path(args.out) / f"rank{rank}" if rank else Path(args.out)
         self.rng = torch.cuda if args.device == "cuda" else torch  # whose default generator draws the noise
         self.options, self.free = asdict(args) | {"setting": setting}, ("resume", "out", "data_dir", "smoke", *free)
         self.checkpoints = [self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt"]
@@ -88,6 +91,16 @@ class RunFolder:
         with one_line(f"{self.checkpoints[1]}: no checkpoint of this script", "run without --resume"):
             self._continue(load_weights(self.checkpoints[1]))
             (self.out / "metrics.jsonl").write_text("".join(self.lines))
+
+    def meet(self, n_done):
+        """Processes that step together were perhaps not stopped together: all go on from the slowest one's checkpoint.
+
+        n_done: function that says how many steps are done here.
+        """
+        if n_done() > least_of_all(n_done(), self.args.device):
+            self.step_back()
+        if least_of_all(-n_done(), self.args.device) != -n_done():
+            fail("--resume: the processes' checkpoints are of different steps; run without --resume")
 
     def write(self, row):
         """Add a row to metrics.jsonl; returns its figures as short strings."""

@@ -6,6 +6,8 @@ input, is one op here, wherever a network has BatchNorm -> ReLU, BatchNorm -> ad
 
 import operator
 import warnings
+from copy import deepcopy
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from kernels.bn_act_moments import bn_act_moments_folded, fold
-from kernels.bn_moments import bn_moments
+from kernels.bn_moments import bn_moments, bn_moments_ref
 
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 ADDS = {operator.add, operator.iadd, torch.add}
@@ -195,3 +197,37 @@ def _replaced(model, chosen, found):
     copy.__dict__ = dict(model.__dict__)
     copy._modules = {name: m and _replaced(m, chosen, found) for name, m in model._modules.items()}
     return copy
+
+
+def lowered(setting, x):
+    """Around networks: bf16 where setting["bf16"] and the device of x have it. A graph keeps no copies of weights."""
+    return torch.autocast(x.device.type, torch.bfloat16, setting["bf16"] and x.is_cuda, cache_enabled=False)
+
+
+def measured(model, setting, device):
+    """`model` as the steps of an inversion call it: view (N, C, H, W) -> logits (N, K), [(moments (2, C), running_var
+    (C,)), …].
+
+    Moments are those of its BatchNorm2d inputs, mean less running mean and biased variance, in the order of the
+    layers' running. A copy: the model itself keeps fp32 weights, without hooks.
+
+    Args:
+        model: frozen, in eval mode.
+        setting: bf16 (weights of convolutions and linear layers, on a GPU); fused_bn (one op a BatchNorm, else hooks);
+            fused (which hooks: the fused moments, else the plain ones).
+        device: cpu or cuda.
+    """
+    network = deepcopy(model)
+    for m in network.modules():
+        if setting["bf16"] and device == "cuda" and isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.to(torch.bfloat16)  # once; autocast, which caches only what needs gradients, would do so in every step
+    if setting["fused_bn"]:
+        network = fuse_batchnorm(network, nn.BatchNorm2d)
+    else:
+        network = hook_batchnorm(network, nn.BatchNorm2d, bn_moments if setting["fused"] else bn_moments_ref)
+    return partial(_called, network, setting)
+
+
+def _called(network, setting, view):
+    with lowered(setting, view):
+        return network(view)

@@ -13,7 +13,8 @@ def batches(info, images):
     """The network's inputs, in its own units, from uint8 images (N, C, H, W)."""
     mean, std = (torch.tensor(v, device=info.device).view(1, -1, 1, 1) for v in (info.mean, info.std))
     for x in images.split(BATCH):
-        yield (x.to(info.device).float() / 255 - mean) / std
+        x = (x.to(info.device).float() / 255 - mean) / std
+        yield x.contiguous(memory_format=torch.channels_last)
 
 
 @torch.no_grad()
@@ -29,7 +30,7 @@ def agreement(info, shards):
     """
     hits, counts = torch.zeros(2, info.num_classes, dtype=torch.double)
     for images, labels in shards:
-        predicted = torch.cat([info.model(x).argmax(1).cpu() for x in batches(info, images)])
+        predicted, labels = torch.cat([info.model(x).argmax(1).cpu() for x in batches(info, images)]), labels.cpu()
         hits += torch.bincount(labels[predicted == labels], minlength=info.num_classes)
         counts += torch.bincount(labels, minlength=info.num_classes)
     by_class = {k: round(100 * (hits[k] / counts[k]).item(), 2) for k in counts.nonzero().flatten().tolist()}
@@ -88,3 +89,24 @@ def spread_of_classes(model, classes):
     groups = {"pixels": classes, "features": last_inputs(model, classes) or [model(x) for x in classes]}
     distances = {k: [torch.pdist(x.flatten(1).cpu()).mean() for x in images] for k, images in groups.items()}
     return {k: torch.stack(values).double().mean().item() for k, values in distances.items()}
+
+
+def report(shards, teacher, verifier, n=1000):
+    """What result.json says of a run's images; prints how many each network assigns to the wanted class.
+
+    Args:
+        shards: its Shards.
+        teacher, verifier: of load_network; verifier may be None.
+        n: images among which nearest neighbours are sought.
+
+    Returns:
+        n_images, diversity, and for each role its name, agreement and agreement_by_class.
+    """
+    found = {}
+    for role, info in (("teacher", teacher), ("verifier", verifier)):
+        total, by_class = agreement(info, shards.read()) if info else (None, None)
+        found |= {role: info.name if info else None}
+        found |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
+        if info:
+            print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
+    return found | dict(n_images=shards.n_images(), diversity=diversity(teacher, *shards.first(n)))

@@ -17,6 +17,7 @@ import torch.nn as nn
 from PIL import Image
 
 import deepinversion as di
+import kernels
 from kernels import Captured, _common, contract, total_variation_ref
 from kernels.quality import agreement, diversity
 
@@ -127,12 +128,12 @@ def test_measuring_leaves_the_network_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(36, 2)).eval()
     for parts in (FUSED, PLAIN):
         half = di.measured(model, parts, "cuda")
-        weights = [p.dtype for m in half.network.modules() for p in m.parameters(recurse=False) if p.ndim > 1]
+        weights = [p.dtype for m in half.args[0].network.modules() for p in m.parameters(recurse=False) if p.ndim > 1]
         assert weights == [torch.bfloat16, torch.bfloat16]
         assert {p.dtype for p in model.parameters()} == {torch.float32}
         x = torch.randn(8, 3, 3, 3)
         with torch.autocast("cpu", torch.bfloat16):
-            logits, found = half(x)
+            logits, found = half.args[0](x)
         assert torch.allclose(logits.float(), model(x), atol=0.05)
         assert found[0][0].dtype == torch.float32
         di.measured(model, parts, "cpu")
@@ -172,13 +173,13 @@ def test_all_chance_of_a_batch_comes_from_seed_and_number():
 def test_a_step_takes_its_own_rate_and_draw(monkeypatch):
     teacher, seen = tiny_rgb_teacher(), []
     setting = di.SETTINGS["cifar10"] | FUSED | dict(warmup=2, lr=0.5)
-    stage, see = (8, 2, 1), di.jittered_view
+    stage, see = (8, 2, 1), kernels.jittered_view
 
     def watched(x, draw, dtype):
         seen.append((tuple(x.shape), draw.tolist(), work.optimizer.param_groups[0]["lr"].item()))
         return see(x, draw, dtype)
 
-    monkeypatch.setattr(di, "jittered_view", watched)
+    monkeypatch.setattr(kernels, "jittered_view", watched)
     draws = torch.tensor([[i, -i, i % 2] for i in range(8)])
     x = torch.randn(4, 3, 8, 8).contiguous(memory_format=torch.channels_last)
     work = di.begin(x, torch.arange(4), draws, stage, teacher, setting)
@@ -371,8 +372,8 @@ def test_public_four_stage_weights_load_with_their_shortcuts(tmp_path):
 
 def test_every_public_teacher_is_described_like_a_shipped_one():
     needed = {"arch", "dataset", "num_classes", "image_size", "mean", "std", "accuracy", "file", "sha256"}
-    assert needed <= set.intersection(*(set(known) for known in di.shipped().values()))
-    for name, known in di.PUBLIC.items():
+    assert needed <= set.intersection(*(set(known) for known in contract.shipped().values()))
+    for name, known in contract.PUBLIC.items():
         assert needed | {"url"} == set(known)
         assert known["arch"] == name in di.NETWORKS
         assert known["url"] == f"https://download.pytorch.org/models/{name}-{known['sha256']}.pth"
@@ -398,9 +399,9 @@ def test_a_public_teacher_is_taken_from_the_data_folder_and_checked(capsys, tmp_
     torch.save(di.NETWORKS["resnet18"](num_classes=1000).state_dict(), tmp_path / "r18.pth")
     digest = hashlib.sha256((tmp_path / "r18.pth").read_bytes()).hexdigest()[:8]
     args = di.Args(teacher="resnet18", data_dir=str(tmp_path), device="cpu")
-    monkeypatch.setitem(di.PUBLIC, "resnet18", di.PUBLIC["resnet18"] | dict(file="r18.pth", sha256=digest))
+    monkeypatch.setitem(contract.PUBLIC, "resnet18", contract.PUBLIC["resnet18"] | dict(file="r18.pth", sha256=digest))
     assert di.load(args.teacher, args).accuracy == 69.758
-    monkeypatch.setitem(di.PUBLIC, "resnet18", di.PUBLIC["resnet18"] | dict(sha256="f37072fd"))
+    monkeypatch.setitem(contract.PUBLIC, "resnet18", contract.PUBLIC["resnet18"] | dict(sha256="f37072fd"))
     assert "SHA-256" in refused(capsys, teacher="resnet18", data_dir=str(tmp_path))
 
 
@@ -443,7 +444,7 @@ def test_a_fresh_network_is_a_trainable_student_of_its_teacher(tmp_path):
         assert (info.num_classes, info.image_size, info.mean, info.std) == (7, 16, (0.3,), (0.4,)), spec
         assert info.accuracy is None and info.arch.isidentifier(), spec
         assert info.model.training and all(p.requires_grad for p in info.model.parameters()), spec
-        di.try_out(info, 1, 32, 7)
+        contract.try_out(info, 1, 32, 7)
     info = di.load("resnet8", di.Args(weights="nowhere.pt", num_classes=5, device="cpu"), fresh=True)
     assert (info.num_classes, info.image_size, info.mean) == (5, 32, contract.INFO["mean"])
 

@@ -597,10 +597,10 @@ def test_two_ranks_train_the_generators_that_one_trains(tmp_path):
     assert one["shape"] == two["shape"]
     for key, value in one["state_dict"].items():  # Adam makes whole steps of rounding where a gradient is near 0: mean
         assert (value.float() - two["state_dict"][key].float()).abs().mean() < 1e-4, key
-    parts = [tmp_path / "two/checkpoint.pt", tmp_path / "two/rank-1/checkpoint.pt"]
+    parts = [tmp_path / "two/checkpoint.pt", tmp_path / "two/rank1/checkpoint.pt"]
     sizes = [torch.load(p, weights_only=True)["state"]["networks"]["ensemble.dense"].shape[0] for p in parts]
     assert sizes == [3, 2] and (tmp_path / "two/result.json").exists()
-    assert not (tmp_path / "two/rank-1/student.pt").exists()
+    assert not (tmp_path / "two/rank1/student.pt").exists()
 
 
 def damaged_checkpoints(saved):

@@ -29,7 +29,8 @@ SHARED = [
     "data.py",
     "figures.py",
 ]
-SHARED += ["augment.py", "distributed.py", "folder.py", "fuse.py", "graphs.py", "quality.py", "transitions.py"]
+SHARED += ["augment.py", "distributed.py", "folder.py", "fuse.py", "graphs.py", "pool.py", "quality.py", "shards.py"]
+SHARED += ["transitions.py"]
 OPS = [path for path in KERNELS if path.name not in SHARED]
 TRITON = [*OPS, ROOT / "kernels" / "_channels.py", ROOT / "kernels" / "_logits.py"]
 PYTHON = [*SCRIPTS, *KERNELS, *sorted((ROOT / "tests").glob("*.py")), *sorted((ROOT / "results").glob("*.py"))]
@@ -116,9 +117,11 @@ def test_every_option_is_documented(path):
     assert fields
     for i, field in fields:
         assert isinstance(field, ast.AnnAssign) and field.value is not None, f"line {field.lineno}: type and default"
+        _, _, text = path.read_text().split("\n")[field.end_lineno - 1][field.end_col_offset :].partition("  # ")
         below = args.body[i + 1] if i + 1 < len(args.body) else None
-        text = getattr(getattr(below, "value", None), "value", None) if isinstance(below, ast.Expr) else None
-        assert isinstance(text, str) and text.strip(), f"{field.target.id} has no string below it"
+        if not text and isinstance(below, ast.Expr):
+            text = getattr(below.value, "value", None)
+        assert isinstance(text, str) and text.strip(), f"{field.target.id} has no comment beside nor string below it"
         assert "\n" not in text, f"{field.target.id}: more than one line"
 
 
