@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMAND = "deepinversion.py --teacher digits-resnet8 --verifier none --batch-size 10 --num-images 20 --iterations 120"
+COMMAND = "deepinversion.py --dataset digits --student lenet5 --competition js --verifier none --batch-size 10"
+COMMAND += " --num-images 10 --iterations 30 --epochs 3 --steps-per-epoch 12 --batches-per-epoch 1 --student-batch 10"
 COMMAND += " --checkpoint-every 4 --log-every 1 --device cpu --out"
-SAME = ("images-00000.npz", "images-00001.npz", "metrics.jsonl", "samples.png")
+SAME = (*(f"images-{i:05d}.npz" for i in range(4)), "metrics.jsonl", "samples.png", "curve.png", "student.pt")
 
 
 def start(out, *options, limit=resource.RLIM_INFINITY):
@@ -105,12 +106,12 @@ def test_interrupted_out_of_disk_and_damaged(whole, tmp_path):
     (cut / "checkpoint.pt").write_bytes(before[:-1000])
     assert finish(cut, "--resume")[0] == 0
     assert_same(whole, cut)
-    assert json.loads((cut / "result.json").read_text())["n_images"] == 20
+    assert json.loads((cut / "result.json").read_text())["n_images"] == 40
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        COMMAND = COMMAND.replace("--iterations 120", f"--iterations {12 * int(sys.argv[1])}")
+        COMMAND = COMMAND.replace("--iterations 30", f"--iterations {6 * int(sys.argv[1])}")
         assert finish(Path(made) / "whole")[0] == 0
         steps = kill_and_resume(Path(made) / "whole", Path(made) / "cut", int(sys.argv[1]))
         print("steps done at each kill:", steps, "- the same bytes in the end")

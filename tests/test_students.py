@@ -1,0 +1,326 @@
+"""deepinversion.py --student: the pool, when new batches come, competition, resume, refusals."""
+
+import json
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import n_parameters, rows_of, script_runs
+
+import deepinversion as di
+import kernels
+from kernels import _common, augment, contract
+from kernels.js_divergence import released_divergence
+from kernels.pool import Pool
+from kernels.shards import Shards
+
+FAST = dict(dataset="digits", student="lenet5", verifier="none", iterations=4, batch_size=10, num_images=20, epochs=2,
+            steps_per_epoch=4, batches_per_epoch=2, student_batch=8, checkpoint_every=3, log_every=1)  # fmt: skip
+run, refused = script_runs(di, FAST)
+
+
+@pytest.fixture(autouse=True)
+def cpu_path(monkeypatch):
+    """Scripts run the CPU path; one line of stderr is checked: fix the name."""
+    monkeypatch.setattr(_common, "INTERPRET", False)
+    monkeypatch.setattr(sys, "argv", ["deepinversion.py"])
+
+
+def digits_teacher(**options):
+    args = di.Args(teacher="digits-resnet8", dataset="digits", student="lenet5", device="cpu", **options)
+    teacher = di.load(args.teacher, args)
+    return teacher, contract.load_student(di.load, "lenet5", args, teacher), args
+
+
+# Competition
+
+
+def test_released_divergence_by_hand():
+    """Two sure networks that disagree on two classes: P and Q clamped to 0.99 and 0.01, M = 1/2 each."""
+    p, q = torch.tensor([[60.0, 0.0]]), torch.tensor([[0.0, 60.0]])
+    by_hand = 0.5 * (2 * math.log(0.5) - math.log(0.99) - math.log(0.01))
+    assert released_divergence(p, q, 3.0).item() == pytest.approx(by_hand, rel=1e-5)
+    assert by_hand == pytest.approx(1.614, abs=1e-3)
+    assert released_divergence(p, p, 3.0).item() == pytest.approx(0.0, abs=1e-6)
+    ten = torch.zeros(1, 10)  # M is made before the clamp: with 1000 classes nearly all of it lies on the floor
+    ten[0, 0] = 60.0
+    m = torch.tensor([0.99, *[0.01] * 9])
+    assert released_divergence(ten, ten, 3.0).item() == pytest.approx(0.0, abs=1e-6)
+    q = torch.zeros(1, 10)
+    p_, q_ = m, torch.full((10,), 0.1)
+    mid = ((torch.tensor([1.0, *[0.0] * 9]) + 0.1) / 2).clamp(0.01, 0.99)
+    by_hand = 0.5 * (mid * (2 * mid.log() - p_.log() - q_.log())).sum()
+    assert released_divergence(ten, q, 3.0).item() == pytest.approx(by_hand.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("form", ["js", "released"])
+def test_competition_falls_as_the_networks_disagree_until_the_released_one_saturates(form):
+    setting = dict(competition=form, temperature=3.0, fused=True)
+    t_logits = torch.tensor([[30.0, 0.0, 0.0]])
+
+    def loss_and_gradient(gap):
+        s_logits = torch.tensor([[30.0 - gap, gap, 0.0]], requires_grad=True)
+        loss = di.competition_loss(t_logits, s_logits, setting)
+        return loss.item(), torch.autograd.grad(loss, s_logits)[0].abs().max().item()
+
+    values = [loss_and_gradient(gap) for gap in (0.0, 10.0, 15.0, 30.0)]
+    assert values[0][0] == pytest.approx(1.0, abs=1e-5)
+    assert all(a[0] >= b[0] - 1e-6 for a, b in zip(values, values[1:], strict=False))
+    assert values[2][1] > 0
+    if form == "js":
+        assert values[3][0] == pytest.approx(1 - math.log(2), abs=1e-3)
+    else:
+        assert values[3] == (0.0, 0.0)  # the outer clamp: no gradient where both are sure and disagree
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_competition_term_reaches_the_images_and_not_the_student(fused):
+    torch.manual_seed(0)
+    teacher, student, args = digits_teacher(fused=fused, competition="js", alpha_competition=2.0)
+    setting = di.choose_setting(args, "digits")
+    teacher.low, teacher.high = di.pixel_range(teacher, "cpu")
+    teacher.measured = di.measured(teacher.model, setting, "cpu")
+    state = di.Distiller(teacher, student, setting, 10)
+    x, draw = torch.randn(4, 1, 32, 32, requires_grad=True), torch.zeros(3, dtype=torch.long)
+    labels = torch.arange(4)
+    with state.at_rest() as opponent:
+        assert not opponent.training and not any(p.requires_grad for p in opponent.parameters())
+        total, terms = di.synthesis_loss(x, draw, labels, teacher, setting, student=opponent)
+        with_it = torch.autograd.grad(total, x)[0]
+        by_hand = 2 * (1 - kernels.js_divergence_ref(teacher.model(x), opponent(x), setting["temperature"]))
+        of_term = torch.autograd.grad(by_hand, x)[0]
+    alone, _ = di.synthesis_loss(x, draw, labels, teacher, setting)
+    without = torch.autograd.grad(alone, x)[0]
+    assert terms[di.TERMS.index("competition")].item() == pytest.approx(by_hand.item() / 2, rel=1e-5)
+    assert (total - alone).item() == pytest.approx(by_hand.item(), rel=1e-3)
+    assert torch.allclose(with_it - without, of_term, atol=1e-3 * without.abs().max())
+    assert of_term.abs().max() > 0
+    assert student.model.training and all(p.requires_grad and p.grad is None for p in student.model.parameters())
+
+
+# Pool and files
+
+
+def test_a_pool_draws_from_all_its_images_or_from_the_newest_batch_alone():
+    teacher, _, _ = digits_teacher()
+    pool, batches = (
+        Pool(teacher, 12),
+        [torch.full((n, 1, 32, 32), v, dtype=torch.uint8) for n, v in ((8, 0), (4, 255))],
+    )
+    low, high = (v.item() for v in di.pixel_range(teacher, "cpu"))
+    pool.add(batches[0])
+    pool.draw_from(newest=False)
+    assert pool.draw(50).unique().tolist() == pytest.approx([low])  # not the room that is still empty
+    pool.add(batches[1])
+    pool.draw_from(newest=True)
+    assert pool.draw(50).unique().tolist() == pytest.approx([high])
+    pool.draw_from(newest=False)
+    x = pool.draw(3000)
+    assert x.shape == (3000, 1, 32, 32) and x.unique().tolist() == pytest.approx([low, high])
+    assert (x[:, 0, 0, 0] == high).float().mean().item() == pytest.approx(1 / 3, abs=0.05)  # every image alike
+    assert "images" not in pool.state_dict()
+
+
+def test_shards_keep_bytes_and_labels(tmp_path):
+    shards = Shards(tmp_path)
+    assert len(shards) == shards.n_images() == 0
+    made = [(torch.randint(256, (3, 1, 4, 4), dtype=torch.uint8), torch.tensor([0, 11, k])) for k in range(3)]
+    for i, batch in enumerate(made):
+        shards.write(i, *batch, digits=2 if i == 0 else 0)
+    assert len(shards) == 3 and shards.n_images() == 9
+    for (images, labels), (x, y) in zip(made, shards.read(), strict=True):
+        assert torch.equal(images, x) and torch.equal(labels, y)
+    assert len(list(shards.read(2))) == 2
+    assert [len(part) for part in shards.first(4)] == [6, 6]  # whole batches
+    assert {path.parent.name for path in tmp_path.glob("images/*/*.png")} == {"00", "11"}
+    (tmp_path / "result.json").write_text("{}")
+    shards.clear()
+    assert not list(tmp_path.glob("images-*")) and not list(tmp_path.glob("images/*/*.png"))
+
+
+def test_augmentation_moves_mirrors_and_cuts_within_the_batch():
+    x = torch.arange(2 * 16, dtype=torch.float32).view(2, 1, 4, 4)
+    rows = torch.stack([augment.mirrored(x) for _ in range(40)])
+    for i in (0, 1):  # each image by itself, about half of the times
+        flips = [torch.equal(row[i], x[i].flip(2)) for row in rows]
+        assert all(torch.equal(row[i], x[i]) or flip for row, flip in zip(rows, flips, strict=True))
+        assert 8 < sum(flips) < 32
+    assert torch.equal(augment.varied(x, dict(shift=0, mirror=False, cut=False)), x)
+    seen = augment.varied(x.repeat(8, 1, 1, 1), dict(shift=1, mirror=True, cut=True))
+    assert seen.shape == (16, 1, 4, 4) and set(seen.unique().tolist()) <= set(x.unique().tolist())
+
+
+# Protocol
+
+
+def test_batches_come_at_even_distances():
+    """The paper's VGG-11-BN protocol: 195 updates an epoch, four new batches in each."""
+    setting = dict(initial=50, steps_per_epoch=195, batches_per_epoch=4)
+    due = [n for n in range(390) if di.batches_before(n, setting) > di.batches_before(n - 1, setting)]
+    assert due == [0, 49, 98, 147, 195, 244, 293, 342]
+    assert di.batches_before(389, setting) == 58
+    none = setting | dict(batches_per_epoch=0)
+    assert {di.batches_before(n, none) for n in range(-1, 390)} == {50}
+
+
+def test_a_student_is_trained_as_the_protocol_says(tmp_path, monkeypatch):
+    """What each step draws from, which batches compete, what the run leaves behind."""
+    drawn, opponents, synthesise, draw_from = [], [], di.synthesise, Pool.draw_from
+
+    def watched(run, labels, teacher, setting, student=None):
+        opponents.append((run.batch, run.n_student, student is not None))
+        return synthesise(run, labels, teacher, setting, student)
+
+    def noted(pool, newest):
+        draw_from(pool, newest)
+        drawn.append((newest, *pool.window.tolist()))
+
+    monkeypatch.setattr(di, "synthesise", watched)
+    monkeypatch.setattr(Pool, "draw_from", noted)
+    result = run(tmp_path, competition="js")
+    # two batches first; then one before steps 0, 2, 4 and 6
+    assert opponents == [(0, 0, False), (1, 0, False), (2, 0, True), (3, 2, True), (4, 4, True), (5, 6, True)]
+    assert drawn == [(True, 20, 10), (False, 0, 30), (True, 30, 10), (False, 0, 40)] + [
+        (True, 40, 10), (False, 0, 50), (True, 50, 10), (False, 0, 60)]  # fmt: skip
+    rows = rows_of(tmp_path)
+    assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
+    assert [row["step"] for row in rows if "step" in row] == list(range(1, 25))
+    assert [row["batch"] for row in rows if "loss/competition" in row] == [2] * 4 + [3] * 4 + [4] * 4 + [5] * 4
+    assert rows[-1]["eval/acc"] == result["student_accuracy"]  # the final iterate
+    assert result["n_images"] == 60 and result["student"] == "lenet5" and result["teacher_accuracy"] == 100.0
+    assert (tmp_path / "curve.png").stat().st_size > 0
+    student = di.load(str(tmp_path / "student.pt"), di.Args(device="cpu"))
+    assert student.accuracy == result["student_accuracy"] and student.arch == "lenet5"
+    images, labels = di.real_images(student, di.Args(dataset="digits", device="cpu"))[1]
+    assert di.agreement(student, [(images, labels)])[0] == result["student_accuracy"]
+    saved = torch.load(tmp_path / "student.pt", weights_only=True)
+    assert saved["method"] == "adaptive deepinversion" and n_parameters(student.model) > 0
+
+
+def test_the_students_loss_is_t_squared_kl_at_the_setting_s_rate(monkeypatch):
+    teacher, student, args = digits_teacher(student_batch=6, shift=0, lr_student=0.5, temperature=4.0)
+    setting = di.choose_setting(args, "digits") | dict(optimizer="sgd", cut=False, mirror=False)
+    teacher.low, teacher.high = di.pixel_range(teacher, "cpu")
+    state = di.Distiller(teacher, student, setting, 6)
+    state.pool.add(torch.randint(256, (6, 1, 32, 32), dtype=torch.uint8))
+    x = state.pool.images.float() / 255
+    x = (x - teacher.mean[0]) / teacher.std[0]
+    monkeypatch.setattr(Pool, "draw", lambda pool, n: x)
+    before = [p.detach().clone() for p in student.model.parameters()]
+    p, log_q = torch.softmax(teacher.model(x) / 4, 1), torch.log_softmax(student.model(x) / 4, 1)
+    loss = 16 * (p * (p.log() - log_q)).sum(1).mean()
+    gradients = torch.autograd.grad(loss, list(student.model.parameters()))
+    di.student_step(state)
+    assert state.sum.item() == pytest.approx(loss.item(), rel=1e-4)
+    for old, new, g in zip(before, student.model.parameters(), gradients, strict=True):
+        assert torch.allclose(new, old - 0.5 * (g + 5e-4 * old), atol=1e-5)
+
+
+def test_the_rate_falls_by_a_cosine_or_tenfold(tmp_path, monkeypatch):
+    rates, student_step = [], di.student_step
+
+    def watched(state):
+        rates.append(state.optimizer.param_groups[0]["lr"].item())
+        student_step(state)
+
+    monkeypatch.setattr(di, "student_step", watched)
+    options = dict(num_images=10, batches_per_epoch=0, steps_per_epoch=1, epochs=4, lr_student=0.1)
+    run(tmp_path / "cosine", **options)
+    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 4)) for i in range(4)])
+    rates.clear()
+    monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | dict(drop=2))
+    run(tmp_path / "drops", **options)
+    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01])
+
+
+@pytest.mark.parametrize("stop_at", [5, 11, 21, 27], ids=["initial pool", "new batch", "second epoch", "near the end"])
+def test_a_run_with_a_student_resumes_bit_exactly(tmp_path, monkeypatch, stop_at):
+    run(tmp_path / "whole", competition="js")
+    calls, update = [0], di.tqdm.update
+
+    def dies(self, *rest):
+        calls[0] += 1
+        if calls[0] == stop_at:
+            raise InterruptedError
+        return update(self, *rest)
+
+    monkeypatch.setattr(di.tqdm, "update", dies)
+    with pytest.raises(InterruptedError):
+        run(tmp_path / "cut", competition="js")
+    monkeypatch.setattr(di.tqdm, "update", update)
+    run(tmp_path / "cut", competition="js", resume=True)
+    files = [*(f"images-{i:05d}.npz" for i in range(6)), "metrics.jsonl", "samples.png", "curve.png", "student.pt"]
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+
+
+def test_an_earlier_runs_images_are_the_pool(tmp_path):
+    """No image is made again; the same bytes and the same student as from a pool made on the spot."""
+    made = run(tmp_path / "made", batches_per_epoch=0)
+    options = dict(images=str(tmp_path / "made"), num_images=0, batches_per_epoch=0)
+    given = run(tmp_path / "given", **options)
+    assert not list((tmp_path / "given").glob("images-*"))
+    assert given["n_images"] == made["n_images"] == 20
+    for name in ("student.pt", "samples.png"):
+        assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
+    more = run(tmp_path / "more", images=str(tmp_path / "made"), num_images=0, batches_per_epoch=1, competition="js")
+    assert more["n_images"] == 20  # of its own: one batch an epoch
+
+
+def test_a_user_s_student_and_no_test_images(tmp_path):
+    (tmp_path / "nets.py").write_text(
+        "import torch.nn as nn\n"
+        "def tiny(num_classes, in_channels):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(1024 * in_channels, num_classes))\n"
+    )
+    result = run(tmp_path / "run", student=f"{tmp_path / 'nets.py'}:tiny", dataset="none", teacher="digits-resnet8")
+    assert result["student_accuracy"] is None and result["setting"]["name"] == "digits"
+    assert not (tmp_path / "run/curve.png").exists() and (tmp_path / "run/student.pt").exists()
+
+
+def test_without_a_student_no_setting_of_one_is_kept(tmp_path):
+    result = run(tmp_path, student="", num_images=10)
+    assert not set(result["setting"]) & set(di.STUDENT)
+    assert not (tmp_path / "student.pt").exists() and result["n_images"] == 10
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        pytest.param(dict(student="", competition="js"), "name one with --student", id="no student"),
+        pytest.param(dict(student="", images="x"), "name one with --student", id="images of nobody"),
+        pytest.param(dict(student="lenet6"), "--student lenet6", id="unknown student"),
+        pytest.param(dict(competition="kl"), "--competition: expected one of none, js, released", id="unknown form"),
+        pytest.param(dict(images="nowhere"), "--images nowhere: no images-*.npz there", id="no images there"),
+        pytest.param(dict(epochs=0), "--epochs: expected at least 1", id="no epoch"),
+        pytest.param(dict(temperature=0.0), "--temperature: expected at least", id="temperature zero"),
+        pytest.param(dict(lr_student=math.nan), "--lr-student: expected at least", id="rate NaN"),
+        pytest.param(dict(dataset="mnist", data_dir="nowhere"), "check --data-dir", id="no test images"),
+        pytest.param(dict(teacher="cifar10-resnet20"), "do not fit the teacher", id="other test images"),
+    ],
+)
+def test_bad_options_are_refused(capsys, tmp_path, options, says):
+    assert says in refused(capsys, out=str(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_of_another_shape_are_refused(capsys, tmp_path):
+    np.savez(tmp_path / "images-00000.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4, np.int64))
+    says = refused(capsys, out=str(tmp_path / "run"), images=str(tmp_path))
+    assert "--images: expected (1, 32, 32), as the teacher's, got (3, 8, 8)" in says
+
+
+def test_no_image_at_all_is_refused(capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | dict(initial=0))
+    assert "the student has no images" in refused(capsys, out=str(tmp_path), num_images=0, batches_per_epoch=0)
+
+
+def test_a_students_loss_that_is_not_finite_stops_the_run(capsys, tmp_path):
+    assert "the student's loss is nan in epoch" in refused(capsys, out=str(tmp_path), lr_student=1e9)
+    assert json.loads((tmp_path / "args.json").read_text())["lr_student"] == 1e9
+    assert not (tmp_path / "student.pt").exists() and not (tmp_path / "result.json").exists()
