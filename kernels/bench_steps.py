@@ -75,7 +75,7 @@ def hook_conventionally(model, terms):
 def teacher_of(name, device):
     """A network with moments as a trained one has them: neither 0 nor 1."""
     torch.manual_seed(0)
-    model = deepinversion.NETWORKS[name](**(dict(num_classes=1000) if name in deepinversion.PUBLIC else {}))
+    model = deepinversion.NETWORKS[name](**(dict(num_classes=1000) if name in kernels.contract.PUBLIC else {}))
     for m in model.modules():
         if isinstance(m, nn.BatchNorm2d):
             m.running_mean.normal_(0, 0.3)
