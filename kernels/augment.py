@@ -1,6 +1,9 @@
-"""Random changes of images on their device, without a host sync: what a student sees of a generator's batch."""
+"""Noise that images are made from, and random changes of images on their device, without a host sync."""
 
 import torch
+import torch.nn.functional as F
+
+from kernels.data import pixel_range
 
 
 def shifted(x, pixels):
@@ -47,3 +50,30 @@ def varied(x, setting):
     x = mirrored(x) if setting.get("mirror") else x
     x = cut(x) if setting["cut"] else x
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def start(noise, setting, info):
+    """What a batch of images starts from: N(0, 1) noise as it is, or, a prior on where strokes stand, dim and centred.
+
+    Args:
+        noise: (N, C, H, W), on the CPU.
+        setting: blur, side of a box filter in pixels, odd, 1: none, whose result has a spread of about 1 again; gain,
+            a factor on it; margin, pixels along each edge that start at the darkest value.
+        info: of load_network: mean and std of the pixels.
+
+    >>> from types import SimpleNamespace
+    >>> info = SimpleNamespace(mean=(0.5,), std=(0.25,))
+    >>> start(torch.ones(1, 1, 4, 4), dict(blur=1, gain=0.5, margin=1), info)[0, 0]
+    tensor([[-2.0000, -2.0000, -2.0000, -2.0000],
+            [-2.0000,  0.5000,  0.5000, -2.0000],
+            [-2.0000,  0.5000,  0.5000, -2.0000],
+            [-2.0000, -2.0000, -2.0000, -2.0000]])
+    """
+    blur, margin = setting["blur"], setting["margin"]
+    if blur == 1 and not margin:
+        return noise * setting["gain"]
+    low, high = pixel_range(info, "cpu")
+    x = F.avg_pool2d(noise, blur, 1, blur // 2) * blur * setting["gain"]
+    inside = torch.zeros(x.shape[2:], dtype=torch.bool)
+    inside[margin : x.shape[2] - margin, margin : x.shape[3] - margin] = True
+    return torch.where(inside, x, low).clamp(low, high)

@@ -121,6 +121,24 @@ def ensemble_table():
     return "\n".join(lines)
 
 
+def students_table():
+    """Final-iterate accuracies of students of inverted images, by arm, from results/students-*.json."""
+    head = "teacher → student | images | teacher | student | relative | best less final | seeds | longest, device"
+    lines = [f"| data | arm | {head} |", "|---" * 10 + "|"]
+    for path in sorted((ROOT / "results").glob("students-*.json")):
+        for arm, group in json.loads(path.read_text())["arms"].items():
+            first, students = group[0], [r["student_accuracy"] for r in group]
+            relative = statistics.mean(students) / first["teacher_accuracy"]
+            fall = statistics.mean(max(r["accuracies"]) - r["student_accuracy"] for r in group)
+            lines.append(
+                f"| {path.stem.partition('-')[2]} | {arm} | `{first['teacher']}` → `{first['student']}` "
+                f"| {first['n_images']:,} | {first['teacher_accuracy']:.2f} % | {spread(students)} "
+                f"| {100 * relative:.1f} % | {fall:.2f} | {len(group)} "
+                f"| {max(r['seconds'] for r in group):.0f} s, {first['device_name']} |"
+            )
+    return "\n".join(lines)
+
+
 def arms_table(data):
     """One generator against many, from results/ensemble-arms-DATA.json."""
     table = json.loads((ROOT / f"results/ensemble-arms-{data}.json").read_text())
@@ -236,6 +254,7 @@ def tables():
     makers |= dict(trace=trace_table, replay=replay_table, cpu_summary=cpu_summary, ensemble=ensemble_table)
     makers |= dict(ensemble_speed=ensemble_speed_table, ensemble_arms_digits=lambda: arms_table("digits"))
     makers |= dict(ensemble_arms_mnist=lambda: arms_table("mnist"))
+    makers |= dict(students=students_table)
     return {name: make() for name, make in makers.items()}
 
 
