@@ -152,6 +152,23 @@ def test_augmentation_moves_mirrors_and_cuts_within_the_batch():
     assert seen.shape == (16, 1, 4, 4) and set(seen.unique().tolist()) <= set(x.unique().tolist())
 
 
+def test_a_batch_starts_from_white_noise_or_from_a_blur_in_the_middle():
+    info = contract.load_network("mnist-resnet8", di.Args(device="cpu"), di.NETWORKS)
+    low, high = (v.item() for v in di.pixel_range(info, "cpu"))
+    noise = torch.randn(200, 1, 32, 32)
+    for name in ("cifar10", "cifar10-released", "imagenet-0"):
+        assert torch.equal(augment.start(noise, di.SETTINGS[name], info), noise)
+    setting = dict(blur=5, margin=6, gain=0.05)
+    x = augment.start(noise, setting, info)
+    inside = x[:, :, 6:26, 6:26]
+    assert (x != low).sum() == inside.numel()  # nothing of the margin
+    assert inside.std().item() == pytest.approx(0.05, rel=0.05)
+    neighbours = torch.corrcoef(torch.stack([inside[..., 1:].flatten(), inside[..., :-1].flatten()]))[0, 1]
+    assert neighbours.item() == pytest.approx(0.8, abs=0.03)  # 4 of 5 columns in common
+    x = augment.start(noise, setting | dict(gain=20.0), info)
+    assert x.min().item() == pytest.approx(low) and x.max().item() == pytest.approx(high)
+
+
 # Protocol
 
 
