@@ -112,14 +112,15 @@ class Args(RunOptions):
 
 
 # stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup None: constant learning rate; drop: epochs
-# until the student's falls to a tenth, None: a cosine over all; initial: batches before the student's first step.
+# until the student's falls to a tenth; initial: batches before the student's first step.
 # fmt: off
 BASE = dict(lr=0.3, betas=(0.5, 0.9), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True,
             moments="l2", ema=0.0, priors_per_image=False, blur=1, gain=1.0, margin=0, alpha_competition=1.0)
 STUDENT = dict(initial=10, epochs=20, steps_per_epoch=195, batches_per_epoch=2, student_batch=256, optimizer="sgd",
-               lr_student=0.1, drop=None, temperature=3.0, shift=4, mirror=True, cut=False)
-PAPER = dict(STUDENT, initial=50, epochs=250, drop=100)  # 4.1; of the initial pool nothing is known
-SMALL = dict(STUDENT, student_batch=64, optimizer="adam", lr_student=5e-3, shift=2, mirror=False, cut=True)
+               lr_student=0.1, student_warmup=0, drop=10**6, temperature=3.0, shift=4, mirror=True, cut=False)
+PAPER = dict(STUDENT, initial=50, epochs=250, student_warmup=None, drop=100)  # of the initial pool nothing is known
+SMALL = dict(STUDENT, student_batch=64, optimizer="adam", lr_student=5e-3, student_warmup=100, shift=2,
+             cut=True, mirror=False)
 CIFAR = dict(BASE, **STUDENT, batch_size=100, alpha_bn=1.0, first_bn=10.0, alpha_tv_l2=1.5e-2)
 GREY = dict(BASE, **SMALL, batch_size=100, alpha_bn=3.0, alpha_competition=5.0, flip=False)
 IMAGENET = dict(BASE, **STUDENT, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4,
@@ -422,16 +423,15 @@ def batches_before(step, setting):
 
 def distil(run, state, step, test=None):
     """The student's steps until a new batch of images is due or its epoch ends."""
-    setting, end = state.setting, state.setting["steps_per_epoch"] * (run.epoch + 1)
-    decay = (1 + math.cos(math.pi * run.epoch / setting["epochs"])) / 2
-    decay = 0.1 ** (run.epoch // setting["drop"]) if setting["drop"] else decay
-    state.optimizer.param_groups[0]["lr"].fill_(setting["lr_student"] * decay)
-    for n in range(run.n_student, end):
+    setting, size = state.setting, state.setting["steps_per_epoch"]
+    rates = dict(lr=setting["lr_student"] * 0.1 ** (run.epoch // setting["drop"]), warmup=setting["student_warmup"])
+    for n in range(run.n_student, size * (run.epoch + 1)):
         if batches_before(n, setting) > run.batch:
             return
+        state.optimizer.param_groups[0]["lr"].fill_(learning_rate(n, size * setting["epochs"], rates))
         state.pool.draw_from(newest=batches_before(n, setting) > batches_before(n - 1, setting))
         step()
-        run.after_student_step(n + 1, end, state, test)
+        run.after_student_step(n + 1, state, test)
 
 
 # Evaluation and files
@@ -504,19 +504,19 @@ class Run(RunFolder):
         self.batch, self.stage, self.x, self.optimizer = self.batch + self.place.world, 0, None, None
         self.save()
 
-    def after_student_step(self, n, end, state, test):
+    def after_student_step(self, n, state, test):
         """At an epoch's end the host looks at the device: a row with the student's accuracy; checkpoint."""
         self.bar.update()
-        self.n_student = n
-        if n == end:
+        self.n_student, size = n, state.setting["steps_per_epoch"]
+        if n % size == 0:
             self.epoch += 1
-            row = {"epoch": self.epoch, "loss/student": state.sum.item() / state.setting["steps_per_epoch"]}
+            row = {"epoch": self.epoch, "loss/student": state.sum.item() / size}
             if not math.isfinite(row["loss/student"]):
                 fail(f"the student's loss is {row['loss/student']} in epoch {self.epoch}; lower --lr-student")
             state.sum.zero_()
             with state.at_rest():
                 self.show(self.bar, row | ({"eval/acc": agreement(state.student, [test])[0]} if test else {}))
-        if n == end or n % self.args.checkpoint_every == 0:
+        if 0 in (n % size, n % self.args.checkpoint_every):
             self.save()
 
 

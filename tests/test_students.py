@@ -235,7 +235,7 @@ def test_the_students_loss_is_t_squared_kl_at_the_setting_s_rate(monkeypatch):
         assert torch.allclose(new, old - 0.5 * (g + 5e-4 * old), atol=1e-5)
 
 
-def test_the_rate_falls_by_a_cosine_or_tenfold(tmp_path, monkeypatch):
+def test_the_rate_warms_up_and_falls_by_a_cosine_or_tenfold(tmp_path, monkeypatch):
     rates, student_step = [], di.student_step
 
     def watched(state):
@@ -243,13 +243,18 @@ def test_the_rate_falls_by_a_cosine_or_tenfold(tmp_path, monkeypatch):
         student_step(state)
 
     monkeypatch.setattr(di, "student_step", watched)
-    options = dict(num_images=10, batches_per_epoch=0, steps_per_epoch=1, epochs=4, lr_student=0.1)
-    run(tmp_path / "cosine", **options)
-    assert rates == pytest.approx([0.05 * (1 + math.cos(math.pi * i / 4)) for i in range(4)])
-    rates.clear()
-    monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | dict(drop=2))
-    run(tmp_path / "drops", **options)
-    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01])
+    options = dict(num_images=10, batches_per_epoch=0, steps_per_epoch=2, epochs=4, lr_student=0.1)
+    for drop, warmup, expected in (
+        (10**6, 0, [0.05 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
+        (10**6, 2, [0.05, 0.1, *[0.05 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]]),
+        (2, None, [0.1] * 4 + [0.01] * 4),
+    ):
+        changed = dict(drop=drop, student_warmup=warmup)
+        monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | changed)
+        rates.clear()
+        run(tmp_path / f"{drop} {warmup}", **options)
+        assert rates == pytest.approx(expected), changed
+    assert di.SETTINGS["cifar10-released"]["drop"] == 100 and di.SETTINGS["cifar10-released"]["student_warmup"] is None
 
 
 @pytest.mark.parametrize("stop_at", [5, 11, 21, 27], ids=["initial pool", "new batch", "second epoch", "near the end"])
