@@ -139,6 +139,22 @@ def students_table():
     return "\n".join(lines)
 
 
+def students_summary():
+    """One line a data set for README.md: the arms' final-iterate accuracies."""
+    lines = []
+    for path in sorted((ROOT / "results").glob("students-*.json")):
+        arms = json.loads(path.read_text())["arms"]
+        first = next(iter(arms.values()))[0]
+        found = "; ".join(
+            f"{arm} **{spread([r['student_accuracy'] for r in group])}** ({len(group)})" for arm, group in arms.items()
+        )
+        lines.append(
+            f"- {path.stem.partition('-')[2]}, `{first['teacher']}` ({first['teacher_accuracy']:.2f} %) → "
+            f"`{first['student']}`: {found}."
+        )
+    return "\n".join(lines)
+
+
 def arms_table(data):
     """One generator against many, from results/ensemble-arms-DATA.json."""
     table = json.loads((ROOT / f"results/ensemble-arms-{data}.json").read_text())
@@ -254,7 +270,7 @@ def tables():
     makers |= dict(trace=trace_table, replay=replay_table, cpu_summary=cpu_summary, ensemble=ensemble_table)
     makers |= dict(ensemble_speed=ensemble_speed_table, ensemble_arms_digits=lambda: arms_table("digits"))
     makers |= dict(ensemble_arms_mnist=lambda: arms_table("mnist"))
-    makers |= dict(students=students_table)
+    makers |= dict(students=students_table, students_summary=students_summary)
     return {name: make() for name, make in makers.items()}
 
 

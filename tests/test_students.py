@@ -12,6 +12,7 @@ from helpers import n_parameters, rows_of, script_runs
 import deepinversion as di
 import kernels
 from kernels import _common, augment, contract
+from kernels.distributed import Place
 from kernels.js_divergence import released_divergence
 from kernels.pool import Pool
 from kernels.shards import Shards
@@ -328,6 +329,12 @@ def test_without_a_student_no_setting_of_one_is_kept(tmp_path):
 )
 def test_bad_options_are_refused(capsys, tmp_path, options, says):
     assert says in refused(capsys, out=str(tmp_path / "run"), **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_trains_a_student(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(di, "join", lambda device: Place(0, 2))
+    assert "--student: one process trains it" in refused(capsys, out=str(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
