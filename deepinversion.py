@@ -9,7 +9,7 @@ wanted classes and the moments of every BatchNorm input equal the running moment
 
 where x' is what the teacher sees of x in this step: pooled in a low-resolution stage, rolled by a random offset,
 mirrored at random; one draw for the whole batch (released code). With --student, g learns T² KL(f || g) at temperature
-T on a growing pool of these images, augmented anew in each step; a new batch is used at once, then joins the pool.
+T on a growing pool of them, augmented anew in each step; a new batch is drawn from at once, then joins the pool.
 
 Where we differ from the paper or its released code:
 - the teacher is frozen (no weight gradients); each BatchNorm, the addition and ReLU after it and the moments of its
@@ -19,10 +19,11 @@ Where we differ from the paper or its released code:
 - R_l2 is the mean over images of the image's norm for every data set (released CIFAR code: one norm of the batch);
 - each stage hands on, and the run keeps, the *last* images; the released code those of the lowest loss, a minimum that
   it never resets between stages: with two it returns the blurred low-resolution images;
-- the paper's competition term is textbook JS, the released one is not (`competition_loss` says what that does); the
-  student competes as it stands, in eval mode, its weights frozen (released: a fixed network, gradients left on);
-- settings but `-released` and `imagenet-N` are ours; those of grey images start from blurred noise in the middle of a
-  dark image, a prior that no teacher gives; classes that do not all fit a batch are drawn, not a fixed list;
+- the paper's competition term is textbook JS, the released one is not (`competition_loss` says more), both at the
+  temperature of the student's loss (paper: 1); the student competes as it stands, from its first step on, in eval
+  mode, its weights frozen (released: a fixed network, gradients left on);
+- `cifar10`, `-long`, `mnist` and `digits` are ours; those of grey images start from blurred noise in the middle of a
+  dark image, a prior that no teacher gives; classes that do not fit a batch are drawn, not a fixed list;
 - low-resolution stages pool the full image (as released); the paper up-samples a small one.
 Measured: on `cifar10`, 100 images a seed, 3 seeds, a verifier of another architecture agrees on 99.7 ± 0.6 % (1 CPU
 thread beside other work, 250 s, torch 2.13, commit 364118c; `cifar10-long` 98.3 ± 1.5 %): results/inversion-*.json.
@@ -55,11 +56,11 @@ from kernels.distributed import join, joint_moments, leave, wait_for_all
 from kernels.figures import draw_classes, draw_curves
 from kernels.folder import RunFolder
 from kernels.fuse import lowered, measured
-from kernels.js_divergence import released_divergence
+from kernels.js_divergence import js_released
 from kernels.moment_distance import moment_kl
 from kernels.pool import Pool
 from kernels.quality import agreement, report
-from kernels.shards import Shards
+from kernels.shards import Shards, given_shards, wanted_labels
 
 
 @dataclass
@@ -72,7 +73,7 @@ class Args(RunOptions):
     verifier: str = "auto"  # Judges the images, never optimised against: as --teacher (factory with weights) | none.
     dataset: str = "auto"  # Of setting, verifier, test: cifar10 | cifar100 | mnist | digits | imagenet | none | auto.
     out: str = "runs/deepinversion/default"  # Output folder.
-    smoke: bool = False  # A run of seconds: 6 steps on 20 images.
+    smoke: bool = False  # A run of seconds: 6 steps on 20 images; 4 of a student, whatever its options say.
     fused: bool = True  # Use the fused ops of kernels/; off: the plain references, whatever the next three say.
     fused_bn: bool = True  # BatchNorm, addition, ReLU and moments as one op; off: hooks that read inputs once more.
     fused_distance: bool = True  # The moment loss of all layers as one op; off: layer by layer.
@@ -85,7 +86,7 @@ class Args(RunOptions):
 
     # Method. None: as --setting has it.
     setting: str = "auto"  # A row of SETTINGS; auto: the data set's first.
-    num_images: int = 0  # Images to make, in whole batches; with --student: before its first step. 0: as the setting.
+    num_images: int = 0  # In whole batches; 0: one. With --student the initial pool; 0: the setting's, or --images.
     classes: tuple[int, ...] = ()  # Wanted classes, repeated in turn; empty: all of them.
     batch_size: int | None = None  # Images optimised together; part of the method: the moments are those of a batch.
     iterations: int | None = None  # Steps per batch, shared out over the setting's stages.
@@ -111,29 +112,32 @@ class Args(RunOptions):
     shift: int | None = None  # Largest move of a student's images, each its own, in pixels.
 
 
-# stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup None: constant learning rate; drop: epochs
-# until the student's falls to a tenth; initial: batches before the student's first step.
+# stages: (steps, pooling factor, jitter in pixels the teacher sees); warmup, student_warmup: steps before a learning
+# rate's cosine, None: constant; drop: epochs until the student's is a tenth; initial: batches before its first step.
 # fmt: off
 BASE = dict(lr=0.3, betas=(0.5, 0.9), warmup=10, first_bn=1.0, alpha_tv_l1=0.0, alpha_l2=0.0, flip=True, clip=True,
-            moments="l2", ema=0.0, priors_per_image=False, blur=1, gain=1.0, margin=0, alpha_competition=1.0)
+            moments="l2", ema=0.0, priors_per_image=False, blur=1, gain=1.0, margin=0)
 STUDENT = dict(initial=10, epochs=20, steps_per_epoch=195, batches_per_epoch=2, student_batch=256, optimizer="sgd",
-               lr_student=0.1, student_warmup=0, drop=10**6, temperature=3.0, shift=4, mirror=True, cut=False)
-PAPER = dict(STUDENT, initial=50, epochs=250, student_warmup=None, drop=100)  # of the initial pool nothing is known
-SMALL = dict(STUDENT, student_batch=64, optimizer="adam", lr_student=5e-3, student_warmup=100, shift=2,
-             cut=True, mirror=False)
+               lr_student=0.1, student_warmup=0, drop=10**6, temperature=3.0, alpha_competition=10.0, shift=4,
+               mirror=True, cut=False)
+PAPER = dict(STUDENT, initial=50, epochs=250, student_warmup=None, drop=100)  # 4.1, but for its unknown initial pool
+PAPER_4_4 = dict(STUDENT, initial=2188, epochs=90, steps_per_epoch=137, batches_per_epoch=0, student_batch=1024,
+                 lr_student=1.024, student_warmup=1096, alpha_competition=0.2, shift=32)  # 140,000 images; shift: ours
+SMALL = dict(STUDENT, student_batch=64, optimizer="adam", lr_student=5e-3, student_warmup=100, alpha_competition=5.0,
+             shift=2, mirror=False, cut=True)
 CIFAR = dict(BASE, **STUDENT, batch_size=100, alpha_bn=1.0, first_bn=10.0, alpha_tv_l2=1.5e-2)
-GREY = dict(BASE, **SMALL, batch_size=100, alpha_bn=3.0, alpha_competition=5.0, flip=False)
-IMAGENET = dict(BASE, **STUDENT, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4,
+GREY = dict(BASE, **SMALL, batch_size=100, alpha_bn=3.0, flip=False)
+IMAGENET = dict(BASE | PAPER_4_4, lr=0.2, warmup=100, batch_size=64, alpha_bn=0.05, first_bn=10.0, alpha_tv_l2=1e-4,
                 alpha_l2=1e-5)
 SETTINGS = {
     "cifar10": dict(CIFAR, stages=[(400, 1, 2)]),  # ours
     "cifar10-long": dict(CIFAR, stages=[(1200, 1, 2)], alpha_bn=3.0),  # ours
-    "cifar10-released": dict(BASE, **PAPER, stages=[(2000, 1, 2)], batch_size=256, alpha_bn=10.0, lr=0.05,
+    "cifar10-released": dict(BASE | PAPER, stages=[(2000, 1, 2)], batch_size=256, alpha_bn=10.0, lr=0.05,
                              alpha_tv_l2=2.5e-5, betas=(0.9, 0.999), warmup=None, flip=False, clip=False),
     "mnist": dict(GREY, stages=[(25, 1, 2)], lr=0.8, alpha_tv_l2=5e-3, blur=5, gain=1.2, margin=6,  # ours
                   initial=20, epochs=20, steps_per_epoch=120, batches_per_epoch=1),
     "digits": dict(GREY, stages=[(40, 1, 1)], alpha_tv_l2=2e-2, blur=9, gain=0.7, margin=4,  # ours
-                   initial=10, epochs=10, steps_per_epoch=150, batches_per_epoch=1),
+                   initial=15, epochs=5, steps_per_epoch=300, batches_per_epoch=1),
     "imagenet-0": dict(IMAGENET, stages=[(2000, 2, 15), (1000, 1, 30)]),  # released default
     "imagenet-1": dict(IMAGENET, stages=[(2000, 1, 30)]),
     "imagenet-2": dict(IMAGENET, stages=[(20000, 1, 30)], betas=(0.9, 0.999), clip=False),  # nearest the paper's 4.2
@@ -222,6 +226,7 @@ NETWORKS["resnet34_cifar"] = partial(ResNet, (3, 4, 6, 3), WIDE, "B")
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 for _depth, _blocks in DEPTHS.items():
     NETWORKS[f"resnet{_depth}"] = partial(ResNet, _blocks, WIDE, "B", bottleneck=_depth >= 50, imagenet=True)
+ADVICE = "try --resume --no-graph, or in another --out --no-bf16, --no-fused or smaller batches"
 load = partial(load_network, networks=NETWORKS, public=kernels.contract.PUBLIC)
 
 
@@ -251,13 +256,13 @@ def moment_loss(found, setting, past=None):
 
 
 def competition_loss(t_logits, s_logits, setting):
-    """R_compete, eq. 8: 1 - JS of teacher and student, both (N, K), at a temperature; () fp32, >= 1 - ln 2.
+    """R_compete, eq. 8: 1 - JS of teacher and student, both (N, K), at a temperature (released: 3); () fp32.
 
-    `released`: with `released_divergence`, which passes 1 where both are sure and disagree; the outer clamp then ends
-    the gradient. So it drives images to where they begin to differ, the paper's on to where they differ most.
+    `js` is at least 1 - ln 2 and has a gradient everywhere. `released`, with `js_released`, is clamped at 0: once a
+    batch's mean passes 1, which sure networks that disagree do, the gradient of all its images ends.
     """
     if setting["competition"] == "released":
-        return 1 - released_divergence(t_logits, s_logits, setting["temperature"]).clamp(0, 1)
+        return 1 - js_released(t_logits, s_logits, setting["temperature"]).clamp(0, 1)
     js = kernels.js_divergence if setting["fused"] else kernels.js_divergence_ref
     return 1 - js(t_logits, s_logits, setting["temperature"])
 
@@ -276,7 +281,7 @@ def synthesis_loss(x, draw, labels, teacher, setting, past=None, student=None):
     logits, found = teacher.measured(view)
     ce = F.cross_entropy(logits.float(), labels)
     tv_l2 = tv_l2 / math.sqrt(len(x)) if setting["priors_per_image"] else tv_l2
-    terms = dict(ce=ce, bn=moment_loss(found, setting, past), tv_l1=tv_l1, tv_l2=tv_l2, l2=l2, competition=ce * 0)
+    terms = dict(ce=ce, bn=moment_loss(found, setting, past), tv_l1=tv_l1, tv_l2=tv_l2, l2=l2)
     if student is not None:
         with lowered(setting, x):
             s_logits = student(view)
@@ -287,7 +292,8 @@ def synthesis_loss(x, draw, labels, teacher, setting, past=None, student=None):
         shares = dict(bn=1.0, tv_l2=1 / n if setting["priors_per_image"] else 1 / math.sqrt(n))
         weights = {k: w * shares.get(k, 1 / n) for k, w in weights.items()}
     total = sum(w * terms[k] for k, w in weights.items() if w)  # a term of weight 0 is only reported
-    return total, torch.stack([total, *terms.values(), (logits.argmax(1) == labels).float().mean() * 100]).detach()
+    terms |= dict(total=total, teacher=(logits.argmax(1) == labels).float().mean() * 100)
+    return total, torch.stack([terms.get(k, torch.zeros_like(total)) for k in TERMS]).detach()
 
 
 # One step
@@ -371,9 +377,9 @@ def synthesise(run, labels, teacher, setting, student=None):
         work.step.fill_(run.step)
         if run.optimizer is not None:
             kernels.contract.restore_optimizer(work.optimizer, run.optimizer)
-        step = kernels.Captured(partial(synthesis_step, work), enabled=setting["graph"])
+        step = kernels.Captured(partial(synthesis_step, work), enabled=run.args.graph)
         for n in range(run.step, stage[0]):
-            with one_line(f"step {n + 1} failed", "try --no-graph, --no-bf16, --no-fused or a smaller --batch-size"):
+            with one_line(f"step {n + 1} failed", ADVICE):
                 step()
             run.after_step(i, n + 1, work)
         run.stage, run.step, run.optimizer = i + 1, 0, None
@@ -430,7 +436,8 @@ def distil(run, state, step, test=None):
             return
         state.optimizer.param_groups[0]["lr"].fill_(learning_rate(n, size * setting["epochs"], rates))
         state.pool.draw_from(newest=batches_before(n, setting) > batches_before(n - 1, setting))
-        step()
+        with one_line(f"the student's step {n + 1} failed", ADVICE):
+            step()
         run.after_student_step(n + 1, state, test)
 
 
@@ -450,7 +457,7 @@ class Run(RunFolder):
         if not args.resume and not place.rank:
             self.shards.clear()
         wait_for_all(place)
-        super().__init__(args, setting, free=("device",), rank=place.rank)
+        super().__init__(args, setting, free=("graph",), rank=place.rank)
         if setting["sync_moments"]:
             self.meet(self.n_done)
         total = n_batches // place.world * sum(self.steps_of)
@@ -493,8 +500,6 @@ class Run(RunFolder):
                 print("  ".join(f"{k} {v:>8}" for k, v in shown.items()), flush=True)
         if at_checkpoint:
             self.x, self.optimizer = work.x.detach(), work.optimizer.state_dict()
-            if not self.x.isfinite().all():  # the loss above belongs to the images before this step
-                fail(f"the images are not finite after step {n}; lower --lr or the weights of the terms")
             self.save()
 
     def keep(self, images, labels, digits):
@@ -511,8 +516,6 @@ class Run(RunFolder):
         if n % size == 0:
             self.epoch += 1
             row = {"epoch": self.epoch, "loss/student": state.sum.item() / size}
-            if not math.isfinite(row["loss/student"]):
-                fail(f"the student's loss is {row['loss/student']} in epoch {self.epoch}; lower --lr-student")
             state.sum.zero_()
             with state.at_rest():
                 self.show(self.bar, row | ({"eval/acc": agreement(state.student, [test])[0]} if test else {}))
@@ -526,7 +529,7 @@ def choose_setting(args, dataset, world=1):
     name = FAMILIES.get(dataset, FAMILIES["cifar10"])[0] if args.setting == "auto" else args.setting
     setting = SETTINGS[name] | {k: v for k in SETTINGS[name] if (v := getattr(args, k, None)) is not None}
     setting.update({k: args.fused and getattr(args, k) for k in ("fused", "fused_bn", "fused_distance", "fused_view")})
-    setting.update(name=name, graph=args.graph, bf16=args.bf16, sync_moments=args.sync_moments, world=world)
+    setting.update(name=name, bf16=args.bf16, sync_moments=args.sync_moments, world=world)
     if args.smoke:
         setting.update(initial=1, epochs=2, steps_per_epoch=2, batches_per_epoch=1, student_batch=20)
         setting.update(batch_size=min(setting["batch_size"], 20))
@@ -550,8 +553,9 @@ def check_args(args):
     check_options(args, least | dict.fromkeys(names.split(), 0), choices)
     if args.ema is not None and not 0 <= args.ema < 1:
         fail(f"--ema: expected at least 0 and below 1, got {args.ema}")
-    if not args.student and (args.competition != "none" or args.images):
-        fail("--competition and --images are of a student's training; name one with --student")
+    of_student = [k for k in ("competition", "images", *STUDENT) if getattr(args, k, None) not in (None, "", "none")]
+    if of_student and not args.student:
+        fail(f"--{of_student[0].replace('_', '-')}: of a student's training; name one with --student")
     if args.teacher == "auto":
         args.teacher = FAMILIES.get(args.dataset, FAMILIES["cifar10"])[1]
 
@@ -589,31 +593,28 @@ def main(args):
     teacher, setting = load_measured(args, place.world)
     verifier = load_verifier(load, args.verifier, FAMILIES.get(teacher.family, ("none",))[-1], args, teacher)
     batch_size, student, state, test = setting["batch_size"], None, None, None
-    measures, given = dict(teacher_accuracy=teacher.accuracy, student_accuracy=None), Shards(args.images or "nowhere")
+    measures, given = dict(teacher_accuracy=teacher.accuracy, student_accuracy=None), given_shards(args, teacher)
     n_batches = place.world * -(-(args.num_images or batch_size) // (batch_size * place.world))  # as many for each
-    if args.images and not len(given):
-        fail(f"--images {args.images}: no images-*.npz there; pass the --out of a finished run")
     if args.student:
+        least, new = int(args.competition != "none"), setting["batches_per_epoch"]
+        if not least <= new <= setting["steps_per_epoch"]:
+            fail(f"--batches-per-epoch: expected {least} to {setting['steps_per_epoch']} (steps an epoch), got {new}")
         student = load_student(load, args.student, args, teacher)
         dataset, test = real_images(teacher, args)
         n_batches = batches_before(setting["epochs"] * setting["steps_per_epoch"] - 1, setting)
-        state = Distiller(teacher, student, setting, n_batches * batch_size + given.n_images())
+        setting["given"] = given.n_images()
+        state = Distiller(teacher, student, setting, n_batches * batch_size + setting["given"])
         measures["teacher_accuracy"] = agreement(teacher, [test])[0] if test else teacher.accuracy
 
-    if not all(0 <= k < teacher.num_classes for k in args.classes):
-        fail(f"--classes: expected numbers from 0 to {teacher.num_classes - 1}, got {args.classes}")
-    classes = torch.tensor(args.classes or range(teacher.num_classes))
-    if len(classes) > batch_size:  # a batch cannot hold them all: mix them
-        classes = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(args.seed))]
-    n_images = n_batches * batch_size  # whole batches: their size is part of the method
-    labels = classes.repeat(-(-n_images // len(classes)))[:n_images].view(n_batches, batch_size)
+    labels = wanted_labels(args.classes, teacher.num_classes, n_batches, batch_size, args.seed)
     run = Run(args, setting, n_batches, place, state)
+    run.shards.expect(range(place.rank, run.batch, place.world))
     if not place.rank:
-        print(f"{teacher.name}: {n_images} images, setting {setting['name']}, {args.device}, fused={args.fused}")
+        print(f"{teacher.name}: {labels.numel()} images, setting {setting['name']}, {args.device}, fused={args.fused}")
     if state:
-        for images, _ in chain(given.read(), run.shards.read(run.batch)):
+        for images, _ in chain(given.read(), run.shards.read(run.shards.paths()[: run.batch])):
             state.pool.add(images)
-        step = kernels.Captured(partial(student_step, state), enabled=setting["graph"])
+        step = kernels.Captured(partial(student_step, state), enabled=args.graph)
     while run.batch < n_batches or (state and run.epoch < setting["epochs"]):
         if state and run.batch >= batches_before(run.n_student, setting):
             distil(run, state, step, test)
@@ -629,19 +630,18 @@ def main(args):
     wait_for_all(place)
 
     if not place.rank:
-        made = run.shards if n_batches else given
-        if n_batches and len(made) != n_batches:
-            fail(f"--out {args.out}: {len(made)} of {n_batches} files images-*.npz are there; run without --resume")
-        with run.written("samples.png"):
-            draw_classes(*made.first(1000), CLASS_NAMES.get(teacher.family, {}), run.out / "samples.png")
         if state:
             if accuracies := run.column("eval/acc"):
                 measures["student_accuracy"] = accuracies[-1]
-                draw_curves({student.name: [accuracies]}, run.out / "curve.png")
+                with run.written("curve.png"):
+                    draw_curves({student.name: [accuracies]}, run.out / "curve.png")
                 print("teacher {teacher_accuracy:.2f} %, student {student_accuracy:.2f} %".format(**measures))
             method = "deepinversion" if args.competition == "none" else "adaptive deepinversion"
             run.save_student(student, teacher, method, dataset, measures["student_accuracy"])
             measures |= dict(student=student.name, dataset=dataset)
+        made = run.shards if n_batches else given
+        with run.written("samples.png"):
+            draw_classes(*made.last(1000), CLASS_NAMES.get(teacher.family, {}), run.out / "samples.png")
         run.finish(measures | report(made, teacher, verifier) | dict(ranks=place.world))
     leave(place)
 

@@ -40,7 +40,7 @@ from kernels.contract import RunOptions, check_options, fail, load_network, load
 from kernels.data import FILES, real_images
 from kernels.figures import accuracy_statistics, compare_runs, draw_curves, draw_sheets
 from kernels.folder import RunFolder
-from kernels.js_divergence import released_divergence
+from kernels.js_divergence import js_released
 
 
 @dataclass
@@ -323,7 +323,7 @@ def disagreement(t_logits, s_logits, divergence, fused, temperature=3.0):
     t_logits = t_logits.detach()
     if divergence == "js":
         return (kernels.js_divergence if fused else kernels.js_divergence_ref)(t_logits, s_logits, temperature)
-    return released_divergence(t_logits, s_logits, temperature) / t_logits.shape[1]
+    return js_released(t_logits, s_logits, temperature) / t_logits.shape[1]
 
 
 def generator_loss(t_logits, features, s_logits, setting):

@@ -45,7 +45,7 @@ def cut(x):
 
 
 def varied(x, setting):
-    """What a student sees of images (N, C, H, W); setting: shift, most pixels of a move; mirror and cut, whether."""
+    """What a student sees of images (N, C, H, W); setting: shift, most pixels of a move; cut; mirror, absent: no."""
     x = shifted(x, setting["shift"]) if setting["shift"] else x
     x = mirrored(x) if setting.get("mirror") else x
     x = cut(x) if setting["cut"] else x

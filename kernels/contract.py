@@ -39,7 +39,7 @@ class RunOptions:
     std: tuple[float, ...] = ()
     """Per-channel standard deviation, likewise."""
     data_dir: str = "data"
-    """Folder with the data set's official files, and where a public teacher's weights are looked for and put."""
+    """Folder with the data set's official files; weights that a script fetches are looked for and put there too."""
     seed: int = 0
     """Seeds python, numpy and torch."""
     device: str = "auto"
@@ -238,9 +238,9 @@ def load_student(load, spec, args, teacher):
 
 
 def load_verifier(load, spec, likely, args, teacher):
-    """The network that judges a teacher's images, tried out, or None; spec: a name, none, or auto for `likely`.
+    """The network that judges a teacher's images, tried out, or None.
 
-    The likely one, or none, is taken where it is shipped and fits the teacher's images and classes.
+    spec: as --teacher; none; auto: `likely` where it is shipped and fits the teacher's images and classes, else none.
     """
     takes = [shipped().get(likely, {}).get(k) for k in ("channels", "image_size", "num_classes")]
     likely = likely if takes == list(teacher.shape) else "none"

@@ -34,6 +34,21 @@ def newest_whole(paths):
     return last, load_weights(last)
 
 
+def not_finite(state):
+    """The name of the first tensor in nested dicts and lists that holds a NaN or an infinity; empty where none does.
+
+    >>> not_finite({"a": [torch.ones(2)], "b": {"c": torch.tensor([1.0, torch.nan])}})
+    'b c'
+    """
+    for name, value in state.items() if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, torch.Tensor):
+            if not value.isfinite().all():
+                return str(name)
+        elif isinstance(value, (dict, list, tuple)) and (found := not_finite(value)):
+            return f"{name} {found}"
+    return ""
+
+
 class RunFolder:
     """Base of a script's Run, which adds `state` (what its checkpoint holds) and `restore` (the way back).
 
@@ -124,8 +139,10 @@ class RunFolder:
         return one_line(f"{self.out / name} cannot be written", "free some space, then continue with --resume")
 
     def save(self):
-        """Write checkpoint.pt; the one before becomes checkpoint-previous.pt."""
+        """Write checkpoint.pt; the one before becomes checkpoint-previous.pt. Refuses to keep what is not finite."""
         saved = dict(lines=self.lines, options=json.dumps(self.options), state=self.state())
+        if broken := not_finite(saved["state"]):
+            fail(f"not finite: {broken} of the run's state; in another --out, lower the learning rates or weights")
         saved |= dict(rng=self.rng.get_rng_state(), seconds=time.time() - self.start)
         part, (newest, previous) = self.out / "checkpoint.part", self.checkpoints
         with self.written("checkpoint.pt"):

@@ -6,9 +6,9 @@ With P = softmax(p_logits / T), Q = softmax(q_logits / T), M = (P + Q) / 2, in n
     dJS / dp_logits_k = P_k (log P_k - log M_k - KL(P || M)) / (2 T N),   and likewise for Q
 
 Source: Lin 1991, "Divergence measures based on the Shannon entropy"; DeepInversion (Yin et al. 2019,
-arXiv:1912.08795) equation 8, R_compete = 1 - JS. The released DeepInversion code computes another quantity, which
-does not exist here under this name: P, Q and M clamped to [0.01, 0.99] and the KL reversed, KL(M || P) + KL(M || Q).
-That may exceed ln 2 (1.61 for two confident networks that disagree; its outer clamp then ends the gradient).
+arXiv:1912.08795) equation 8, R_compete = 1 - JS. The released DeepInversion code computes another quantity, here
+`js_released`: P, Q and M clamped to [0.01, 0.99] and the KL reversed, KL(M || P) + KL(M || Q). That may exceed ln 2
+(1.61 for two confident networks that disagree; its outer clamp then ends the gradient).
 
 Everything follows from d = log Q_k - log P_k, a difference of logits less one number per row. With e = exp(-|d|):
 
@@ -48,7 +48,7 @@ def js_divergence_ref(p_logits, q_logits, temperature=1.0):
     return (kl_p + kl_q).mean() / 2
 
 
-def released_divergence(p_logits, q_logits, temperature):
+def js_released(p_logits, q_logits, temperature):
     """What DeepInversion's released code computes for JS: 1/2 KL(M || P) + 1/2 KL(M || Q), of clamped probabilities.
 
     P, Q (N, K) and M = (P + Q) / 2 are clamped to [0.01, 0.99] after M was formed. Nats, mean over the batch (N rows);

@@ -3,7 +3,7 @@
 import torch
 import torch.nn as nn
 
-from kernels.contract import fail
+from kernels.contract import fail, one_line
 from kernels.data import pixel_range
 
 
@@ -21,15 +21,15 @@ class Pool(nn.Module):
             fail("the student has no images: raise --num-images or --batches-per-epoch, or pass --images")
         self.n_images, self.n_newest = 0, 0
         self.low, self.high = pixel_range(info, info.device)
-        images = torch.zeros(n, info.shape[0], info.image_size, info.image_size, dtype=torch.uint8, device=info.device)
+        with one_line(f"{n} images of {info.image_size} pixels do not fit", "take fewer, or another --device"):
+            shape = n, info.shape[0], info.image_size, info.image_size
+            images = torch.zeros(shape, dtype=torch.uint8, device=info.device)
         self.register_buffer("images", images, persistent=False)  # checkpoints leave them out: they lie in files
         window = torch.zeros(2, dtype=torch.long, device=info.device)  # first image, how many
         self.register_buffer("window", window, persistent=False)
 
     def add(self, images):
-        """Merge a batch, uint8 (N, C, H, W); refuses what does not fit."""
-        if images.shape[1:] != self.images.shape[1:]:
-            fail(f"--images: expected {tuple(self.images.shape[1:])}, as the teacher's, got {tuple(images.shape[1:])}")
+        """Merge a batch, uint8 (N, C, H, W), for which there is room."""
         self.images[self.n_images : self.n_images + len(images)] = images.to(self.images.device)
         self.n_images, self.n_newest = self.n_images + len(images), len(images)
 

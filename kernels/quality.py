@@ -19,7 +19,7 @@ def batches(info, images):
 
 @torch.no_grad()
 def agreement(info, shards):
-    """How many images a network assigns to the class that they were made for.
+    """How many images a network assigns to their class: that which they were made for, or that of a real image.
 
     Args:
         info: of load_network.
@@ -97,7 +97,7 @@ def report(shards, teacher, verifier, n=1000):
     Args:
         shards: its Shards.
         teacher, verifier: of load_network; verifier may be None.
-        n: images among which nearest neighbours are sought.
+        n: newest images, among which nearest neighbours are sought.
 
     Returns:
         n_images, diversity, and for each role its name, agreement and agreement_by_class.
@@ -109,4 +109,4 @@ def report(shards, teacher, verifier, n=1000):
         found |= {f"{role}_agreement": total, f"{role}_agreement_by_class": by_class}
         if info:
             print(f"{role} {info.name} assigns {total:.1f} % of the images to the wanted class")
-    return found | dict(n_images=shards.n_images(), diversity=diversity(teacher, *shards.first(n)))
+    return found | dict(n_images=shards.n_images(), diversity=diversity(teacher, *shards.last(n)))

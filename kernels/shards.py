@@ -22,26 +22,35 @@ class Shards:
     def __len__(self):
         return len(self.paths())
 
-    def read(self, n=None):
-        """The (first n) batches in their order: images uint8 (N, C, H, W), labels (N,)."""
-        for path in self.paths()[:n]:
-            with one_line(f"{path} cannot be read", "delete what it belongs to and run anew"), np.load(path) as saved:
-                batch = torch.from_numpy(saved["images"]).permute(0, 3, 1, 2), torch.from_numpy(saved["labels"])
+    def _load(self, paths, names):
+        for path in paths:
+            with one_line(f"{path} cannot be read", "put a whole file there"), np.load(path) as saved:
+                batch = {name: saved[name] for name in names}
             yield batch
 
-    def n_images(self):
-        """In all batches, which are as large as the first."""
-        return len(self) * len(next(self.read(1), ((), ()))[1])
+    def read(self, paths=None):
+        """All batches in their order, or those of some of their paths: images uint8 (N, C, H, W), labels (N,)."""
+        for batch in self._load(self.paths() if paths is None else paths, ("images", "labels")):
+            yield torch.from_numpy(batch["images"]).permute(0, 3, 1, 2), torch.from_numpy(batch["labels"])
 
-    def first(self, n):
-        """Images and labels of the first batches, as many as n images need."""
+    def n_images(self):
+        return sum(len(batch["labels"]) for batch in self._load(self.paths(), ("labels",)))
+
+    def last(self, n):
+        """Images and labels of the newest batches, as many as n images need, in their order."""
         parts, count = [], 0
-        for images, labels in self.read():
-            parts.append((images, labels))
-            count += len(labels)
+        for path in reversed(self.paths()):
+            parts += self.read([path])
+            count += len(parts[-1][1])
             if count >= n:
                 break
-        return tuple(torch.cat(part) for part in zip(*parts, strict=True))
+        return tuple(torch.cat(part) for part in zip(*reversed(parts), strict=True))
+
+    def expect(self, numbers):
+        """Refuse where one of these batches has gone: what comes after it would take its place."""
+        for i in numbers:
+            if not (self.folder / f"images-{i:05d}.npz").exists():
+                fail(f"--out {self.folder}: images-{i:05d}.npz has gone; put it back or run without --resume")
 
     def clear(self):
         """Delete what an earlier run made here; refuse where it was not finished: it may have taken days."""
@@ -65,3 +74,43 @@ class Shards:
         os.replace(part, path)
         for i, k in enumerate(labels.tolist() if digits else []):
             save_png(images[i], self.folder / "images" / f"{k:0{digits}d}" / f"{number:05d}-{i:03d}.png")
+
+
+def given_shards(args, info):
+    """The Shards of --images, a finished run of images like the teacher's; empty where there is no --images.
+
+    Args:
+        args: the script's; read are images and out.
+        info: of load_network, the teacher: channels, image size and number of classes.
+    """
+    shards = Shards(args.images or os.devnull)
+    if not args.images:
+        return shards
+    if not len(shards) or not (shards.folder / "result.json").exists():
+        fail(f"--images {args.images}: no images-*.npz or no result.json there; pass the --out of a finished run")
+    if shards.folder.resolve() == Path(args.out).resolve():
+        fail(f"--images {args.images}: this is --out, whose images a new run deletes; pass another --out")
+    for path, (images, labels) in zip(shards.paths(), shards.read(), strict=True):
+        ours, theirs = (info.shape[0], info.image_size, info.image_size), tuple(images.shape[1:])
+        if images.dtype != torch.uint8 or theirs != ours:
+            fail(f"--images: {path.name}: expected uint8 {ours}, as the teacher's, got {images.dtype} {theirs}")
+        if not 0 <= labels.min() <= labels.max() < info.num_classes or len(labels) != len(images):
+            fail(f"--images: {path.name}: expected as many labels, below {info.num_classes}, as images")
+    return shards
+
+
+def wanted_labels(classes, n_classes, n_batches, batch_size, seed):
+    """Labels (n_batches, batch_size): the classes in turn, all of them where none are named.
+
+    Where a batch cannot hold them all, each takes the next ones of a random order. Batches are whole, for their size
+    is part of a method that matches their moments.
+
+    >>> wanted_labels((), 4, 2, 6, seed=0).tolist()
+    [[0, 1, 2, 3, 0, 1], [2, 3, 0, 1, 2, 3]]
+    """
+    if not all(0 <= k < n_classes for k in classes):
+        fail(f"--classes: expected numbers from 0 to {n_classes - 1}, got {classes}")
+    classes, n = torch.tensor(classes or range(n_classes)), n_batches * batch_size
+    if len(classes) > batch_size:
+        classes = classes[torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))]
+    return classes.repeat(-(-n // len(classes)))[:n].view(n_batches, batch_size)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 from kernels.figures import draw_curves  # noqa: E402
 
 KEPT = ("teacher", "student", "dataset", "teacher_accuracy", "student_accuracy", "teacher_agreement", "verifier")
-KEPT += ("verifier_agreement", "diversity", "n_images", "seconds", "seed", "device_name", "versions", "setting")
+KEPT += ("verifier_agreement", "n_images", "seconds", "seed", "device_name", "versions", "setting")
 
 
 def main(name, *runs):

@@ -689,7 +689,7 @@ def test_finished_batches_are_not_thrown_away(capsys, tmp_path):
     (tmp_path / "result.json").unlink()
     assert "3 batches of an unfinished run; pass --resume" in refused(capsys, **options)
     (tmp_path / "images-00001.npz").unlink()
-    assert "2 of 3 files images-*.npz are there" in refused(capsys, **options, resume=True)
+    assert "images-00001.npz has gone; put it back" in refused(capsys, **options, resume=True)
 
 
 # Refusals: one line, exit code 2
@@ -894,7 +894,7 @@ def test_nan_stops_the_run_and_keeps_the_last_good_checkpoint(capsys, tmp_path, 
     calls.clear()
     monkeypatch.setattr(di, "synthesis_loss", poisoned_gradient)
     said = refused(capsys, **(FAST | dict(out=str(tmp_path / "late"), log_every=100, checkpoint_every=9)))
-    assert "the images are not finite after step 9" in said
+    assert "not finite: x of the run's state" in said
     assert not (tmp_path / "late/checkpoint.pt").exists()
     monkeypatch.setattr(di, "synthesis_loss", synthesis_loss)
     run(tmp_path, resume=True)

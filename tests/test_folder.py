@@ -78,7 +78,8 @@ def whole(tmp_path_factory):
 
 def test_kill_9_at_random_moments_changes_nothing(whole, tmp_path):
     n_steps = kill_and_resume(whole, tmp_path / "cut", 2)
-    assert 0 < n_steps[0] < 240, "killed too late or too early to test anything"
+    n_rows = len((whole / "metrics.jsonl").read_text().splitlines())
+    assert all(0 < n < n_rows for n in n_steps), "killed too late or too early to test anything"
 
 
 def test_interrupted_out_of_disk_and_damaged(whole, tmp_path):

@@ -1,6 +1,5 @@
 """deepinversion.py --student: the pool, when new batches come, competition, resume, refusals."""
 
-import json
 import math
 import sys
 
@@ -13,7 +12,8 @@ import deepinversion as di
 import kernels
 from kernels import _common, augment, contract
 from kernels.distributed import Place
-from kernels.js_divergence import released_divergence
+from kernels.folder import not_finite
+from kernels.js_divergence import js_released
 from kernels.pool import Pool
 from kernels.shards import Shards
 
@@ -38,22 +38,22 @@ def digits_teacher(**options):
 # Competition
 
 
-def test_released_divergence_by_hand():
+def test_js_released_by_hand():
     """Two sure networks that disagree on two classes: P and Q clamped to 0.99 and 0.01, M = 1/2 each."""
     p, q = torch.tensor([[60.0, 0.0]]), torch.tensor([[0.0, 60.0]])
     by_hand = 0.5 * (2 * math.log(0.5) - math.log(0.99) - math.log(0.01))
-    assert released_divergence(p, q, 3.0).item() == pytest.approx(by_hand, rel=1e-5)
+    assert js_released(p, q, 3.0).item() == pytest.approx(by_hand, rel=1e-5)
     assert by_hand == pytest.approx(1.614, abs=1e-3)
-    assert released_divergence(p, p, 3.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert js_released(p, p, 3.0).item() == pytest.approx(0.0, abs=1e-6)
     ten = torch.zeros(1, 10)  # M is made before the clamp: with 1000 classes nearly all of it lies on the floor
     ten[0, 0] = 60.0
     m = torch.tensor([0.99, *[0.01] * 9])
-    assert released_divergence(ten, ten, 3.0).item() == pytest.approx(0.0, abs=1e-6)
+    assert js_released(ten, ten, 3.0).item() == pytest.approx(0.0, abs=1e-6)
     q = torch.zeros(1, 10)
     p_, q_ = m, torch.full((10,), 0.1)
     mid = ((torch.tensor([1.0, *[0.0] * 9]) + 0.1) / 2).clamp(0.01, 0.99)
     by_hand = 0.5 * (mid * (2 * mid.log() - p_.log() - q_.log())).sum()
-    assert released_divergence(ten, q, 3.0).item() == pytest.approx(by_hand.item(), rel=1e-4)
+    assert js_released(ten, q, 3.0).item() == pytest.approx(by_hand.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", ["js", "released"])
@@ -66,6 +66,8 @@ def test_competition_falls_as_the_networks_disagree_until_the_released_one_satur
         loss = di.competition_loss(t_logits, s_logits, setting)
         return loss.item(), torch.autograd.grad(loss, s_logits)[0].abs().max().item()
 
+    both = di.competition_loss(t_logits.repeat(2, 1), torch.tensor([[0.0, 30.0, 0.0], [30.0, 0.0, 0.0]]), setting)
+    assert 0 < both.item() < 1  # one row that saturates does not end the gradient of a batch, its mean would
     values = [loss_and_gradient(gap) for gap in (0.0, 10.0, 15.0, 30.0)]
     assert values[0][0] == pytest.approx(1.0, abs=1e-5)
     assert all(a[0] >= b[0] - 1e-6 for a, b in zip(values, values[1:], strict=False))
@@ -133,8 +135,11 @@ def test_shards_keep_bytes_and_labels(tmp_path):
     assert len(shards) == 3 and shards.n_images() == 9
     for (images, labels), (x, y) in zip(made, shards.read(), strict=True):
         assert torch.equal(images, x) and torch.equal(labels, y)
-    assert len(list(shards.read(2))) == 2
-    assert [len(part) for part in shards.first(4)] == [6, 6]  # whole batches
+    assert len(list(shards.read(shards.paths()[:2]))) == 2
+    images, labels = shards.last(4)
+    assert torch.equal(labels, torch.tensor([0, 11, 1, 0, 11, 2]))  # whole batches, the newest, in their order
+    assert torch.equal(images[3:], made[2][0])
+    shards.expect(range(3))
     assert {path.parent.name for path in tmp_path.glob("images/*/*.png")} == {"00", "11"}
     (tmp_path / "result.json").write_text("{}")
     shards.clear()
@@ -217,6 +222,29 @@ def test_a_student_is_trained_as_the_protocol_says(tmp_path, monkeypatch):
     assert saved["method"] == "adaptive deepinversion" and n_parameters(student.model) > 0
 
 
+def test_only_its_own_steps_change_a_students_moments(monkeypatch):
+    """Neither images that compete with it nor the measure of its accuracy do."""
+    teacher, _, args = digits_teacher(student_batch=6, competition="js")
+    setting, student = di.choose_setting(args, "digits"), contract.load_student(di.load, "resnet8", args, teacher)
+    teacher.low, teacher.high = di.pixel_range(teacher, "cpu")
+    teacher.measured = di.measured(teacher.model, setting, "cpu")
+    state, x = di.Distiller(teacher, student, setting, 6), torch.randn(6, 1, 32, 32)
+
+    def moments():
+        return torch.cat([b.detach().clone().flatten().float() for b in student.model.buffers()])
+
+    before = moments()
+    with state.at_rest() as opponent:
+        work = di.begin(x, torch.arange(6), torch.zeros(1, 3).long(), (1, 1, 0), teacher, setting, None, opponent)
+        di.synthesis_step(work)
+        di.agreement(student, [(torch.zeros(6, 1, 32, 32, dtype=torch.uint8), torch.arange(6))])
+    assert torch.equal(before, moments()) and student.model.training
+    state.pool.add(torch.randint(256, (6, 1, 32, 32), dtype=torch.uint8))
+    state.pool.draw_from(newest=True)
+    di.student_step(state)
+    assert not torch.equal(before, moments())
+
+
 def test_the_students_loss_is_t_squared_kl_at_the_setting_s_rate(monkeypatch):
     teacher, student, args = digits_teacher(student_batch=6, shift=0, lr_student=0.5, temperature=4.0)
     setting = di.choose_setting(args, "digits") | dict(optimizer="sgd", cut=False, mirror=False)
@@ -255,12 +283,27 @@ def test_the_rate_warms_up_and_falls_by_a_cosine_or_tenfold(tmp_path, monkeypatc
         rates.clear()
         run(tmp_path / f"{drop} {warmup}", **options)
         assert rates == pytest.approx(expected), changed
+    assert di.SETTINGS["cifar10-released"]["alpha_competition"] == 10.0  # the paper's; 0.2 on ImageNet
+    assert di.SETTINGS["imagenet-0"]["alpha_competition"] == 0.2
     assert di.SETTINGS["cifar10-released"]["drop"] == 100 and di.SETTINGS["cifar10-released"]["student_warmup"] is None
 
 
-@pytest.mark.parametrize("stop_at", [5, 11, 21, 27], ids=["initial pool", "new batch", "second epoch", "near the end"])
-def test_a_run_with_a_student_resumes_bit_exactly(tmp_path, monkeypatch, stop_at):
-    run(tmp_path / "whole", competition="js")
+# student steps are the updates 13, 14, 19, 20, 25, 26, 31 and 32 of the bar
+@pytest.mark.parametrize(
+    ("stop_at", "options"),
+    [
+        pytest.param(5, {}, id="initial pool"),
+        pytest.param(13, {}, id="the student's first step, on a new batch"),
+        pytest.param(23, {}, id="images that compete with a student"),
+        pytest.param(26, {}, id="second epoch"),
+        pytest.param(27, dict(student="resnet8"), id="SGD and BatchNorm"),
+    ],
+)
+def test_a_run_with_a_student_resumes_bit_exactly(tmp_path, monkeypatch, stop_at, options):
+    if options:
+        monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | dict(optimizer="sgd", mirror=True))
+    options |= dict(competition="js")
+    run(tmp_path / "whole", **options)
     calls, update = [0], di.tqdm.update
 
     def dies(self, *rest):
@@ -271,9 +314,9 @@ def test_a_run_with_a_student_resumes_bit_exactly(tmp_path, monkeypatch, stop_at
 
     monkeypatch.setattr(di.tqdm, "update", dies)
     with pytest.raises(InterruptedError):
-        run(tmp_path / "cut", competition="js")
+        run(tmp_path / "cut", **options)
     monkeypatch.setattr(di.tqdm, "update", update)
-    run(tmp_path / "cut", competition="js", resume=True)
+    run(tmp_path / "cut", resume=True, **options)
     files = [*(f"images-{i:05d}.npz" for i in range(6)), "metrics.jsonl", "samples.png", "curve.png", "student.pt"]
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
@@ -304,7 +347,8 @@ def test_a_user_s_student_and_no_test_images(tmp_path):
 
 
 def test_without_a_student_no_setting_of_one_is_kept(tmp_path):
-    result = run(tmp_path, student="", num_images=10)
+    of_a_student = dict.fromkeys(("epochs", "steps_per_epoch", "batches_per_epoch", "student_batch"))
+    result = run(tmp_path, student="", num_images=10, **of_a_student)
     assert not set(result["setting"]) & set(di.STUDENT)
     assert not (tmp_path / "student.pt").exists() and result["n_images"] == 10
 
@@ -315,11 +359,15 @@ def test_without_a_student_no_setting_of_one_is_kept(tmp_path):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        pytest.param(dict(student="", competition="js"), "name one with --student", id="no student"),
+        pytest.param(dict(student="", epochs=None, competition="js"), "name one with --student", id="no student"),
         pytest.param(dict(student="", images="x"), "name one with --student", id="images of nobody"),
         pytest.param(dict(student="lenet6"), "--student lenet6", id="unknown student"),
         pytest.param(dict(competition="kl"), "--competition: expected one of none, js, released", id="unknown form"),
-        pytest.param(dict(images="nowhere"), "--images nowhere: no images-*.npz there", id="no images there"),
+        pytest.param(dict(images="nowhere"), "--images nowhere: no images-*.npz", id="no images there"),
+        pytest.param(dict(student="", num_images=9, shift=1), "--epochs: of a student", id="option of nobody"),
+        pytest.param(dict(student="", alpha_competition=1.0), "name one with --student", id="weight of nothing"),
+        pytest.param(dict(competition="js", batches_per_epoch=0), "--batches-per-epoch: expected 1", id="no rival"),
+        pytest.param(dict(batches_per_epoch=5), "--batches-per-epoch: expected 0 to 4", id="more batches than steps"),
         pytest.param(dict(epochs=0), "--epochs: expected at least 1", id="no epoch"),
         pytest.param(dict(temperature=0.0), "--temperature: expected at least", id="temperature zero"),
         pytest.param(dict(lr_student=math.nan), "--lr-student: expected at least", id="rate NaN"),
@@ -338,10 +386,38 @@ def test_one_process_trains_a_student(capsys, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
-def test_images_of_another_shape_are_refused(capsys, tmp_path):
-    np.savez(tmp_path / "images-00000.npz", images=np.zeros((4, 8, 8, 3), np.uint8), labels=np.zeros(4, np.int64))
-    says = refused(capsys, out=str(tmp_path / "run"), images=str(tmp_path))
-    assert "--images: expected (1, 32, 32), as the teacher's, got (3, 8, 8)" in says
+@pytest.mark.parametrize(
+    ("images", "labels", "says"),
+    [
+        pytest.param(np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, "(1, 32, 32), as the teacher's", id="shape"),
+        pytest.param(np.zeros((4, 32, 32, 1), np.float32), [0] * 4, "expected uint8", id="dtype"),
+        pytest.param(np.zeros((4, 32, 32, 1), np.uint8), [0, 1, 2, 10], "labels, below 10", id="class"),
+        pytest.param(np.zeros((4, 32, 32, 1), np.uint8), [0] * 3, "as many labels", id="too few labels"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(capsys, tmp_path, images, labels, says):
+    (tmp_path / "result.json").write_text("{}")
+    np.savez(tmp_path / "images-00000.npz", images=images, labels=np.array(labels, np.int64))
+    assert says in refused(capsys, out=str(tmp_path / "run"), images=str(tmp_path))
+    (tmp_path / "result.json").unlink()
+    assert "pass the --out of a finished run" in refused(capsys, out=str(tmp_path / "run"), images=str(tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_are_not_deleted_by_the_run_that_takes_them(capsys, tmp_path):
+    run(tmp_path, num_images=10, batches_per_epoch=0)
+    for resume in (False, True):
+        assert "pass another --out" in refused(capsys, out=str(tmp_path), images=str(tmp_path), resume=resume)
+    assert (tmp_path / "images-00000.npz").exists()
+
+
+def test_batches_of_two_sizes_all_find_room(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/result.json").write_text("{}")
+    for i, n in enumerate((3, 7)):
+        Shards(tmp_path / "set").write(i, torch.zeros(n, 1, 32, 32, dtype=torch.uint8), torch.zeros(n).long())
+    result = run(tmp_path / "run", images=str(tmp_path / "set"), num_images=0, batches_per_epoch=0)
+    assert result["n_images"] == result["setting"]["given"] == 10
 
 
 def test_no_image_at_all_is_refused(capsys, tmp_path, monkeypatch):
@@ -349,7 +425,50 @@ def test_no_image_at_all_is_refused(capsys, tmp_path, monkeypatch):
     assert "the student has no images" in refused(capsys, out=str(tmp_path), num_images=0, batches_per_epoch=0)
 
 
-def test_a_students_loss_that_is_not_finite_stops_the_run(capsys, tmp_path):
-    assert "the student's loss is nan in epoch" in refused(capsys, out=str(tmp_path), lr_student=1e9)
-    assert json.loads((tmp_path / "args.json").read_text())["lr_student"] == 1e9
+def test_a_broken_student_stops_the_run_and_the_last_good_one_stays(capsys, tmp_path):
+    options = dict(lr_student=1e9, checkpoint_every=1)
+    assert "not finite: student" in refused(capsys, out=str(tmp_path), **options)
     assert not (tmp_path / "student.pt").exists() and not (tmp_path / "result.json").exists()
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        state = torch.load(tmp_path / name, weights_only=True)["state"]
+        assert not not_finite(state), name
+    assert not_finite({"a": [torch.ones(2)], "b": ({"c": torch.tensor([1.0, math.nan])},)}) == "b 0 c"
+    assert not_finite({"a": "text", "b": 1, "c": None, "d": torch.tensor([1, 2])}) == ""
+
+
+def test_a_step_that_fails_is_one_line(capsys, tmp_path):
+    """One value has no moments of its own: such a student refuses it in train mode."""
+    (tmp_path / "nets.py").write_text(
+        "import torch.nn as nn\n"
+        "def normed(num_classes):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1024), nn.Linear(1024, num_classes))\n"
+    )
+    says = refused(capsys, out=str(tmp_path / "run"), student=f"{tmp_path / 'nets.py'}:normed", student_batch=1)
+    assert "the student's step 1 failed: ValueError" in says
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_captured_student_step_is_the_eager_one_and_never_syncs(optimizer):
+    args = di.Args(teacher="digits-resnet8", student="resnet8", device="cuda", student_batch=8)
+    weights = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        teacher = di.load(args.teacher, args)
+        setting = di.choose_setting(args, "digits") | dict(optimizer=optimizer, mirror=True, bf16=False)
+        state = di.Distiller(teacher, contract.load_student(di.load, "resnet8", args, teacher), setting, 16)
+        state.pool.add(torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8))
+        state.pool.draw_from(newest=False)
+        torch.manual_seed(1)
+        step = kernels.Captured(lambda state=state: di.student_step(state), enabled=captured)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for n in range(8):
+                state.optimizer.param_groups[0]["lr"].fill_(0.01 / (n + 1))
+                state.pool.draw_from(newest=n % 2 == 0)
+                step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    assert torch.allclose(*weights, rtol=1e-3, atol=1e-4)
