@@ -306,6 +306,13 @@ def test_stages_scale_with_iterations_and_jitter_with_resolution():
     assert di.choose_setting(di.Args(alpha_bn=0.0, flip=False), "cifar10")["alpha_bn"] == 0.0
 
 
+def test_published_images_are_of_the_settings_as_they_stand():
+    for path in (contract.ROOT / "results").glob("inversion-*.json"):
+        then = json.loads(path.read_text())["setting"]
+        now = json.loads(json.dumps(di.SETTINGS[then["name"]]))
+        assert {k: v for k, v in then.items() if k in now} == {k: now[k] for k in then if k in now}, path.name
+
+
 @pytest.mark.parametrize("setting", list(di.SETTINGS))
 def test_every_setting_has_every_option(setting):
     assert set(di.SETTINGS[setting]) == set(di.SETTINGS["cifar10"])
