@@ -71,7 +71,7 @@ class Args(RunOptions):
     competition: str = "none"  # Adaptive: images that the student gets wrong: none | js (paper) | released.
     images: str = ""  # An earlier run's folder: its images are the student's initial pool, in place of new ones.
     verifier: str = "auto"  # Judges the images, never optimised against: as --teacher (factory with weights) | none.
-    dataset: str = "auto"  # Setting, verifier, test images: cifar10 | cifar100 | mnist | digits | imagenet | none | auto.
+    dataset: str = "auto"  # Setting, verifier, test images: cifar10 | mnist | digits | imagenet | none | auto.
     out: str = "runs/deepinversion/default"  # Output folder.
     smoke: bool = False  # A run of seconds: 6 steps on 20 images; 4 of a student, whatever its options say.
     fused: bool = True  # Use the fused ops of kernels/; off: the plain references, whatever the next three say.
