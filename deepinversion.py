@@ -25,13 +25,13 @@ Where we differ from the paper or its released code:
 - `cifar10`, `-long`, `mnist` and `digits` are ours; those of grey images start from blurred noise in the middle of a
   dark image, a prior that no teacher gives; classes that do not fit a batch are drawn, not a fixed list;
 - low-resolution stages pool the full image (as released); the paper up-samples a small one.
-Measured (3 seeds, 1 CPU thread beside other work, torch 2.13): on `cifar10`, 100 images, another network agrees on 99.7
-± 0.6 % (250 s, commit 364118c); MNIST ResNet-8 -> LeNet-5 97.60 ± 0.32 %, adaptive 97.77 ± 0.14 % (485 s at most, commit
-d4b43af): results/inversion-*.json, students-*.json. Run `python deepinversion.py [--teacher resnet50]`. It writes into
---out: samples.png, images-00000.npz … of a batch each (`images` uint8 (N, H, W, C), `labels` int64 (N,)), student.pt and
-curve.png of a student, result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its unweighted
-terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2` `loss/competition`; `eval/teacher` percent of views on
-target; of an epoch `loss/student` and `eval/acc`. `torchrun --nproc-per-node N …` shares the batches out.
+Measured (3 seeds, 1 CPU thread beside other work, torch 2.13): on `cifar10`, 100 images, another network agrees on
+99.7 ± 0.6 % (250 s, commit 364118c); MNIST ResNet-8 -> LeNet-5 97.60 ± 0.32 %, adaptive 97.77 ± 0.14 % (485 s at most,
+commit d4b43af): results/inversion-*.json, students-*.json. Run `python deepinversion.py [--teacher resnet50]`. It
+writes into --out: samples.png, images-00000.npz … of a batch each (`images` uint8 (N, H, W, C), `labels` int64 (N,)),
+student.pt and curve.png of a student, result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics: `loss/total`; its
+unweighted terms `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2` `loss/competition`; `eval/teacher` percent of
+views on target; of an epoch `loss/student` and `eval/acc`. `torchrun --nproc-per-node N …` shares the batches out.
 """
 
 import contextlib
