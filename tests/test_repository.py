@@ -278,6 +278,7 @@ def test_readme_tables_are_those_of_the_results():
     for path, name, text in shown:
         assert name in tables, f"{path.relative_to(ROOT)}: no table {name} in results/tables.py"
         assert text.strip("\n") == tables[name].strip("\n"), f"{path.relative_to(ROOT)}: table {name} is out of date"
+        assert not re.search(r"@[A-Z]{2,}", path.read_text()), f"{path.relative_to(ROOT)}: a figure is still to come"
     unused = sorted(set(tables) - {name for _, name, _ in shown})
     assert not unused, f"results/tables.py makes tables that no README shows: {unused}"
 
