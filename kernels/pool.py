@@ -19,7 +19,7 @@ class Pool(nn.Module):
         super().__init__()
         if not n:
             fail("the student has no images: raise --num-images or --batches-per-epoch, or pass --images")
-        self.n_images, self.n_newest = 0, 0
+        self.n_images, self.n_newest, self.drawn_from = 0, 0, None
         self.low, self.high = pixel_range(info, info.device)
         with one_line(f"{n} images of {info.image_size} pixels do not fit", "take fewer, or another --device"):
             shape = n, info.shape[0], info.image_size, info.image_size
@@ -36,8 +36,10 @@ class Pool(nn.Module):
     def draw_from(self, newest):
         """Let what is drawn from now on be of the newest batch, or of all images."""
         count = self.n_newest if newest else self.n_images
-        self.window[0].fill_(self.n_images - count)  # a launch each: nothing is copied from the host
-        self.window[1].fill_(count)
+        if self.drawn_from != (self.n_images, count):  # most steps draw from what the one before drew from
+            self.window[0].fill_(self.n_images - count)  # a launch each: nothing is copied from the host
+            self.window[1].fill_(count)
+            self.drawn_from = self.n_images, count
 
     def draw(self, n):
         """n images drawn with replacement, (n, C, H, W) fp32 in the network's normalised units."""

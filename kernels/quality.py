@@ -30,7 +30,7 @@ def agreement(info, shards):
     """
     hits, counts = torch.zeros(2, info.num_classes, dtype=torch.double)
     for images, labels in shards:
-        predicted, labels = torch.cat([info.model(x).argmax(1).cpu() for x in batches(info, images)]), labels.cpu()
+        predicted, labels = torch.cat([info.model(x).argmax(1) for x in batches(info, images)]).cpu(), labels.cpu()
         hits += torch.bincount(labels[predicted == labels], minlength=info.num_classes)
         counts += torch.bincount(labels, minlength=info.num_classes)
     by_class = {k: round(100 * (hits[k] / counts[k]).item(), 2) for k in counts.nonzero().flatten().tolist()}

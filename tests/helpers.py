@@ -65,6 +65,21 @@ def assert_divergence_exact(op, p_logits, q_logits, temperature=1.0, cotangent=-
     return fused
 
 
+def extreme_images(x, extreme):
+    """Images x (N, C, H, W) changed to where total variation is hard to compute."""
+    if extreme == "large":
+        return x * 1e4
+    if extreme == "tiny-contrast":
+        return 100 + 0.01 * x
+    if extreme == "half-constant":  # vertical norms and differences exactly zero, the other three not
+        return x[:, :, :1].expand(x.shape)
+    x = torch.zeros_like(x) if extreme == "one-pixel" else x.clone()
+    x[1] = 0  # one black image
+    if extreme == "one-pixel":
+        x[1, 2, 3, 4] = 1.0
+    return x
+
+
 def script_runs(script, fast):
     """Two functions for the tests of a script: `run` (into a folder, result.json back) and `refused` (its one line).
 
