@@ -1,19 +1,23 @@
-"""Fused ops, each file with definition, reference, kernels and public function; graphs and metrics of whole steps."""
+"""Fused ops, each beside its plain definition `<op>_ref`; fused BatchNorms; a step as a CUDA graph."""
 
-from kernels.attention_transfer import attention_map, attention_map_ref, attention_transfer, attention_transfer_ref
+from kernels.attention_transfer import (
+    attention_map,
+    attention_map_ref,
+    attention_transfer,
+    attention_transfer_ref,
+)
 from kernels.bn_act_moments import bn_act_moments, bn_act_moments_ref
 from kernels.bn_moments import bn_moment_loss, bn_moment_loss_ref, bn_moments, bn_moments_ref
-from kernels.fuse import fuse_batchnorm, hook_batchnorm
-from kernels.graphs import Captured
+from kernels.cuda_graph import CapturedStep
+from kernels.fuse_batchnorm import fuse_batchnorm, hook_batchnorm
 from kernels.jittered_view import jittered_view, jittered_view_ref
-from kernels.js_divergence import js_divergence, js_divergence_ref
+from kernels.js_divergence import js_divergence, js_divergence_ref, js_released
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref
 from kernels.moment_distance import moment_distance, moment_distance_ref
 from kernels.total_variation import total_variation, total_variation_ref
-from kernels.transitions import draw_transitions, transition_curves, transition_pairs
 
 __all__ = [
-    "Captured",
+    "CapturedStep",
     "attention_map",
     "attention_map_ref",
     "attention_transfer",
@@ -24,19 +28,17 @@ __all__ = [
     "bn_moment_loss_ref",
     "bn_moments",
     "bn_moments_ref",
-    "draw_transitions",
     "fuse_batchnorm",
     "hook_batchnorm",
     "jittered_view",
     "jittered_view_ref",
     "js_divergence",
     "js_divergence_ref",
+    "js_released",
     "kl_divergence",
     "kl_divergence_ref",
     "moment_distance",
     "moment_distance_ref",
     "total_variation",
     "total_variation_ref",
-    "transition_curves",
-    "transition_pairs",
 ]

@@ -93,11 +93,16 @@ def _layout(sizes, weights, device):
     """Offsets (L + 1,) and each channel's layer (C,), int64, weights (L,): made once, a CUDA graph copies none."""
     lengths = torch.tensor([0, *sizes])
     layer = torch.repeat_interleave(torch.arange(len(sizes)), lengths[1:])
-    weights = torch.ones(len(sizes)) if weights is None else torch.tensor(weights, dtype=torch.float32)
+    weights = (
+        torch.ones(len(sizes)) if weights is None else torch.tensor(weights, dtype=torch.float32)
+    )
     return lengths.cumsum(0).to(device), layer.to(device), weights.to(device)
 
 
-_META = {"BLOCK": 512, "num_warps": 4}  # a layer has 16 to 2048 channels: 1 to 4 blocks, 4 values a lane
+_META = {
+    "BLOCK": 512,
+    "num_warps": 4,
+}  # a layer has 16 to 2048 channels: 1 to 4 blocks, 4 values a lane
 
 
 class _MomentDistance(torch.autograd.Function):
@@ -106,7 +111,10 @@ class _MomentDistance(torch.autograd.Function):
         ctx.layout = offsets, layer, weights = _layout(sizes, weights, moments.device)
         n_channels, n_layers = moments.shape[1], len(sizes)
         if _common.runs_triton(moments):
-            norms, weighted = (torch.empty(2, n_layers, device=moments.device, dtype=torch.float32) for _ in range(2))
+            norms, weighted = (
+                torch.empty(2, n_layers, device=moments.device, dtype=torch.float32)
+                for _ in range(2)
+            )
             sizes = n_channels, n_layers
             _moment_distance_fwd_kernel[(n_layers, 2)](
                 norms, weighted, moments, running_var, weights, offsets, *sizes, **_META
@@ -162,34 +170,23 @@ def moment_distance(moments, running_var, sizes, weights=None):
     """
     _common.check_float("moment_distance", moments=moments, running_var=running_var)
     if not isinstance(sizes, tuple):
-        raise TypeError(f"moment_distance: expected sizes to be a tuple, got {type(sizes).__name__}; pass integers")
+        raise TypeError(
+            f"moment_distance: expected sizes to be a tuple, got {type(sizes).__name__}; pass integers"
+        )
     for name, x in (("moments", moments), ("running_var", running_var)):
         if x.dtype != torch.float32 or not x.is_contiguous():
             got = f"{x.dtype} of strides {x.stride()}"
-            raise ValueError(f"moment_distance: expected {name} contiguous in float32, got {got}; convert it")
+            raise ValueError(
+                f"moment_distance: expected {name} contiguous in float32, got {got}; convert it"
+            )
     shapes = tuple(moments.shape), tuple(running_var.shape)
     if shapes != ((2, sum(sizes)), (sum(sizes),)) or min(sizes, default=0) < 1:
-        raise ValueError(f"moment_distance: expected (2, C) and (C,), C the sum of {sizes}, got {shapes}; check sizes")
+        raise ValueError(
+            f"moment_distance: expected (2, C) and (C,), C the sum of {sizes}, got {shapes}; check sizes"
+        )
     if weights is not None and (not isinstance(weights, tuple) or len(weights) != len(sizes)):
         error = ValueError if isinstance(weights, tuple) else TypeError
-        raise error(f"moment_distance: expected weights as a tuple of {len(sizes)}, got {weights}; one for each layer")
+        raise error(
+            f"moment_distance: expected weights as a tuple of {len(sizes)}, got {weights}; one for each layer"
+        )
     return _MomentDistance.apply(moments, running_var, sizes, weights)
-
-
-def moment_kl(moments, running_var, sizes, weights=None, eps=1e-5):
-    """KL both ways between the channels' Gaussians, N(mean, var) and the running one: mean over a layer, then sum.
-
-    Per channel ((var + d^2) / running_var + (running_var + d^2) / var) / 2 - 1, d the difference of means, eps added
-    to both variances, as BatchNorm does: dead channels have none. Ours; Always Be Dreaming (Smith et al.,
-    arXiv:2106.09701) takes one direction and the mean over layers. Plain PyTorch: an option, not what loops run by
-    default.
-
-    Args, returns: as moment_distance's; eps a python number.
-
-    >>> moment_kl(torch.tensor([[1.0], [1.0]]), torch.ones(1), (1,), eps=0.0)  # (2 + 2) / 2 - 1
-    tensor(1.)
-    """
-    weights = [1.0] * len(sizes) if weights is None else weights
-    d2, var, running_var = moments[0].square(), moments[1] + eps, running_var + eps
-    divergence = ((var + d2) / running_var + (running_var + d2) / var) / 2 - 1  # (C of all layers,)
-    return sum(w * layer.mean() for w, layer in zip(weights, divergence.split(sizes), strict=True))

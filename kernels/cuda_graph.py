@@ -7,7 +7,7 @@ steps of some hundred kernels each, most of them shorter than the time that the 
 import torch
 
 
-class Captured:
+class CapturedStep:
     """`step`, a function of no arguments that changes tensors in place, as a CUDA graph once it has warmed up.
 
     The first calls run as they are, on a side stream as PyTorch asks for: lazily made buffers (gradients, optimiser
@@ -30,7 +30,7 @@ class Captured:
 
     Example:
         >>> x = torch.zeros(1)
-        >>> step = Captured(lambda: x.add_(1), enabled=x.is_cuda)
+        >>> step = CapturedStep(lambda: x.add_(1), enabled=x.is_cuda)
         >>> for _ in range(5):
         ...     step()
         >>> x
@@ -39,8 +39,14 @@ class Captured:
 
     def __init__(self, step, enabled=True, n_warmup=3):
         if n_warmup < 1:
-            raise ValueError(f"Captured: expected n_warmup of at least 1, got {n_warmup}; 3 is the default")
-        self.step, self.enabled, self.n_warmup = step, enabled and torch.cuda.is_available(), n_warmup
+            raise ValueError(
+                f"CapturedStep: expected n_warmup of at least 1, got {n_warmup}; 3 is the default"
+            )
+        self.step, self.enabled, self.n_warmup = (
+            step,
+            enabled and torch.cuda.is_available(),
+            n_warmup,
+        )
         self.n_calls, self.side, self.graph = 0, None, None
 
     def __call__(self):

@@ -1,4 +1,4 @@
-"""Captured: without a GPU the function itself; with a stand-in for torch.cuda its protocol; on a GPU the result."""
+"""CapturedStep: without a GPU the function itself; with a stand-in for torch.cuda its protocol; on a GPU the result."""
 
 import contextlib
 import doctest
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import Captured, _common, attention_map, attention_transfer, kl_divergence
+from kernels import CapturedStep, _common, attention_map, attention_transfer, kl_divergence
 
 
 class Device:
@@ -78,7 +78,7 @@ def fake_cuda(monkeypatch):
 
 @pytest.mark.parametrize("n_warmup", [1, 3])
 def test_protocol(n_warmup, fake_cuda):
-    captured, n_calls = Captured(fake_cuda.step, n_warmup=n_warmup), n_warmup + 3
+    captured, n_calls = CapturedStep(fake_cuda.step, n_warmup=n_warmup), n_warmup + 3
     for i in range(1, n_calls + 1):
         captured()
         assert fake_cuda.n_done == i  # one step's effect a call: none lost, none doubled
@@ -87,14 +87,17 @@ def test_protocol(n_warmup, fake_cuda):
 
 
 def test_default_is_three_calls_of_warmup(fake_cuda):
-    captured = Captured(fake_cuda.step)
+    captured = CapturedStep(fake_cuda.step)
     for _ in range(4):
         captured()
-    assert fake_cuda.events.count("step on side0") == 3 and fake_cuda.events[-2:] == ["capture", "replay on main"]
+    assert fake_cuda.events.count("step on side0") == 3 and fake_cuda.events[-2:] == [
+        "capture",
+        "replay on main",
+    ]
 
 
 def test_disabled_is_the_step_itself(fake_cuda):
-    captured = Captured(fake_cuda.step, enabled=False)
+    captured = CapturedStep(fake_cuda.step, enabled=False)
     for _ in range(6):
         captured()
     assert fake_cuda.n_done == 6 and fake_cuda.events == 6 * ["step on main"]
@@ -108,7 +111,7 @@ def test_failed_capture_leaves_no_graph(fake_cuda):
         if broken:
             raise RuntimeError("not permitted when stream is capturing")
 
-    captured = Captured(step, n_warmup=1)
+    captured = CapturedStep(step, n_warmup=1)
     captured()
     broken.append(True)
     for _ in range(2):
@@ -122,7 +125,7 @@ def test_failed_capture_leaves_no_graph(fake_cuda):
 def test_without_a_gpu_it_is_the_step_itself(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     calls = []
-    captured = Captured(lambda: calls.append(1))
+    captured = CapturedStep(lambda: calls.append(1))
     for i in range(6):
         captured()
         assert len(calls) == i + 1
@@ -130,21 +133,27 @@ def test_without_a_gpu_it_is_the_step_itself(monkeypatch):
 
 @pytest.mark.parametrize("n_warmup", [0, -1])
 def test_errors(n_warmup):
-    with pytest.raises(ValueError, match=f"Captured: expected n_warmup of at least 1, got {n_warmup}; 3 is"):
-        Captured(lambda: None, n_warmup=n_warmup)
+    with pytest.raises(
+        ValueError, match=f"CapturedStep: expected n_warmup of at least 1, got {n_warmup}; 3 is"
+    ):
+        CapturedStep(lambda: None, n_warmup=n_warmup)
 
 
 def test_example():
-    assert doctest.testmod(importlib.import_module("kernels.graphs")).failed == 0
+    assert doctest.testmod(importlib.import_module("kernels.cuda_graph")).failed == 0
 
 
 def train(device, n_steps, captured):
     """Distil one small network into another on noise, at a falling rate; returns all that changes."""
     torch.manual_seed(0)
-    bodies = [nn.Sequential(nn.Conv2d(3, C, 3, bias=False), nn.BatchNorm2d(C)).to(device) for C in (16, 8)]
+    bodies = [
+        nn.Sequential(nn.Conv2d(3, C, 3, bias=False), nn.BatchNorm2d(C)).to(device) for C in (16, 8)
+    ]
     heads = [nn.Linear(C, 10).to(device) for C in (16, 8)]
     parameters = [*bodies[1].parameters(), *heads[1].parameters()]
-    optimizer = torch.optim.Adam(parameters, torch.tensor(1e-2, device=device), capturable=device == "cuda")
+    optimizer = torch.optim.Adam(
+        parameters, torch.tensor(1e-2, device=device), capturable=device == "cuda"
+    )
     losses = torch.zeros((), device=device)
 
     def step():
@@ -154,14 +163,16 @@ def train(device, n_steps, captured):
             teacher = bodies[0](x)
             t_logits, maps = heads[0](teacher.mean((2, 3))), attention_map(teacher)
         student = bodies[1](x)
-        loss = kl_divergence(t_logits, heads[1](student.mean((2, 3)))) + attention_transfer(student, maps)
+        loss = kl_divergence(t_logits, heads[1](student.mean((2, 3)))) + attention_transfer(
+            student, maps
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         losses.add_(loss.detach())
 
-    run = Captured(step, enabled=device == "cuda") if captured else step
+    run = CapturedStep(step, enabled=device == "cuda") if captured else step
     for _ in range(n_steps):
         run()
     return [*parameters, *bodies[1].buffers(), optimizer.param_groups[0]["lr"], losses]
@@ -169,7 +180,10 @@ def train(device, n_steps, captured):
 
 def test_training_on_cpu(monkeypatch):
     monkeypatch.setattr(_common, "INTERPRET", False)  # the interpreter takes seconds
-    assert all(torch.equal(a, b) for a, b in zip(train("cpu", 2, False), train("cpu", 2, True), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(train("cpu", 2, False), train("cpu", 2, True), strict=True)
+    )
 
 
 @pytest.mark.gpu

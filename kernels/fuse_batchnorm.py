@@ -6,8 +6,6 @@ input, is one op here, wherever a network has BatchNorm -> ReLU, BatchNorm -> ad
 
 import operator
 import warnings
-from copy import deepcopy
-from functools import partial
 
 import torch
 import torch.nn as nn
@@ -15,7 +13,7 @@ import torch.nn.functional as F
 from torch import fx
 
 from kernels.bn_act_moments import bn_act_moments_folded, fold
-from kernels.bn_moments import bn_moments, bn_moments_ref
+from kernels.bn_moments import bn_moments
 
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
 ADDS = {operator.add, operator.iadd, torch.add}
@@ -28,7 +26,10 @@ class FusedBatchNorm(nn.Module):
     def __init__(self, bn, relu, found):
         super().__init__()
         ones = torch.ones_like(bn.running_mean)
-        weight, bias = ones if bn.weight is None else bn.weight, 0 * ones if bn.bias is None else bn.bias
+        weight, bias = (
+            ones if bn.weight is None else bn.weight,
+            0 * ones if bn.bias is None else bn.bias,
+        )
         self.register_buffer("affine", fold(weight, bias, bn.running_mean, bn.running_var, bn.eps))
         self.register_buffer("running_var", bn.running_var.detach())
         self.relu, self.found = relu, found
@@ -85,13 +86,26 @@ class Hooked:
 def is_relu(node, modules):
     if node.op == "call_module":
         return type(modules[node.target]) is nn.ReLU
-    return node.target in RELUS if node.op == "call_function" else node.op == "call_method" and node.target == "relu"
+    return (
+        node.target in RELUS
+        if node.op == "call_function"
+        else node.op == "call_method" and node.target == "relu"
+    )
 
 
 def is_add(node):
     """Whether a node adds two tensors, neither scaled nor a number."""
-    is_sum = node.target in ADDS if node.op == "call_function" else (node.op, node.target) == ("call_method", "add")
-    return is_sum and len(node.args) == 2 and not node.kwargs and all(isinstance(a, fx.Node) for a in node.args)
+    is_sum = (
+        node.target in ADDS
+        if node.op == "call_function"
+        else (node.op, node.target) == ("call_method", "add")
+    )
+    return (
+        is_sum
+        and len(node.args) == 2
+        and not node.kwargs
+        and all(isinstance(a, fx.Node) for a in node.args)
+    )
 
 
 def only_user(node):
@@ -102,9 +116,13 @@ def chosen_layers(caller, model, kinds):
     """The BatchNorms of these kinds with running statistics, all in eval mode; ValueError otherwise."""
     chosen = [m for m in model.modules() if isinstance(m, kinds) and m.running_mean is not None]
     if not chosen:
-        raise ValueError(f"{caller}: expected BatchNorms with running statistics, got none; take another network")
+        raise ValueError(
+            f"{caller}: expected BatchNorms with running statistics, got none; take another network"
+        )
     if any(m.training for m in chosen):
-        raise ValueError(f"{caller}: expected BatchNorms in eval mode, got some in train mode; call .eval()")
+        raise ValueError(
+            f"{caller}: expected BatchNorms in eval mode, got some in train mode; call .eval()"
+        )
     return chosen
 
 
@@ -158,7 +176,9 @@ def fuse_batchnorm(model, kinds=BATCHNORMS):
         graph = fx.symbolic_trace(model)
     except Exception as error:  # whatever a network's own code raises when its values are proxies
         reason = str(error).split("\n")[0][:120]
-        warnings.warn(f"fuse_batchnorm: cannot trace ({reason}); ReLUs and additions stay apart", stacklevel=2)
+        warnings.warn(
+            f"fuse_batchnorm: cannot trace ({reason}); ReLUs and additions stay apart", stacklevel=2
+        )
         return Fused(_replaced(model, chosen, found), found, False)
     modules = dict(graph.named_modules())
     for i, node in enumerate(list(graph.graph.nodes)):
@@ -181,7 +201,12 @@ def fuse_batchnorm(model, kinds=BATCHNORMS):
             fused = graph.graph.call_module(name, inputs)
         last.replace_all_uses_with(fused)
         for gone in (last, after, node):
-            if gone is not None and not gone.users and gone in graph.graph.nodes and gone.op != "output":
+            if (
+                gone is not None
+                and not gone.users
+                and gone in graph.graph.nodes
+                and gone.op != "output"
+            ):
                 graph.graph.erase_node(gone)
     graph.graph.lint()
     graph.delete_all_unused_submodules()
@@ -197,37 +222,3 @@ def _replaced(model, chosen, found):
     copy.__dict__ = dict(model.__dict__)
     copy._modules = {name: m and _replaced(m, chosen, found) for name, m in model._modules.items()}
     return copy
-
-
-def lowered(setting, x):
-    """Around networks: bf16 where setting["bf16"] and the device of x have it. A graph keeps no copies of weights."""
-    return torch.autocast(x.device.type, torch.bfloat16, setting["bf16"] and x.is_cuda, cache_enabled=False)
-
-
-def measured(model, setting, device):
-    """`model` as the steps of an inversion call it: view (N, C, H, W) -> logits (N, K), [(moments (2, C), running_var
-    (C,)), …].
-
-    Moments are those of its BatchNorm2d inputs, mean less running mean and biased variance, in the order of the
-    layers' running. A copy: the model itself keeps fp32 weights, without hooks.
-
-    Args:
-        model: frozen, in eval mode.
-        setting: bf16 (weights of convolutions and linear layers, on a GPU); fused_bn (one op a BatchNorm, else hooks);
-            fused (which hooks: the fused moments, else the plain ones).
-        device: cpu or cuda.
-    """
-    network = deepcopy(model)
-    for m in network.modules():
-        if setting["bf16"] and device == "cuda" and isinstance(m, (nn.Conv2d, nn.Linear)):
-            m.to(torch.bfloat16)  # once; autocast, which caches only what needs gradients, would do so in every step
-    if setting["fused_bn"]:
-        network = fuse_batchnorm(network, nn.BatchNorm2d)
-    else:
-        network = hook_batchnorm(network, nn.BatchNorm2d, bn_moments if setting["fused"] else bn_moments_ref)
-    return partial(_called, network, setting)
-
-
-def _called(network, setting, view):
-    with lowered(setting, view):
-        return network(view)

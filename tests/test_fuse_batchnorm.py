@@ -60,7 +60,9 @@ def network(name):
         "resnet34_cifar": deepinversion.NETWORKS["resnet34_cifar"],
         "resnet50": deepinversion.NETWORKS["resnet50"],
         "narrow34": partial(deepinversion.ResNet, (3, 4, 6, 3), NARROW, "B"),
-        "narrow50": partial(deepinversion.ResNet, (3, 4, 6, 3), NARROW, "B", bottleneck=True, imagenet=True),
+        "narrow50": partial(
+            deepinversion.ResNet, (3, 4, 6, 3), NARROW, "B", bottleneck=True, imagenet=True
+        ),
         "wrn_16_1": teacher.wrn_16_1,
         "vgg11_bn": teacher.vgg11_bn,
         "foreign": Foreign,
@@ -99,7 +101,9 @@ def with_fusion(model, x):
     return y, loss, *torch.autograd.grad(y.square().mean() + loss, x)
 
 
-@pytest.mark.parametrize("name", ["resnet20", "resnet34_cifar", "resnet50", "wrn_16_1", "vgg11_bn", "foreign"])
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet34_cifar", "resnet50", "wrn_16_1", "vgg11_bn", "foreign"]
+)
 def test_fused_networks_are_the_plain_ones(name, monkeypatch):
     monkeypatch.setattr(_common, "INTERPRET", False)
     model, x = network(name), torch.randn(4, 3, 32, 32)
@@ -107,14 +111,20 @@ def test_fused_networks_are_the_plain_ones(name, monkeypatch):
     assert fused.fully
     assert not [m for m in fused.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     exact = with_hooks(copy.deepcopy(model).double(), x.double())
-    for what, *triple in zip(("y", "loss", "dx"), with_fusion(fused, x), exact, with_hooks(model, x), strict=True):
+    for what, *triple in zip(
+        ("y", "loss", "dx"), with_fusion(fused, x), exact, with_hooks(model, x), strict=True
+    ):
         assert_as_exact_as_eager(*triple, name=what)
 
 
-@pytest.mark.parametrize(("name", "relus"), [("resnet20", 0), ("resnet50", 0), ("wrn_16_1", 0), ("vgg11_bn", 0)])
+@pytest.mark.parametrize(
+    ("name", "relus"), [("resnet20", 0), ("resnet50", 0), ("wrn_16_1", 0), ("vgg11_bn", 0)]
+)
 def test_every_pair_of_our_networks_is_fused(name, relus):
     fused = fuse_batchnorm(network(name))
-    nodes = [n for n in fused.network.graph.nodes if "relu" in str(n.target) or "add" in str(n.target)]
+    nodes = [
+        n for n in fused.network.graph.nodes if "relu" in str(n.target) or "add" in str(n.target)
+    ]
     additions = 6 if name == "wrn_16_1" else 0  # pre-activation: no BatchNorm before the sum
     assert len(nodes) == relus + additions
     assert not [m for m in fused.modules() if isinstance(m, nn.ReLU)]
@@ -122,7 +132,14 @@ def test_every_pair_of_our_networks_is_fused(name, relus):
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("resnet20", 8), ("narrow34", 8), ("narrow50", 32), ("wrn_16_1", 8), ("foreign", 6), ("untraceable", 6)]
+    [
+        ("resnet20", 8),
+        ("narrow34", 8),
+        ("narrow50", 32),
+        ("wrn_16_1", 8),
+        ("foreign", 6),
+        ("untraceable", 6),
+    ]
     + [pytest.param(*wide, marks=pytest.mark.gpu) for wide in WIDE],
 )
 @pytest.mark.filterwarnings("ignore:fuse_batchnorm")
@@ -138,7 +155,9 @@ def test_through_the_interpreter_or_a_gpu(name, size, device):
 def test_a_network_that_cannot_be_traced_says_so(monkeypatch):
     monkeypatch.setattr(_common, "INTERPRET", False)
     model, x = network("untraceable"), torch.randn(4, 3, 8, 8)
-    with pytest.warns(UserWarning, match="fuse_batchnorm: cannot trace .*; ReLUs and additions stay apart"):
+    with pytest.warns(
+        UserWarning, match="fuse_batchnorm: cannot trace .*; ReLUs and additions stay apart"
+    ):
         fused = fuse_batchnorm(model)
     assert not fused.fully and isinstance(model.bn, nn.BatchNorm2d)  # the original is left as it is
     for a, b in zip(with_fusion(fused, x), with_hooks(model, x), strict=True):
@@ -177,7 +196,9 @@ def test_only_the_chosen_kinds_with_statistics_count(name, monkeypatch):
         pytest.param(nn.Conv2d(3, 4, 3), "with running statistics, got none", id="none"),
         pytest.param(nn.BatchNorm2d(3), "in eval mode, got some in train mode", id="train"),
         pytest.param(
-            nn.BatchNorm2d(3, track_running_stats=False).eval(), "got none; take another", id="no-statistics"
+            nn.BatchNorm2d(3, track_running_stats=False).eval(),
+            "got none; take another",
+            id="no-statistics",
         ),
     ],
 )
@@ -191,7 +212,9 @@ def test_hooks_are_the_plain_way_to_the_same(monkeypatch):
     monkeypatch.setattr(_common, "INTERPRET", False)
     model, x = network("foreign"), torch.randn(4, 3, 8, 8)
     hooked = hook_batchnorm(model, moments=bn_moments_ref)
-    for a, b in zip(with_fusion(hooked, x), with_fusion(fuse_batchnorm(network("foreign")), x), strict=True):
+    for a, b in zip(
+        with_fusion(hooked, x), with_fusion(fuse_batchnorm(network("foreign")), x), strict=True
+    ):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     assert not hooked.found and len(hooked(x)[1]) == 6
     hooked.close()
@@ -199,5 +222,5 @@ def test_hooks_are_the_plain_way_to_the_same(monkeypatch):
 
 
 def test_examples():
-    tested = doctest.testmod(importlib.import_module("kernels.fuse"))
+    tested = doctest.testmod(importlib.import_module("kernels.fuse_batchnorm"))
     assert tested.attempted >= 4 and not tested.failed
