@@ -1,0 +1,258 @@
+"""What all ops of kernels/ promise alike. The ops and their cases stand in ops_table*.py.
+
+What is special to an op (hand-computed values, properties, extremes) is tested in its own file.
+test_wrong.py calls these tests on mutated ops.
+"""
+
+import doctest
+import importlib
+import importlib.util
+import inspect
+
+import ops_table
+import pytest
+import torch
+from helpers import (
+    assert_as_exact_as_eager,
+    assert_equal_bits,
+    assert_matches_definition,
+    convert,
+    evaluate,
+)
+
+import kernels
+
+OPS = list(ops_table.OPS)
+if importlib.util.find_spec("ops_table_batchnorm"):
+    OPS += importlib.import_module("ops_table_batchnorm").OPS
+
+
+def each_op(test):
+    rows = [pytest.param(op, id=op.name) for op in OPS]
+    return pytest.mark.parametrize("op", rows)(test)
+
+
+def each_case(table):
+    """Parametrise a test over all (op, case) of `table`, a field of Op."""
+    rows = []
+    for op in OPS:
+        for name, case in getattr(op, table).items():
+            rows.append(pytest.param(op, case, id=f"{op.name}-{name}"))
+    return pytest.mark.parametrize(("op", "case"), rows)
+
+
+def fused(op):
+    return getattr(kernels, op.name)
+
+
+def definition(op):
+    return getattr(kernels, f"{op.name}_ref")
+
+
+def assert_gradients_match(op, args, gradients, loss_of):
+    """Gradients of loss_of(results), by the measured-tolerance rule."""
+    references = []
+    for dtype in (torch.float64, torch.float32):
+        wide = convert(args, dtype)
+        leaves = {name: wide[name].detach().requires_grad_() for name in gradients}
+        loss = loss_of(results_of(definition(op), {**wide, **leaves}))
+        references.append(torch.autograd.grad(loss, tuple(leaves.values())))
+    for (name, gradient), exact, eager in zip(gradients.items(), *references, strict=True):
+        assert_as_exact_as_eager(gradient, exact, eager, f"gradient of {name}")
+
+
+def results_of(function, args):
+    results = function(**args)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def require_gradients(op, args, names):
+    """The arguments with those in `names` as leaves that require grad."""
+    leaves = {
+        name: args[name].detach().requires_grad_() for name in names if args[name] is not None
+    }
+    return {**args, **leaves}
+
+
+# The public function and its definition
+
+
+@each_op
+def test_definition_takes_the_same_arguments(op):
+    assert inspect.signature(fused(op)) == inspect.signature(definition(op))
+    assert fused(op).__module__ == definition(op).__module__ == f"kernels.{op.file}"
+
+
+@each_op
+def test_docstring_is_complete_and_its_example_runs(op):
+    text = inspect.getdoc(fused(op))
+    for section in ("Args:", "Returns:", "Raises:", "Example:"):
+        assert f"\n{section}\n" in text, f"no section {section}"
+
+    module = importlib.import_module(f"kernels.{op.file}")
+    finder = doctest.DocTestFinder(recurse=False)
+    (example,) = finder.find(fused(op), op.name, globs=vars(module).copy())
+    assert example.examples, "the docstring has no example"
+    assert not doctest.DocTestRunner().run(example).failed
+
+
+@each_case("gradcheck")
+def test_gradcheck_of_the_definition(op, case):
+    args = convert(op.make("cpu", **case), torch.float64)
+    names = [name for name in op.differentiable if args[name] is not None]
+    leaves = [args[name].detach().requires_grad_() for name in names]
+
+    def function(*leaves):
+        return definition(op)(**{**args, **dict(zip(names, leaves, strict=True))})
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# Values and gradients
+
+
+@each_case("cases")
+def test_matches_the_definition(op, case, backend, device):
+    assert_matches_definition(op, op.make(device, **case))
+
+
+@each_op
+def test_cotangents_of_any_strides(op, backend, device):
+    """Autograd may hand over gradients that are neither dense nor in order."""
+    args = op.make(device, **op.small)
+    cotangents = []
+    for value in results_of(definition(op), args):
+        wide = torch.full((*reversed(value.shape), 2), float("nan"), device=device)
+        cotangent = wide[..., 0].permute(tuple(reversed(range(value.ndim))))
+        cotangents.append(cotangent.copy_(torch.randn(value.shape)))
+    assert_matches_definition(op, args, cotangents)
+
+
+@each_op
+def test_backward_of_a_scaled_sum(op, backend, device):
+    """The gradient that a sum hands back is one number, expanded."""
+
+    def scaled_sum(results):
+        return 3 * sum(value.sum() for value in results)
+
+    args = require_gradients(op, op.make(device, **op.small), op.differentiable)
+    scaled_sum(results_of(fused(op), args)).backward()
+    gradients = {name: args[name].grad for name in op.differentiable if args[name] is not None}
+    assert_gradients_match(op, args, gradients, scaled_sum)
+
+
+@pytest.mark.parametrize(
+    ("op", "index"),
+    [
+        pytest.param(op, index, id=f"{op.name}-{name}")
+        for op in OPS
+        if len(op.results) > 1
+        for index, name in enumerate(op.results)
+    ],
+)
+def test_loss_of_one_result_alone(op, index, backend, device):
+    def squares_of_one(results):
+        return results[index].square().sum()
+
+    args = require_gradients(op, op.make(device, **op.small), op.differentiable)
+    squares_of_one(results_of(fused(op), args)).backward()
+    gradients = {name: args[name].grad for name in op.differentiable if args[name] is not None}
+    assert_gradients_match(op, args, gradients, squares_of_one)
+
+
+@each_op
+def test_only_arguments_that_require_grad_get_one(op, backend, device):
+    args = op.make(device, **op.small)
+    before = convert(args, torch.float64)
+    assert not any(value.requires_grad for value in results_of(fused(op), args))
+    for name, value in convert(args, torch.float64).items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, before[name]), f"{name} was changed"
+
+    together = evaluate(fused(op), args, op.differentiable)
+    for name in together.gradients:
+        alone = evaluate(fused(op), args, (name,))
+        assert torch.equal(alone.gradients[name], together.gradients[name]), name
+
+
+@each_op
+def test_same_inputs_twice_are_bit_equal(op, backend, device):
+    args = op.make(device, **op.small)
+    first = evaluate(fused(op), args, op.differentiable)
+    assert_equal_bits(first, evaluate(fused(op), args, op.differentiable))
+
+
+@each_op
+def test_autocast_changes_nothing(op, backend, device):
+    args = op.make(device, **op.small)
+    expected = evaluate(fused(op), args, op.differentiable)
+    with torch.autocast(device, torch.bfloat16):
+        got = evaluate(fused(op), args, op.differentiable)
+    assert [x.dtype for x in got.results] == [x.dtype for x in expected.results]
+    assert_equal_bits(got, expected)
+
+
+# What is refused
+
+
+@each_op
+def test_second_derivative_is_refused(op, backend, device):
+    args = op.make(device, **op.small)
+    message = f"{op.name}: no second derivative; use {op.name}_ref"
+    for name in op.differentiable:
+        if args[name] is None:
+            continue
+        leaf = args[name].detach().requires_grad_()
+        for value in results_of(fused(op), {**args, name: leaf}):
+            with pytest.raises(RuntimeError, match=message):
+                torch.autograd.grad(value.sum(), leaf, create_graph=True)
+
+
+@each_op
+def test_wrong_tensors_are_refused(op):
+    """No tensor, integers, float64, an empty batch: for the first argument of each op."""
+    args = op.make("cpu", **op.small)
+    name = next(iter(args))
+    wrong = [
+        ([1.0], TypeError, f"{op.name}: expected {name} to be a tensor, got list"),
+        (args[name].long(), TypeError, f"expected {name} in float32, .* got torch.int64"),
+        (args[name].double(), TypeError, f"got torch.float64; .* use {op.name}_ref"),
+        (args[name][:0], ValueError, f"expected a non-empty {name}, .*; drop the empty batch"),
+    ]
+    for value, error, message in wrong:
+        with pytest.raises(error, match=message):
+            fused(op)(**{**args, name: value})
+
+
+@each_case("refused")
+def test_other_arguments_are_refused(op, case):
+    changes, error, message = case
+    args = op.make("cpu", **op.small)
+    with pytest.raises(error, match=message.replace("OP", op.name)):
+        fused(op)(**{**args, **changes})
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@each_op
+def test_no_synchronisation(op):
+    args = op.make("cuda", **op.small)
+    cotangents = evaluate(fused(op), args, op.differentiable).cotangents  # compiles
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        evaluate(fused(op), args, op.differentiable, cotangents)
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+@pytest.mark.gpu
+@each_op
+def test_torch_compile_makes_one_graph(op):
+    args = op.make("cuda", **op.small)
+    compiled = torch.compile(fused(op), fullgraph=True)
+    expected = results_of(fused(op), args)
+    for value, other in zip(results_of(compiled, args), expected, strict=True):
+        torch.testing.assert_close(value, other)

@@ -1,0 +1,153 @@
+"""The tests of the ops notice small errors: each mutant of wrong/ fails at least one of them.
+
+A mutant is one changed file of kernels/, loaded in place of the real one. Its tests are those of
+test_every_op.py for the op and those of the op's own file, called one by one until one fails. The
+test that failed must then pass on the unchanged file, loaded in the same way.
+"""
+
+import importlib
+import inspect
+import itertools
+import pkgutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import test_every_op
+import torch
+import wrong
+
+import kernels
+
+KERNELS = Path(kernels.__file__).parent
+NOTICED = (AssertionError, pytest.fail.Exception, torch.autograd.gradcheck.GradcheckError)
+
+
+def all_mutants():
+    rows = []
+    for found in pkgutil.iter_modules(wrong.__path__):
+        for mutant in importlib.import_module(f"wrong.{found.name}").MUTANTS:
+            name = f"{found.name}-{mutant.name}".replace(" ", "-")
+            rows.append(pytest.param(found.name, mutant, id=name))
+    return rows
+
+
+def load_ops(folder, monkeypatch):
+    """Import all ops again, with the files of `folder` in place of those of kernels/.
+
+    Until the end of the test the package `kernels` and sys.modules hold the new ones. The files lie
+    on disk because Triton reads the source of its kernels.
+    """
+    homes = {name: getattr(kernels, name).__module__ for name in kernels.__all__}
+    for name in list(sys.modules):
+        if name.startswith("kernels."):
+            monkeypatch.delitem(sys.modules, name)
+            monkeypatch.delattr(kernels, name.removeprefix("kernels."), raising=False)
+    monkeypatch.setattr(kernels, "__path__", [str(folder), str(KERNELS)])
+
+    for name, home in homes.items():
+        module = importlib.import_module(home)
+        monkeypatch.setattr(kernels, name, getattr(module, name), raising=False)
+
+
+@dataclass
+class Call:
+    """One way in which pytest would call a test: with these parameters, on this backend."""
+
+    test: object
+    parameters: dict
+    backend: str | None
+
+    def run(self):
+        common = importlib.import_module("kernels._common")
+        arguments = dict(self.parameters)
+        wanted = inspect.signature(self.test).parameters
+        if "backend" in wanted:
+            arguments["backend"] = self.backend
+        if "device" in wanted:
+            arguments["device"] = "cpu"
+
+        torch.manual_seed(0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "INTERPRET", self.backend != "torch")
+            if "monkeypatch" in wanted:
+                arguments["monkeypatch"] = patch
+            self.test(**arguments)
+
+
+def parameter_sets(mark):
+    """The dicts of parameters that a parametrize mark stands for."""
+    names, rows = mark.args
+    if isinstance(names, str):
+        names = names.split(",")
+    for row in rows:
+        if isinstance(row, type(pytest.param())):
+            values = row.values
+        else:
+            values = row if len(names) > 1 else (row,)
+        yield dict(zip(names, values, strict=True))
+
+
+def calls_of(test):
+    """All ways in which pytest would call `test` on a CPU: none if it needs a GPU or a fixture."""
+    marks = getattr(test, "pytestmark", [])
+    if any(mark.name == "gpu" for mark in marks):
+        return []
+
+    wanted = set(inspect.signature(test).parameters)
+    backends = ("torch", "triton") if "backend" in wanted else (None,)
+    choices = [list(parameter_sets(mark)) for mark in marks if mark.name == "parametrize"]
+
+    calls = []
+    for backend, *chosen in itertools.product(backends, *choices):
+        parameters = {name: value for one in chosen for name, value in one.items()}
+        if wanted <= {"backend", "device", "monkeypatch", *parameters}:
+            calls.append(Call(test, parameters, backend))
+    return calls
+
+
+def tests_in(module):
+    return [test for name, test in vars(module).items() if name.startswith("test_")]
+
+
+def checks_of(file):
+    """What the suite checks of the ops in kernels/<file>.py: their own tests, then the common ones."""
+    own = importlib.import_module(f"test_{file}")
+    checks = [call for test in tests_in(own) for call in calls_of(test)]
+    for test in tests_in(test_every_op):
+        checks += [call for call in calls_of(test) if call.parameters["op"].file == file]
+    return checks
+
+
+def first_to_fail(checks):
+    for check in checks:
+        try:
+            check.run()
+        except NOTICED:
+            return check
+    return None
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("file", "mutant"), all_mutants())
+def test_mutant_is_noticed(file, mutant, tmp_path):
+    source = (KERNELS / mutant.file).read_text()
+    assert source.count(mutant.old) == 1, (
+        f"{mutant.file} holds the old text {source.count(mutant.old)} times"
+    )
+
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    (changed / mutant.file).write_text(source.replace(mutant.old, mutant.new))
+    with pytest.MonkeyPatch.context() as patch:
+        load_ops(changed, patch)
+        check = first_to_fail(checks_of(file))
+    assert check, "no test fails"
+
+    unchanged = tmp_path / "unchanged"
+    unchanged.mkdir()
+    (unchanged / mutant.file).write_text(source)
+    with pytest.MonkeyPatch.context() as patch:
+        load_ops(unchanged, patch)
+        check.run()
