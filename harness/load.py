@@ -1,0 +1,359 @@
+"""Teachers, students and verifiers by name, checkpoint or factory, loaded safely and tried out.
+
+Whatever does not fit ends the program in one line that says what to do.
+"""
+
+import hashlib
+import importlib.util
+import inspect
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from harness.networks import NETWORKS
+from harness.run import ROOT, fail, fail_in_one_line, read_checkpoint
+
+# ImageNet teachers with an official address: file name and top-1 accuracy in percent. The file's
+# suffix is the first 8 digits of its SHA-256.
+IMAGENET_URL = "https://download.pytorch.org/models/"
+IMAGENET_FILES = {
+    "resnet18": ("resnet18-f37072fd.pth", 69.758),
+    "resnet34": ("resnet34-b627a593.pth", 73.314),
+    "resnet50": ("resnet50-0676ba61.pth", 76.130),
+    "resnet101": ("resnet101-63fe2227.pth", 77.374),
+    "resnet152": ("resnet152-394f9c45.pth", 78.312),
+}
+
+# What is taken of a network that is not described otherwise: CIFAR-10's.
+DEFAULTS = dict(
+    num_classes=10,
+    image_size=32,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2470, 0.2435, 0.2616),
+)
+
+
+@dataclass
+class NetworkInfo:
+    """What is known of a network besides its weights."""
+
+    name: str
+    """As the command line names it."""
+    arch: str
+    """Name in harness/networks.py, or file.py:factory."""
+    dataset: str
+    """What it was trained on; "" if unknown."""
+    num_classes: int
+    image_size: int
+    """Height = width of its images in pixels."""
+    mean: tuple[float, ...]
+    """Per-channel mean of its normalisation, of pixels in [0, 1]."""
+    std: tuple[float, ...]
+    accuracy: float | None
+    """Percent, as its description says; None if unknown."""
+
+    @property
+    def channels(self):
+        return len(self.mean)
+
+    @property
+    def image_shape(self):
+        """(C, H, W)."""
+        return self.channels, self.image_size, self.image_size
+
+
+# What is known of a network by its name
+def list_shipped():
+    """{name: description} of the networks in teachers/; empty where a script was copied alone."""
+    path = ROOT / "teachers/index.json"
+    if not path.exists():
+        return {}
+    index = json.loads(path.read_text())
+    for name, known in index.items():
+        known["file"] = path.with_name(f"{name}.pt")
+    return index
+
+
+def list_imagenet():
+    """{name: description} of the ImageNet teachers, in the form of teachers/index.json."""
+    found = {}
+    for name, (file, accuracy) in IMAGENET_FILES.items():
+        found[name] = dict(
+            arch=name,
+            dataset="imagenet",
+            num_classes=1000,
+            image_size=224,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            accuracy=accuracy,
+            file=file,
+            sha256=file[-12:-4],
+            url=IMAGENET_URL + file,
+        )
+    return found
+
+
+def is_factory(spec):
+    return ".py:" in spec
+
+
+def describe(spec):
+    """What is known of the network that `spec` names; {} of a factory or a bare architecture."""
+    named = list_shipped() | list_imagenet()
+    if spec in named:
+        return named[spec]
+    if spec.endswith(".pt"):
+        known = read_checkpoint(spec)
+        if not str(known.get("arch", "no name")).isidentifier():  # it names a network, never a file
+            advice = "name its network as file.py:factory and this as its weights"
+            fail(f"{spec}: not a checkpoint of teacher.py; {advice}")
+        known = {k: v for k, v in known.items() if k not in ("sha256", "url", "file")}
+        return known | {"file": spec}
+    if is_factory(spec) or spec.replace("-", "_") in NETWORKS:
+        return {}
+    choices = ", ".join([*named, *NETWORKS])
+    fail(f"unknown network {spec!r}; choose one of {choices}, a teacher.pt or file.py:factory")
+
+
+def find_dataset(spec):
+    """The data set of the teacher that `spec` names, "" if unknown."""
+    if not spec or is_factory(spec):
+        return ""
+    return describe(spec).get("dataset", "")
+
+
+def make_info(spec, *descriptions):
+    """NetworkInfo of `spec` from descriptions, of which a later one goes before an earlier one."""
+    known = dict(DEFAULTS)
+    for description in descriptions:
+        known.update(description)
+    mean = tuple(known["mean"])
+    std = tuple(known["std"])
+    finite = torch.tensor([*mean, *std]).isfinite().all()
+    if len(mean) != len(std) or not finite or min(std) <= 0:
+        expected = "expected as many finite values each, std positive"
+        fail(f"--mean and --std: {expected}, got {mean} and {std}")
+    accuracy = known.get("accuracy")
+    return NetworkInfo(
+        name=spec,
+        arch=str(known.get("arch", spec if is_factory(spec) else spec.replace("-", "_"))),
+        dataset=known.get("dataset", ""),
+        num_classes=known["num_classes"],
+        image_size=known["image_size"],
+        mean=mean,
+        std=std,
+        accuracy=None if accuracy is None else float(accuracy),
+    )
+
+
+# Networks and weights
+def load_factory(spec, **options):
+    """Call the factory file.py:name with those of the options that it takes."""
+    path, name = spec.rsplit(":", 1)
+    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules.setdefault(module_spec.name, module)  # dataclasses of that file look themselves up
+    sys.path.insert(0, str(Path(path).resolve().parent))  # as if run: it may import its neighbours
+    try:
+        module_spec.loader.exec_module(module)
+        factory = getattr(module, name)
+        accepted = inspect.signature(factory).parameters
+        network = factory(**{k: v for k, v in options.items() if k in accepted})
+    except SystemExit as stop:
+        raise RuntimeError(f"{path} ends the program") from stop
+    if not isinstance(network, nn.Module):
+        kind = type(network).__name__
+        raise TypeError(f"{name} returned a {kind}, expected a torch.nn.Module")
+    return network
+
+
+def build_network(info):
+    """The network that info.arch names, as initialised."""
+    options = dict(num_classes=info.num_classes, in_channels=info.channels)
+    if is_factory(info.arch):
+        return load_factory(info.arch, image_size=info.image_size, **options)
+    if info.arch not in NETWORKS:
+        fail(f"{info.name}: unknown network {info.arch!r}; choose one of {', '.join(NETWORKS)}")
+    return NETWORKS[info.arch](**options)
+
+
+def load_weights(path, sha256="", url=""):
+    """Read a checkpoint without running anything in it.
+
+    Args:
+        path: the file.
+        sha256: how its digest must begin.
+        url: where it is fetched from if it is missing.
+    """
+    path = Path(path)
+    if url and not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        advice = f"put the file at {path} or name it with --weights FILE"
+        with fail_in_one_line(f"cannot fetch {url}", advice):
+            torch.hub.download_url_to_file(url, str(path), sha256)
+    with fail_in_one_line(f"{path} cannot be read", "pass an existing checkpoint"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(sha256):
+        problem = f"its SHA-256 does not begin with {sha256}: damaged or altered"
+        fail(f"{path}: {problem}; delete it and fetch it again")
+    return read_checkpoint(path)
+
+
+def unwrap_state(saved):
+    """The tensors of a state dict, also of a wrapped one or of DataParallel ("module.…")."""
+    for key in ("state_dict", "model", "net"):
+        if isinstance(saved.get(key), dict):
+            saved = saved[key]
+    tensors = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    return {str(k).removeprefix("module."): v for k, v in tensors.items()}
+
+
+def rename_public_keys(state, wanted):
+    """Give the last layer and the shortcuts of public CIFAR weights the names that we use."""
+    renamed = {}
+    for key, value in state.items():
+        other = key.replace("linear.", "fc.").replace("shortcut.", "downsample.")
+        if key not in wanted and other in wanted:
+            key = other
+        renamed[key] = value
+    return renamed
+
+
+def load_state(network, saved, path):
+    """Copy the weights of a checkpoint that was read from `path` into a network."""
+    state = rename_public_keys(unwrap_state(saved), network.state_dict())
+    missing, unknown = network.load_state_dict(state, strict=False)
+    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
+    if missing or unknown:
+        problem = f"lacks {missing[:2]}, has unknown {unknown[:2]}"
+        fail(f"{path}: keys do not fit the network ({problem}); check --teacher")
+
+
+def check_network(network, info, device, image_size=None):
+    """Feed two blank images, so that what does not fit fails now and not after an hour.
+
+    Raises:
+        ValueError: logits of another shape than (2, num_classes), or not finite.
+    """
+    size = image_size or info.image_size
+    logits = network(torch.zeros(2, info.channels, size, size, device=device))
+    if not logits.isfinite().all():
+        raise ValueError("gives logits that are not finite")
+    if logits.shape != (2, info.num_classes) or info.num_classes < 1:
+        shape = tuple(logits.shape)
+        raise ValueError(
+            f"gives logits of shape {shape} for 2 images and {info.num_classes} classes"
+        )
+
+
+# Roles
+def load_trained(spec, device, data_dir, weights="", like=None, overrides=None):
+    """A trained network, frozen, in eval mode, in channels_last memory.
+
+    Args:
+        spec: name of a shipped or ImageNet network, a checkpoint of teacher.py, file.py:factory, or
+            with `weights` a name of harness/networks.py.
+        device: "cpu" or "cuda".
+        data_dir: folder of downloaded weights.
+        weights: a state dict to load in place of the named one.
+        like: NetworkInfo that gives what is not known of this network otherwise.
+        overrides: {name: value} that goes before what is known.
+
+    Returns:
+        (network, NetworkInfo).
+    """
+    known = describe(spec)
+    if weights:
+        known = known | dict(file=weights, sha256="", url="", accuracy=None)
+    loads_its_own = is_factory(spec) and like is not None  # a verifier's factory
+    if "file" not in known and not loads_its_own:
+        advice = "pass a teacher's weights with --weights FILE"
+        fail(f"{spec}: this builds an untrained network; {advice}")
+    given = {}
+    if like is not None:
+        given = {name: getattr(like, name) for name in DEFAULTS}
+    info = make_info(spec, given, known, overrides or {})
+    network = build_network(info)
+    if "file" in known:
+        path = Path(known["file"])
+        if known.get("url"):
+            path = Path(data_dir) / path
+        saved = load_weights(path, known.get("sha256", ""), known.get("url", ""))
+        load_state(network, saved, path)
+    network.requires_grad_(False).eval()
+    return network.to(device, memory_format=torch.channels_last), info
+
+
+def load_teacher(args, device, size_multiple=4):
+    """The network of --teacher, frozen and tried out.
+
+    Args:
+        args: MethodOptions; read are teacher, weights, data_dir, num_classes, image_size, mean and
+            std.
+        device: "cpu" or "cuda".
+        size_multiple: what the image size must be a multiple of.
+
+    Returns:
+        (teacher, NetworkInfo).
+    """
+    options = {name: getattr(args, name) for name in DEFAULTS}
+    overrides = {name: value for name, value in options.items() if value}
+    advice = "check --weights, --num-classes, --image-size, --mean and --std"
+    with fail_in_one_line(f"--teacher {args.teacher}", advice):
+        teacher, info = load_trained(
+            args.teacher, device, args.data_dir, args.weights, overrides=overrides
+        )
+        if info.image_size % size_multiple or info.image_size < 8:
+            expected = f"expected a multiple of {size_multiple} of at least 8 pixels"
+            fail(f"--image-size: {expected}, got {info.image_size}")
+        check_network(teacher, info, device)
+    return teacher, info
+
+
+def load_student(spec, teacher_info, device):
+    """A fresh network for the teacher's images and classes, tried out, in train mode.
+
+    Returns:
+        (student, NetworkInfo).
+    """
+    advice = "choose a network of harness/networks.py, or file.py:factory"
+    with fail_in_one_line(f"--student {spec}", advice):
+        numbers = {name: getattr(teacher_info, name) for name in DEFAULTS}
+        known = describe(spec) | {"accuracy": None}
+        info = make_info(spec, known, numbers)
+        student = build_network(info)
+        student.requires_grad_(True).to(device, memory_format=torch.channels_last)
+        student.eval()  # a blank batch must not reach the running moments
+        check_network(student, info, device)
+        student.train()
+    return student, info
+
+
+def load_verifier(spec, likely, teacher_info, args, device):
+    """The network that judges a teacher's images, tried out.
+
+    Args:
+        spec: as --teacher; "none"; "auto": `likely` where it is shipped and fits, else none.
+        likely: name of a shipped network, or "none".
+        teacher_info: NetworkInfo; gives what is not known of the verifier otherwise.
+        args: MethodOptions; read is data_dir.
+        device: "cpu" or "cuda".
+
+    Returns:
+        (verifier, NetworkInfo), or (None, None).
+    """
+    if spec == "auto":
+        known = list_shipped().get(likely, {})
+        sizes = [known.get(name) for name in ("channels", "image_size", "num_classes")]
+        fits = sizes == [teacher_info.channels, teacher_info.image_size, teacher_info.num_classes]
+        spec = likely if fits else "none"
+    if spec == "none":
+        return None, None
+    with fail_in_one_line(f"--verifier {spec}", "choose another, or --verifier none"):
+        verifier, info = load_trained(spec, device, args.data_dir, like=teacher_info)
+        check_network(verifier, info, device)
+    return verifier, info

@@ -1,0 +1,493 @@
+"""One run of a script: its options, its refusals, its folder, and what makes it repeatable."""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent  # where teachers/ lies and git describes the code
+DISK_ADVICE = "free some space, then continue with --resume"
+
+
+# Options
+@dataclass
+class RunOptions:
+    """The options of every script. A script's Args adds its own and may change the defaults."""
+
+    data_dir: str = "data"
+    """Folder with the data sets' official files. Downloaded weights are kept there too."""
+    out: str = "runs/default"
+    """Output folder."""
+    seed: int = 0
+    """Seeds python, numpy and torch."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: on a GPU if there is one."""
+    resume: bool = False
+    """Continue the run in --out. On a CPU the result is bit-equal to that of an unbroken run."""
+    smoke: bool = False
+    """Shrink everything to a run of seconds."""
+
+    def __post_init__(self):
+        check_at_least(0, self, "seed")
+
+
+@dataclass
+class MethodOptions(RunOptions):
+    """The options of every method: RunOptions, the networks that it takes and how it runs."""
+
+    teacher: str = "cifar10-resnet20"
+    """Shipped or ImageNet name, a checkpoint of teacher.py (.pt), or file.py:factory."""
+    weights: str = ""
+    """State dict to load instead of the named one; file.py:factory needs it."""
+    num_classes: int = 0
+    """Classes of a foreign teacher; 0: as many as the named teacher has."""
+    image_size: int = 0
+    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
+    mean: tuple[float, ...] = ()
+    """Per-channel mean of the teacher's normalisation, in [0, 1]; empty: as named."""
+    std: tuple[float, ...] = ()
+    """Per-channel standard deviation, likewise."""
+    student: str = ""
+    """Network to train: a name of harness/networks.py, a shipped name, or file.py:factory."""
+    dataset: Literal["auto", "digits", "mnist", "cifar10", "cifar100", "imagenet", "none"] = "auto"
+    """Real test images. Training never sees them. auto: the teacher's."""
+    fused: bool = True
+    """Use the fused ops of kernels/; --no-fused runs their plain references."""
+    graph: bool = True
+    """On a GPU: replay a whole step as one CUDA graph."""
+    bf16: bool = True
+    """On a GPU: bfloat16 activations. Moments, images and losses stay fp32."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(0, self, "num_classes", "image_size")
+
+
+def check_at_least(least, args, *names):
+    """Raise ValueError where one of these options is below `least`, NaN, or at least 2^31."""
+    for name in names:
+        value = getattr(args, name)
+        if not least <= value < 2**31:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option}: expected at least {least} (and below 2^31), got {value}")
+
+
+def parse_args(presets, choose_preset):
+    """Parse the command line over the preset that it asks for, so that --help shows final values.
+
+    Args:
+        presets: {name: Args}.
+        choose_preset: function of (teacher, dataset), strings, "" where the command line has none;
+            it returns the preset's name. --setting NAME goes before.
+
+    Returns:
+        The Args. A wrong option ends the program with exit code 2.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--setting", "--teacher", "--dataset"):
+        parser.add_argument(option, default="")
+    known, _ = parser.parse_known_args()
+    name = known.setting or choose_preset(known.teacher, known.dataset)
+    if name not in presets:
+        fail(f"--setting: expected one of {', '.join(presets)}, got {name!r}")
+    preset = presets[name]
+    return tyro.cli(type(preset), default=preset)
+
+
+# Refusals
+def fail(message):
+    """Print one line that says what to do and leave with exit code 2."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def fail_in_one_line(subject, advice):
+    """Report what fails inside in one line: `subject`, the error's first sentence, `advice`.
+
+    The first sentence alone, because PyTorch goes on to advise loading unsafely.
+    """
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).split())
+        sentence = words.split(". ")[0][:300]
+        fail(f"{subject}: {type(error).__name__}: {sentence}; {advice}")
+
+
+def exit_quietly_on_interrupt(kind, error, trace):
+    """Print one line for Ctrl-C. Stands in for sys.excepthook; the exit code stays the signal's."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("\ninterrupted; --resume continues from what is finished", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# Device, seeds, precision, optimisers
+def choose_device(device):
+    """The device that --device asks for, "cpu" or "cuda"; refuses cuda where none is visible."""
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda: no CUDA device is visible; use --device cpu")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device
+
+
+def seed_everything(seed):
+    """Seed python, numpy and torch. Scripts draw from torch; the others are for foreign code."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def autocast(device, bf16):
+    """Context in which networks run in bfloat16, on a GPU only.
+
+    Autocast caches no converted weights: a CUDA graph would keep them beyond the step.
+    """
+    enabled = bf16 and device == "cuda"
+    return torch.autocast(device, torch.bfloat16, enabled, cache_enabled=False)
+
+
+def make_optimizer(kind, network, lr):
+    """A fused optimiser whose learning rate is a tensor, so that a CUDA graph can read it.
+
+    Args:
+        kind: "adam", or "sgd" with momentum 0.9 and weight decay 5e-4.
+        network: its parameters are optimised.
+        lr: initial learning rate.
+    """
+    device = next(network.parameters()).device
+    rate = torch.tensor(lr, device=device)
+    if kind == "sgd":
+        return torch.optim.SGD(
+            network.parameters(), rate, momentum=0.9, weight_decay=5e-4, fused=True
+        )
+    capturable = device.type == "cuda"
+    return torch.optim.Adam(network.parameters(), rate, fused=True, capturable=capturable)
+
+
+def restore_optimizer(optimizer, saved):
+    """Load an optimiser's state, not its options. Raise ValueError where it does not fit.
+
+    Wrong sizes must be refused here: fused steps would read beyond a tensor's end.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    is_adam = "betas" in optimizer.defaults
+    wanted = {"step", "exp_avg", "exp_avg_sq"} if is_adam else {"momentum_buffer"}
+    if not saved["state"]:
+        raise ValueError("its optimiser has no state")
+    for i, state in saved["state"].items():  # a parameter that is never used has none
+        shapes = {key: value.shape for key, value in state.items()}
+        step_shape = shapes.get("step", torch.Size())
+        others = {shape for key, shape in shapes.items() if key != "step"}
+        if set(shapes) != wanted or step_shape or others != {parameters[i].shape}:
+            raise ValueError("its optimiser belongs to another network")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+# Several processes
+def join_processes(device):
+    """Rank of this process and number of processes under torchrun; (0, 1) without it.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL; the process then uses the GPU of its local rank).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    advice = "check its --nproc-per-node and the machines' addresses"
+    with fail_in_one_line("torchrun: the processes cannot be joined", advice):
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "nccl" if device == "cuda" else "gloo"
+        # processes that do not step together may finish hours apart and wait for each other then
+        dist.init_process_group(backend, timeout=timedelta(days=7))
+    return dist.get_rank(), dist.get_world_size()
+
+
+# Files
+def read_checkpoint(path):
+    """Read a file of torch.save without running anything in it; refuse what is not a dict."""
+    path = Path(path)
+    if not path.exists():
+        fail(f"{path} cannot be read: there is no such file; pass an existing checkpoint")
+    with (
+        warnings.catch_warnings(action="ignore"),
+        fail_in_one_line(f"{path}: no safe checkpoint", "save a state dict"),
+    ):
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, dict):
+        fail(f"{path}: expected a dict, got {type(saved).__name__}; save model.state_dict()")
+    return saved
+
+
+@contextlib.contextmanager
+def open_atomically(path):
+    """A file to write that appears at `path` whole or not at all, whenever the run is killed."""
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before what it names
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def find_not_finite(state):
+    """The name of the first tensor in nested dicts and lists that holds NaN or infinity, or "".
+
+    >>> find_not_finite({"a": [torch.ones(2)], "b": {"c": torch.tensor([1.0, torch.nan])}})
+    'b c'
+    """
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    for name, value in items:
+        if isinstance(value, torch.Tensor):
+            if not value.isfinite().all():
+                return str(name)
+        elif isinstance(value, (dict, list, tuple)):
+            found = find_not_finite(value)
+            if found:
+                return f"{name} {found}"
+    return ""
+
+
+def describe_machine(device):
+    """What result.json says of machine and code: device, device_name and versions."""
+    if device == "cuda":
+        device_name = torch.cuda.get_device_name()
+    else:
+        device_name = f"{torch.get_num_threads()} CPU threads"
+    commit = ""
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):  # no git on this machine
+        commit = subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    versions = dict(torch=str(torch.__version__), numpy=np.__version__, triton=find_triton())
+    versions["commit"] = commit or "unknown"
+    return dict(device=device, device_name=device_name, versions=versions)
+
+
+def find_triton():
+    """Triton's version, or None where it is not installed."""
+    try:
+        import triton
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+class RunFolder:
+    """One run's folder: args.json, metrics.jsonl, checkpoint.pt, student.pt, result.json, pictures.
+
+    Whenever the run is killed, whole files are there. The last checkpoint but one is kept: should
+    the newest be damaged, --resume takes the one before. result.json appears last: its presence
+    says that the run is complete. A full disk ends the run in one line.
+
+    Args:
+        args: the script's Args.
+        device: "cpu" or "cuda"; the state of its random numbers is part of a checkpoint.
+        may_change: options that a continued run may change, besides those that never matter.
+        clears: patterns of files that a new run deletes, besides those of every run.
+        rank: which of torchrun's processes this is; each but the first has a folder of its own,
+            rankN, in --out.
+    """
+
+    def __init__(self, args, device, may_change=(), clears=(), rank=0):
+        self.args = args
+        self.device = device
+        self.out = Path(args.out) / f"rank{rank}" if rank else Path(args.out)
+        self.checkpoints = [self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt"]
+        self.may_change = {"resume", "out", "data_dir", "smoke", "graph", *may_change}
+        self.rows = []
+        self.start = time.time()
+        sys.excepthook = exit_quietly_on_interrupt
+        with fail_in_one_line(f"--out {self.out} cannot be used", "pass another folder"):
+            self.out.mkdir(parents=True, exist_ok=True)
+            if args.resume and (self.out / "args.json").exists():
+                self._continue()
+            else:
+                self._clear(clears)
+            (self.out / "result.json").unlink(missing_ok=True)
+            with open_atomically(self.out / "args.json") as file:
+                file.write((json.dumps(asdict(args), indent=1) + "\n").encode())
+
+    def _clear(self, clears):
+        """Delete what an earlier run left; refuse if it was not finished: it may have taken days."""
+        unfinished = not (self.out / "result.json").exists()
+        for pattern in ("checkpoint.pt", "checkpoint-previous.pt", *clears):
+            for path in sorted(self.out.glob(pattern)):
+                if unfinished:
+                    way_out = "pass --resume to continue it, or another --out"
+                    fail(f"--out {self.out} holds an unfinished run ({path.name}); {way_out}")
+                path.unlink()
+        names = ("metrics.jsonl", "seconds.txt", "student.pt", "samples.png", "curve.png")
+        for name in (*names, "args.json", "result.json"):
+            (self.out / name).unlink(missing_ok=True)
+
+    def _continue(self):
+        """Refuse other options than the first run's; take over its rows and its seconds."""
+        before = json.loads((self.out / "args.json").read_text())
+        now = json.loads(json.dumps(asdict(self.args)))
+        changed = [k for k in now if k not in self.may_change and now[k] != before.get(k)]
+        if changed:
+            names = ", ".join(changed)
+            fail(f"--resume: {names} differ from the first run's (args.json); repeat its options")
+        self.rows = self._read_rows()
+        seconds = self.out / "seconds.txt"
+        if seconds.exists():
+            self.start -= float(seconds.read_text())
+
+    def _read_rows(self):
+        path = self.out / "metrics.jsonl"
+        if not path.exists():
+            return []
+        rows = []
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the last line may have been cut
+                rows.append(json.loads(line))
+        return rows
+
+    def keep_rows(self, rows):
+        """Rewrite metrics.jsonl with these rows alone: it forgets what is done again."""
+        self.rows = list(rows)
+        with self.write_file("metrics.jsonl") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
+
+    @contextlib.contextmanager
+    def write_file(self, name):
+        """Context with a file to write at `name`, whole or not at all; a full disk ends the run."""
+        path = self.out / name
+        with (
+            fail_in_one_line(f"{path} cannot be written", DISK_ADVICE),
+            open_atomically(path) as file,
+        ):
+            yield file
+
+    def log(self, row):
+        """Add a row of numbers to metrics.jsonl; return its figures as short strings."""
+        row = {name: round(value, 6) for name, value in row.items()}
+        self.rows.append(row)
+        path = self.out / "metrics.jsonl"
+        with fail_in_one_line(f"{path} cannot be written", DISK_ADVICE), open(path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        return {name.split("/")[-1]: f"{value:.4g}" for name, value in row.items()}
+
+    def show(self, bar, row):
+        """Log a row and show it: beside the bar on a terminal, as an aligned line elsewhere."""
+        figures = self.log(row)
+        bar.set_postfix(figures)
+        if bar.disable:
+            print("  ".join(f"{name} {value:>8}" for name, value in figures.items()), flush=True)
+
+    def has_checkpoint(self):
+        """Whether --resume finds one here."""
+        return self.args.resume and any(path.exists() for path in self.checkpoints)
+
+    def column(self, name):
+        """All values of one figure, from the rows that have it."""
+        return [row[name] for row in self.rows if name in row]
+
+    def save_seconds(self):
+        """Write down how long the run has taken, so that a continued one counts on."""
+        with self.write_file("seconds.txt") as file:
+            file.write(f"{time.time() - self.start:.1f}\n".encode())
+
+    def save_checkpoint(self, state):
+        """Write checkpoint.pt; the one before becomes checkpoint-previous.pt.
+
+        Args:
+            state: tensors, numbers, strings, and lists and dicts of them. Nothing that is not
+                finite is kept: the last good checkpoints stay.
+        """
+        broken = find_not_finite(state)
+        if broken:
+            advice = "in another --out, lower the learning rates or weights"
+            fail(f"not finite: {broken} of the run's state; {advice}")
+        saved = dict(state=state, n_rows=len(self.rows), rng=self._generator().get_rng_state())
+        newest, previous = self.checkpoints
+        if newest.exists():
+            os.replace(newest, previous)
+        with self.write_file(newest.name) as file:
+            torch.save(saved, file)
+        self.save_seconds()
+
+    def _generator(self):
+        return torch.cuda if self.device == "cuda" else torch
+
+    @contextlib.contextmanager
+    def open_checkpoint(self):
+        """Context with the state that was saved last, or None. What fails inside is one refusal.
+
+        On leaving, random numbers go on from where they stood, and metrics.jsonl holds the rows
+        from before the checkpoint alone.
+        """
+        path, saved = self._find_checkpoint()
+        if saved is None:
+            yield None
+            self.keep_rows([])
+            return
+        with fail_in_one_line(f"{path}: no checkpoint of this run", "run without --resume"):
+            yield saved["state"]
+            if saved["n_rows"] > len(self.rows):
+                raise ValueError("metrics.jsonl has lost rows")
+            self.keep_rows(self.rows[: saved["n_rows"]])
+            self._generator().set_rng_state(saved["rng"])
+
+    def _find_checkpoint(self):
+        """The newest checkpoint that can be read, and what it holds; (None, None) without any."""
+        if not self.has_checkpoint():
+            return None, None
+        paths = [path for path in self.checkpoints if path.exists()]
+        *newer, last = paths
+        for path in newer:
+            with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+                return path, read_checkpoint(path)
+            print(f"{path} is damaged: continuing from {last.name}")
+            path.unlink()  # the next one written must not push it over the whole one
+        return last, read_checkpoint(last)
+
+    def save_student(self, student, arch, info, method, dataset, accuracy):
+        """Write student.pt, described as the checkpoints of teacher.py are.
+
+        Args:
+            student: the network.
+            arch: its name in harness/networks.py or file.py:factory.
+            info: NetworkInfo of the teacher, whose images and classes it takes.
+            method, dataset: names.
+            accuracy: percent of real test images, or None.
+        """
+        saved = dict(format=1, arch=arch, dataset=dataset, method=method, seed=self.args.seed)
+        for name in ("num_classes", "image_size", "mean", "std", "channels"):
+            saved[name] = getattr(info, name)
+        saved["accuracy"] = accuracy
+        saved["state_dict"] = student.state_dict()
+        with self.write_file("student.pt") as file:
+            torch.save(saved, file)
+
+    def finish(self, result):
+        """Write result.json, the last file of a run: `result`, options, seconds, seed, machine."""
+        seconds = round(time.time() - self.start, 1)
+        result = result | dict(seconds=seconds, seed=self.args.seed, setting=asdict(self.args))
+        result |= describe_machine(self.device)
+        with self.write_file("result.json") as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+        print(f"wrote result.json into {self.out}; {seconds:.0f} s")
