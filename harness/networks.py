@@ -175,7 +175,7 @@ class VGG(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block. A 1x1 shortcut, where channels change, reads the input after BN, ReLU."""
+    """Pre-activation block. Where channels change, a 1x1 shortcut reads what follows BN and ReLU."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()

@@ -331,7 +331,7 @@ class RunFolder:
                 file.write((json.dumps(asdict(args), indent=1) + "\n").encode())
 
     def _clear(self, clears):
-        """Delete what an earlier run left; refuse if it was not finished: it may have taken days."""
+        """Delete what an earlier run left; refuse if it was not finished: it may have run for days."""
         unfinished = not (self.out / "result.json").exists()
         for pattern in ("checkpoint.pt", "checkpoint-previous.pt", *clears):
             for path in sorted(self.out.glob(pattern)):
