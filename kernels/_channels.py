@@ -1,42 +1,71 @@
-"""What the ops on channels share: x (N, C, *spatial) of any strides as tiles, and moments that are merged by Chan.
+"""What the ops on channels share: tiles over x (N, C, *spatial), and moments merged over programs.
 
-A tile is rows x columns. Columns are what lies densest in memory: the channels in channels_last, one run of H W in
-NCHW (a program then works on one channel). Rows are all other positions, in up to four dimensions.
+A program works on tiles of rows x columns. The columns are what lies densest in memory: in
+channels_last the channels; in NCHW one run of H W, and then a program works on one channel. The
+rows are all other positions, in up to four dimensions. x may have any strides.
+
+Groups of values are merged as in Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm
+for computing sample variances", 1979.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 
+from kernels import _common
 from kernels._common import tl, triton
 
 
 @triton.jit
-def row_offsets(rows, size_1, size_2, size_3, stride_0, stride_1, stride_2, stride_3):
-    """Offsets of flat row indices; absent dimensions have size 1, which Triton folds away."""
-    i_3, rows = rows % size_3, rows // size_3
-    i_2, rows = rows % size_2, rows // size_2
-    i_1, i_0 = rows % size_1, rows // size_1
+def compute_row_offsets(
+    rows,  # flat indices over the four row dimensions
+    size_1,  # sizes of the row dimensions but the outermost; 1 if absent, which Triton folds away
+    size_2,
+    size_3,
+    stride_0,  # strides of the row dimensions
+    stride_1,
+    stride_2,
+    stride_3,
+):
+    """Offsets in memory of flat row indices."""
+    i_3 = rows % size_3
+    outer = rows // size_3
+    i_2 = outer % size_2
+    outer = outer // size_2
+    i_1 = outer % size_1
+    i_0 = outer // size_1
     return i_0 * stride_0 + i_1 * stride_1 + i_2 * stride_2 + i_3 * stride_3
 
 
 @triton.jit
-def chan_merge(count, mean, m2):
-    """Merge groups along axis 0: `count` values each, their mean and sum of squared deviations; count 0 is allowed."""
+def merge_groups(
+    count,  # values in each group, fp32; 0 is allowed
+    mean,  # mean of each group
+    m2,  # sum of squared deviations from it
+):
+    """Merge the groups along axis 0 into one."""
     total = tl.sum(count, 0)
     pooled = tl.sum(count * mean, 0) / tl.maximum(total, 1.0)
     delta = mean - pooled
     residue = tl.sum(count * delta, 0) / tl.maximum(total, 1.0)  # what rounding left in `pooled`
-    return total, pooled + residue, tl.sum(m2 + count * delta * delta, 0) - total * residue * residue
+    pooled_m2 = tl.sum(m2 + count * delta * delta, 0) - total * residue * residue
+    return total, pooled + residue, pooled_m2
 
 
 @triton.jit
-def welford(x, mask, mean, m2, step):
-    """Mean and sum of squared deviations of every lane after its value number `step` (Welford 1962)."""
+def add_value(
+    x,  # (BLOCK_ROW, BLOCK_COL) fp32: the next value of each lane
+    mask,  # lanes that have one
+    mean,  # of the lane's values so far
+    m2,  # sum of squared deviations from it
+    step,  # number of values with this one
+):
+    """Add one value to the moments of each lane (Welford 1962)."""
     delta = tl.where(mask, x - mean, 0.0)
-    mean += delta * (1.0 / step)
-    return mean, m2 + delta * (x - mean)
+    new_mean = mean + delta * (1.0 / step)
+    return new_mean, m2 + delta * (x - new_mean)
 
 
 @triton.jit
@@ -48,30 +77,31 @@ def store_partial(
     mask_col,  # (BLOCK_COL,)
     mean,  # (BLOCK_ROW, BLOCK_COL) fp32
     m2,  # (BLOCK_ROW, BLOCK_COL) fp32
-    CHANNELS_INSIDE: tl.constexpr,  # columns are channels
+    CHANNELS_INSIDE: tl.constexpr,  # the columns are channels
 ):
-    """Merge a program's lanes into one group for each of its channels and write that down."""
-    count = count[:, None] * mask_col.to(tl.float32)[None, :]
-    count, mean, m2 = chan_merge(count, mean, m2)  # (BLOCK_COL,)
+    """Merge a program's lanes into one group for each of its channels and store the groups."""
+    lane_count = count[:, None] * mask_col.to(tl.float32)[None, :]
+    group_count, group_mean, group_m2 = merge_groups(lane_count, mean, m2)  # (BLOCK_COL,)
     if not CHANNELS_INSIDE:
-        count, mean, m2 = chan_merge(count, mean, m2)  # scalars
-    tl.store(partial_ptr, count, mask=mask_c)
-    tl.store(partial_ptr + stride_part, mean, mask=mask_c)
-    tl.store(partial_ptr + 2 * stride_part, m2, mask=mask_c)
+        group_count, group_mean, group_m2 = merge_groups(group_count, group_mean, group_m2)
+    tl.store(partial_ptr, group_count, mask=mask_c)
+    tl.store(partial_ptr + stride_part, group_mean, mask=mask_c)
+    tl.store(partial_ptr + 2 * stride_part, group_m2, mask=mask_c)
 
 
 @triton.jit
 def _merge_kernel(
-    moments_ptr,  # (2, C) out: mean - shift, var
+    moments_ptr,  # (2, C) out: mean - shift, variance
     partial_ptr,  # (3, P, C): count, mean - shift, sum of squared deviations
     n_channels,  # C
     n_partials,  # P
-    BLOCK_PART: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_PART: tl.constexpr,  # partials merged at once
+    BLOCK_C: tl.constexpr,  # channels of a program
 ):
     offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < n_channels
     stride_part = n_partials * n_channels
+
     count = tl.zeros((BLOCK_C,), tl.float32)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
@@ -79,7 +109,7 @@ def _merge_kernel(
         parts = start + tl.arange(0, BLOCK_PART).to(tl.int64)
         offs = partial_ptr + parts[:, None] * n_channels + offs_c[None, :]
         mask = (parts < n_partials)[:, None] & mask_c[None, :]
-        tile_count, tile_mean, tile_m2 = chan_merge(
+        tile_count, tile_mean, tile_m2 = merge_groups(
             tl.load(offs, mask=mask, other=0.0),
             tl.load(offs + stride_part, mask=mask, other=0.0),
             tl.load(offs + 2 * stride_part, mask=mask, other=0.0),
@@ -89,54 +119,163 @@ def _merge_kernel(
         mean += delta * share
         m2 += tile_m2 + delta * delta * count * share
         count += tile_count
+
     tl.store(moments_ptr + offs_c, mean, mask=mask_c)
     tl.store(moments_ptr + n_channels + offs_c, m2 / tl.maximum(count, 1.0), mask=mask_c)
 
 
-# (up to so many elements of x, elements per tile, warps): small layers need many programs more than long ones.
-# Chosen by arithmetic (16 values a thread, so two to four 16-byte loads in flight), not yet measured on a GPU.
-_TILES = ((1 << 20, 2048, 4), (math.inf, 4096, 8))
-_CHANNEL_BLOCK = 64  # most channels per tile in channels_last: 128 bytes of fp16 in a row, and rows left to reduce
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 1024, 4096  # aimed at; forward pays for each with a row of partials
+# (up to this many elements of x, elements per tile, warps). Small layers need many programs more
+# than they need long ones. Chosen by arithmetic: 16 values a thread keep two to four 16-byte loads
+# in flight. Not yet measured on a GPU.
+_TILES = (
+    (1 << 20, 2048, 4),
+    (math.inf, 4096, 8),
+)
+
+# The most channels of a tile in channels_last. A row is then 128 bytes of fp16, and enough rows are
+# left to reduce.
+_CHANNEL_BLOCK = 64
+
+# The numbers of programs to aim at. The forward pass writes a row of partials for each.
+FORWARD_PROGRAMS = 1024
+BACKWARD_PROGRAMS = 4096
+
+
+class Launch(NamedTuple):
+    """How to launch a kernel on tensors of one shape."""
+
+    grid: tuple
+    """Programs along the channels (1 if these are the columns), the columns, the rows."""
+    sizes: tuple
+    """n_rows, n_columns, n_channels, rows_per_program, then size_1, size_2, size_3 of the rows."""
+    strides: list
+    """For each tensor its strides along the four row dimensions, the columns, the channels."""
+    blocks: dict
+    """CHANNELS_INSIDE, BLOCK_ROW, BLOCK_COL and num_warps."""
+    n_partials: int
+    """Programs that work on the same channel."""
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(programs, shape, *strides):
-    """How to launch about `programs` programs on tensors of one shape: grid, sizes, strides of each tensor, constants.
+    """Plan the launch of about `programs` programs on tensors of one shape with these strides.
 
-    Dimensions that are one run in memory in all tensors become one. A sweep over _TILES must call plan.cache_clear().
+    A sweep over the constants above must call plan.cache_clear().
     """
-    dims = [(n, [s[d] for s in strides]) for d, n in enumerate(shape) if d != 1 and n > 1]
-    merged = []  # outermost first, by the strides of the first tensor; stride 0 goes outside
-    for size, steps in sorted(dims, key=lambda dim: dim[1][0] or math.inf, reverse=True):
-        if merged and all(outer == inner * size for outer, inner in zip(merged[-1][1], steps, strict=True)):
-            size *= merged.pop()[0]
-        merged.append((size, steps))
-    n_channels, channel_steps = shape[1], [s[1] for s in strides]
-    densest = merged[-1][1][0] if merged else 0
-    inside = not merged or (n_channels > 1 and (densest == 0 or 0 < channel_steps[0] < densest))
-    n_columns, column_steps = (n_channels, channel_steps) if inside else merged.pop()
-    merged += [(1, [0] * len(strides))] * (4 - len(merged))
-    n_rows = math.prod([size for size, _ in merged])
+    n_channels = shape[1]
+    channel_strides = [stride[1] for stride in strides]
 
-    tile, num_warps = [blocks for limit, *blocks in _TILES if math.prod(shape) <= limit][0]
+    dims = _merge_dimensions(shape, strides)
+    inside = _channels_are_densest(dims, n_channels, channel_strides[0])
+    if inside:
+        n_columns = n_channels
+        column_strides = channel_strides
+    else:
+        n_columns, column_strides = dims.pop()
+    absent = (1, [0] * len(strides))
+    rows = dims + [absent] * (4 - len(dims))
+    n_rows = math.prod([size for size, _ in rows])
+
+    tile, num_warps = _choose_tile(math.prod(shape))
     block_col = min(triton.next_power_of_2(n_columns), _CHANNEL_BLOCK if inside else tile)
     block_row = min(triton.next_power_of_2(n_rows), tile // block_col)
-    n_column_tiles, n_channel_programs = triton.cdiv(n_columns, block_col), 1 if inside else n_channels
-    chunks = min(triton.cdiv(n_rows, block_row), max(1, programs // (n_column_tiles * n_channel_programs)))
+
+    n_channel_programs = 1 if inside else n_channels
+    n_column_tiles = triton.cdiv(n_columns, block_col)
+    wanted = max(1, programs // (n_column_tiles * n_channel_programs))
+    chunks = min(triton.cdiv(n_rows, block_row), wanted)
     rows_per_program = triton.cdiv(triton.cdiv(n_rows, chunks), block_row) * block_row
-    grid = (n_channel_programs, n_column_tiles, triton.cdiv(n_rows, rows_per_program))
-    sizes = (n_rows, n_columns, n_channels, rows_per_program, *(size for size, _ in merged[1:]))
-    steps = [(*(s[i] for _, s in merged), column_steps[i], channel_steps[i]) for i in range(len(strides))]
-    blocks = {"CHANNELS_INSIDE": inside, "BLOCK_ROW": block_row, "BLOCK_COL": block_col, "num_warps": num_warps}
-    return grid, sizes, steps, blocks
+    n_chunks = triton.cdiv(n_rows, rows_per_program)
+
+    inner_sizes = [size for size, _ in rows[1:]]
+    all_strides = []
+    for i in range(len(strides)):
+        row_strides = [stride[i] for _, stride in rows]
+        all_strides.append((*row_strides, column_strides[i], channel_strides[i]))
+    return Launch(
+        grid=(n_channel_programs, n_column_tiles, n_chunks),
+        sizes=(n_rows, n_columns, n_channels, rows_per_program, *inner_sizes),
+        strides=all_strides,
+        blocks={
+            "CHANNELS_INSIDE": inside,
+            "BLOCK_ROW": block_row,
+            "BLOCK_COL": block_col,
+            "num_warps": num_warps,
+        },
+        n_partials=n_chunks if inside else n_column_tiles * n_chunks,
+    )
 
 
-def merged_moments(partial, n_channels, n_partials):
-    """(2, C) fp32: mean and biased variance, from (3, P, C): count, mean, sum of squared deviations of P programs."""
+def _merge_dimensions(shape, strides):
+    """All dimensions but the channels, outermost first, as [(size, [its stride in each tensor])].
+
+    The order is that of the first tensor's strides; a dimension of stride 0 goes outside.
+    Neighbours that form one run in memory in every tensor become one dimension.
+    """
+    dims = []
+    for d, size in enumerate(shape):
+        if d != 1 and size > 1:
+            dims.append((size, [stride[d] for stride in strides]))
+    dims = sorted(dims, key=lambda dim: dim[1][0] or math.inf, reverse=True)
+
+    merged = []
+    for size, inner in dims:
+        run = [stride * size for stride in inner]
+        if merged and merged[-1][1] == run:
+            outer_size, _ = merged.pop()
+            merged.append((outer_size * size, inner))
+        else:
+            merged.append((size, inner))
+    return merged
+
+
+def _channels_are_densest(dims, n_channels, channel_stride):
+    """Whether no dimension of the first tensor lies denser in memory than its channels."""
+    if not dims:
+        return True
+    if n_channels == 1:
+        return False
+    densest = dims[-1][1][0]
+    return densest == 0 or 0 < channel_stride < densest
+
+
+def _choose_tile(n_elements):
+    """Elements of a tile, and warps, for an x of this many elements."""
+    for limit, tile, num_warps in _TILES:
+        if n_elements <= limit:
+            return tile, num_warps
+
+
+def merge_partials(partial):
+    """Merge (3, P, C), counts, means, sums of squared deviations, to (2, C): mean and variance."""
+    _, n_partials, n_channels = partial.shape
     moments = torch.empty((2, n_channels), device=partial.device, dtype=torch.float32)
     block_part = min(triton.next_power_of_2(n_partials), 1024)
     block_c = min(triton.next_power_of_2(n_channels), 2048 // block_part, 32)
-    blocks = {"BLOCK_PART": block_part, "BLOCK_C": block_c, "num_warps": 4}
-    _merge_kernel[(triton.cdiv(n_channels, block_c),)](moments, partial, n_channels, n_partials, **blocks)
+    _merge_kernel[(triton.cdiv(n_channels, block_c),)](
+        moments,
+        partial,
+        n_channels,
+        n_partials,
+        BLOCK_PART=block_part,
+        BLOCK_C=block_c,
+        num_warps=4,
+    )
     return moments
+
+
+def check_channels(op, x, **vectors):
+    """Raise unless x is (N, C, *spatial), each vector (C,), all in a float dtype, on one device."""
+    _common.check_float(op, x=x, **vectors)
+    if not 2 <= x.dim() <= 5:
+        got = tuple(x.shape)
+        raise ValueError(
+            f"{op}: expected x of shape (N, C, *spatial), 2-D to 5-D, got {got}; reshape it"
+        )
+    for name, vector in vectors.items():
+        shape = None if vector is None else tuple(vector.shape)
+        if shape != (x.size(1),):
+            raise ValueError(
+                f"{op}: expected {name} of shape ({x.size(1)},), got {shape}; "
+                "pass one value per channel"
+            )

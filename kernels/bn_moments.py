@@ -1,18 +1,24 @@
-"""Batch moments per channel, and the distance of them from BatchNorm's running statistics.
+"""Batch moments per channel, and their distance from BatchNorm's running statistics.
 
-    mean_c = 1/n sum_i x_ic        var_c = 1/n sum_i (x_ic - mean_c)^2        n = N H W, biased
-    loss   = ||mean - running_mean||_2 + ||var - running_var||_2              norms over the C channels
+    mean_c = 1/n sum_i x_ic      var_c = 1/n sum_i (x_ic - mean_c)^2      n = N H W, biased
+    loss   = ||mean - running_mean||_2 + ||var - running_var||_2          norms over the C channels
     dx_ic  = a_c + b_c (x_ic - mean_c),   a = g_mean / n,   b = 2 g_var / n
-    loss:    g_mean = g (mean - running_mean) / ||mean - running_mean||_2, g_var likewise; 0 where a norm is 0
+    loss:    g_mean = g (mean - running_mean) / ||mean - running_mean||_2,   g_var likewise;
+             0 where a norm is 0
 
-The loss is one layer's term of R_feature in Yin et al., "Dreaming to Distill", arXiv:1912.08795, eq. 4-6. The released
-code takes the same two norms, neither squared nor divided by C, and the biased variance; it sums over layers.
-Variance never comes from E[x^2] - E[x]^2: every lane keeps a running mean and sum of squared deviations, and groups
-are merged as in Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for sample variances", 1979.
+The loss is one layer's term of R_feature in Yin et al., "Dreaming to Distill", arXiv:1912.08795,
+eq. 4-6. The released code takes the same two norms, neither squared nor divided by C, and the
+biased variance; it sums over the layers.
 
-Traffic, in sizes of x. Eager: forward reads x, reads x and writes x - mean, reads it and writes its square, reads
-that: 6; backward, as autograd composes it (power, product, sum, expanded gradients, their addition): about 12.
-Fused: forward reads x: 1; backward reads x, writes dx: 2. Best possible ratio: 6 forward, 18 / 3 = 6 with backward.
+The variance is never E[x^2] - E[x]^2, which loses its digits where the mean is large. Every lane
+of a program keeps a running mean and a sum of squared deviations, and `_channels` merges them.
+
+Traffic, in sizes of x:
+    eager  forward 6: the mean reads x; x is read and x - mean written; that is read and its square
+           written; that is read. Backward, as autograd composes it (power, product, sum, expanded
+           gradients, their addition): about 12.
+    fused  forward 1: reads x. Backward 2: reads x, writes dx.
+    best possible ratio: forward 6 / 1 = 6, with backward 18 / 3 = 6.
 """
 
 import math
@@ -24,30 +30,41 @@ from kernels import _common
 from kernels._channels import (
     BACKWARD_PROGRAMS,
     FORWARD_PROGRAMS,
-    merged_moments,
+    add_value,
+    check_channels,
+    compute_row_offsets,
+    merge_partials,
     plan,
-    row_offsets,
     store_partial,
-    welford,
 )
 from kernels._common import tl, triton
 
 
 def bn_moments_ref(x, shift=None):
-    """The definition of `bn_moments`, differentiable by autograd; float64 stays float64, half is computed in fp32."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32)).movedim(1, -1)  # (N, *spatial, C), a view
+    """The definition of `bn_moments`, differentiable by autograd in x.
+
+    float64 stays float64; half precision is computed in fp32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    by_channel = x.to(dtype).movedim(1, -1)  # (N, *spatial, C)
     dims = list(range(x.dim() - 1))
-    centred = x if shift is None else x - shift.detach()
-    mean = centred.mean(dims)  # (C,)
-    var = (centred - mean).square().mean(dims)  # (C,)
-    return (mean if shift is None else mean + shift.detach()), var
+    if shift is None:
+        mean = by_channel.mean(dims)  # (C,)
+        var = (by_channel - mean).square().mean(dims)  # (C,)
+        return mean, var
+
+    centred = by_channel - shift.detach()
+    mean = centred.mean(dims)
+    var = (centred - mean).square().mean(dims)
+    return mean + shift.detach(), var
 
 
 def bn_moment_loss_ref(x, running_mean, running_var):
     """The definition of `bn_moment_loss`, differentiable by autograd in x."""
     mean, var = bn_moments_ref(x, running_mean)
-    mean_distance = torch.linalg.vector_norm(mean - running_mean.detach())  # its gradient at 0 is 0
-    return mean_distance + torch.linalg.vector_norm(var - running_var.detach())
+    mean_norm = torch.linalg.vector_norm(mean - running_mean.detach())  # its gradient at 0 is 0
+    var_norm = torch.linalg.vector_norm(var - running_var.detach())
+    return mean_norm + var_norm
 
 
 @triton.jit
@@ -63,13 +80,13 @@ def _bn_moments_partial_kernel(
     size_2,
     size_3,
     stride_part,  # P C
-    stride_x0,  # strides of the row dimensions of x
+    stride_x0,  # strides of x along the row dimensions
     stride_x1,
     stride_x2,
     stride_x3,
-    stride_xcol,  # stride of x along the columns
-    stride_xc,  # stride of x along the channels
-    CHANNELS_INSIDE: tl.constexpr,  # columns are channels
+    stride_xcol,  # along the columns
+    stride_xc,  # along the channels
+    CHANNELS_INSIDE: tl.constexpr,  # the columns are channels
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
@@ -79,15 +96,17 @@ def _bn_moments_partial_kernel(
     offs_col = column_tile * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     if CHANNELS_INSIDE:
-        channels, mask_c = offs_col, mask_col
+        channels = offs_col
+        mask_c = mask_col
         offs_partial = chunk * n_channels + channels
     else:
-        channels, mask_c = channel, channel < n_channels  # always
+        channels = channel
+        mask_c = channel < n_channels  # always
         offs_partial = (chunk * tl.num_programs(1) + column_tile) * n_channels + channels
         x_ptr += channel * stride_xc
-    shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)  # a vector or a scalar
+    shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)
 
-    # a lane that is valid now was valid in all steps before, so `step` is its count
+    # A lane with a value in this step had one in every step before: `step` is its count.
     mean = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
     m2 = tl.zeros((BLOCK_ROW, BLOCK_COL), tl.float32)
     count = tl.zeros((BLOCK_ROW,), tl.float32)
@@ -96,14 +115,18 @@ def _bn_moments_partial_kernel(
         rows = chunk * rows_per_program + start + tl.arange(0, BLOCK_ROW)
         mask_row = rows < n_rows
         mask = mask_row[:, None] & mask_col[None, :]
-        offs_row = row_offsets(rows, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3)
-        x = tl.load(x_ptr + offs_row[:, None] + offs_col[None, :] * stride_xcol, mask=mask, other=0.0)
-        x = x.to(tl.float32) - shift
+        offs_row = compute_row_offsets(
+            rows, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3
+        )
+        offs = offs_row[:, None] + offs_col[None, :] * stride_xcol
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - shift
         step += 1.0
-        mean, m2 = welford(x, mask, mean, m2, step)
+        mean, m2 = add_value(x, mask, mean, m2, step)
         count += mask_row.to(tl.float32)
 
-    store_partial(partial_ptr + offs_partial, stride_part, mask_c, count, mask_col, mean, m2, CHANNELS_INSIDE)
+    store_partial(
+        partial_ptr + offs_partial, stride_part, mask_c, count, mask_col, mean, m2, CHANNELS_INSIDE
+    )
 
 
 @triton.jit
@@ -120,12 +143,12 @@ def _bn_moments_bwd_dx_kernel(
     size_1,  # sizes of the row dimensions but the outermost
     size_2,
     size_3,
-    stride_x0,  # strides of the row dimensions of x
+    stride_x0,  # strides of x along the row dimensions
     stride_x1,
     stride_x2,
     stride_x3,
-    stride_xcol,  # stride of x along the columns
-    stride_xc,  # stride of x along the channels
+    stride_xcol,  # along the columns
+    stride_xc,  # along the channels
     stride_dx0,  # the same six of dx
     stride_dx1,
     stride_dx2,
@@ -133,173 +156,262 @@ def _bn_moments_bwd_dx_kernel(
     stride_dxcol,
     stride_dxc,
     inverse_n,  # 1 / n
-    CHANNELS_INSIDE: tl.constexpr,  # columns are channels
+    CHANNELS_INSIDE: tl.constexpr,  # the columns are channels
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
     channel = tl.program_id(0).to(tl.int64)
-    offs_col = tl.program_id(1).to(tl.int64) * BLOCK_COL + tl.arange(0, BLOCK_COL)
+    column_tile = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(2).to(tl.int64)
+    offs_col = column_tile * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     if CHANNELS_INSIDE:
-        channels, mask_c = offs_col[None, :], mask_col[None, :]
+        channels = offs_col[None, :]
+        mask_c = mask_col[None, :]
     else:
-        channels, mask_c = channel, channel < n_channels  # always
+        channels = channel
+        mask_c = channel < n_channels  # always
         x_ptr += channel * stride_xc
         dx_ptr += channel * stride_dxc
     mean = tl.load(mean_ptr + channels, mask=mask_c, other=0.0)
     a = tl.load(grad_ptr + channels, mask=mask_c, other=0.0) * inverse_n
     b = tl.load(grad_ptr + n_channels + channels, mask=mask_c, other=0.0) * (2.0 * inverse_n)
     shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)
+
     for start in range(0, rows_per_program, BLOCK_ROW):
         rows = chunk * rows_per_program + start + tl.arange(0, BLOCK_ROW)
         mask = (rows < n_rows)[:, None] & mask_col[None, :]
-        offs_row = row_offsets(rows, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3)
-        x = tl.load(x_ptr + offs_row[:, None] + offs_col[None, :] * stride_xcol, mask=mask, other=0.0)
-        dx = a + b * (x.to(tl.float32) - shift - mean)  # mean + shift, rounded, would be too coarse
-        offs_row = row_offsets(rows, size_1, size_2, size_3, stride_dx0, stride_dx1, stride_dx2, stride_dx3)
-        dx = dx.to(dx_ptr.dtype.element_ty)
-        tl.store(dx_ptr + offs_row[:, None] + offs_col[None, :] * stride_dxcol, dx, mask=mask)
+        offs_row = compute_row_offsets(
+            rows, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3
+        )
+        offs = offs_row[:, None] + offs_col[None, :] * stride_xcol
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        # Subtracted one by one: mean + shift, rounded to fp32, would be too coarse.
+        dx = a + b * (x - shift - mean)
+
+        offs_row = compute_row_offsets(
+            rows, size_1, size_2, size_3, stride_dx0, stride_dx1, stride_dx2, stride_dx3
+        )
+        offs = offs_row[:, None] + offs_col[None, :] * stride_dxcol
+        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-_SMALL = 1 << 15  # CPU: below this many elements of x its two ways take the same time, most of it in calls
+def _compute_moments_on_gpu(x, shift):
+    """The moments (2, C), mean - shift and var: one kernel writes partials, one merges them."""
+    launch = plan(FORWARD_PROGRAMS, x.shape, x.stride())
+    n_channels = x.size(1)
+    partial = torch.empty((3, launch.n_partials, n_channels), device=x.device, dtype=torch.float32)
+    _bn_moments_partial_kernel[launch.grid](
+        partial,
+        x,
+        shift,
+        *launch.sizes,
+        launch.n_partials * n_channels,
+        *launch.strides[0],
+        **launch.blocks,
+    )
+    return merge_partials(partial)
 
 
-def _triton_moments(x, shift):
-    """(2, C): mean - shift and var of x by two kernels, with the partial moments of each program in between."""
-    grid, sizes, (strides,), blocks = plan(FORWARD_PROGRAMS, x.shape, x.stride())
-    n_channels, n_partials = x.size(1), grid[2] if blocks["CHANNELS_INSIDE"] else grid[1] * grid[2]
-    partial = torch.empty((3, n_partials, n_channels), device=x.device, dtype=torch.float32)
-    _bn_moments_partial_kernel[grid](partial, x, shift, *sizes, n_partials * n_channels, *strides, **blocks)
-    return merged_moments(partial, n_channels, n_partials)
-
-
-def _triton_dx(x, shift, mean, grads):
+def _compute_dx_on_gpu(x, shift, mean, grads):
     dx = torch.empty_like(x)
-    grid, sizes, (strides, dx_strides), blocks = plan(BACKWARD_PROGRAMS, x.shape, x.stride(), dx.stride())
+    launch = plan(BACKWARD_PROGRAMS, x.shape, x.stride(), dx.stride())
+    x_strides, dx_strides = launch.strides
     inverse_n = x.size(1) / x.numel()
-    _bn_moments_bwd_dx_kernel[grid](dx, x, shift, mean, grads, *sizes, *strides, *dx_strides, inverse_n, **blocks)
+    _bn_moments_bwd_dx_kernel[launch.grid](
+        dx,
+        x,
+        shift,
+        mean,
+        grads,
+        *launch.sizes,
+        *x_strides,
+        *dx_strides,
+        inverse_n,
+        **launch.blocks,
+    )
     return dx
 
 
-def _torch_moments(x, shift):
-    """The CPU path: (2, C) moments as mean - origin and var, and the origin: shift, or None (zero) where it was idle.
+# CPU: below this many elements of x both its ways take the same time, most of it spent on calls.
+_SMALL = 1 << 15
 
-    torch.batch_norm_update_stats reduces the columns of x seen as (N, rest), Chan's rule merges those of a channel:
-    for (256, 16, 32, 32) on one thread in 0.2 of the time of bn_moments_ref, 0.04 of torch.var_mean, and no other op
-    does as well in both layouts. Its sums are plain, so a column gets at most 256 terms; and where |mean| >
-    5 sqrt(var) its means are too coarse: such inputs take the definition, with the shift.
+
+def compute_moments_on_cpu(x, shift):
+    """The moments (2, C), mean - origin and var, and the origin: `shift`, or None for zero."""
+    moments = _compute_moments_in_one_pass(x)
+    if moments is not None:
+        return moments, None
+
+    dims = list(range(x.dim() - 1))
+    centred = x.movedim(1, -1) - shift.float()  # (N, *spatial, C)
+    mean = centred.mean(dims)  # (C,)
+    centred -= mean
+    residue = centred.mean(dims)  # what rounding left in `mean`
+    var = centred.square_().mean(dims) - residue.square()
+    return torch.stack((mean + residue, var)), shift
+
+
+def _compute_moments_in_one_pass(x):
+    """The moments (2, C), mean and var, from one read of x; None where that is slow or inexact.
+
+    torch.batch_norm_update_stats reduces the columns of x seen as (N, rest), and Chan's rule merges
+    the columns of a channel. For (256, 16, 32, 32) on one thread this takes 0.2 of the time of
+    bn_moments_ref and 0.04 of that of torch.var_mean; no other op does as well in both layouts.
+    The op's sums are plain, so each column gets at most 256 terms, and where |mean| > 5 sqrt(var)
+    its means are too coarse.
     """
     N, C = x.shape[:2]
-    fold = 1 << ((N - 1) // 256).bit_length()  # parts of N with at most 256 images each
+    n_parts = 1 << ((N - 1) // 256).bit_length()  # of the batch, at most 256 images each
+    if x.numel() < _SMALL or N < 16 or N % n_parts != 0:
+        return None
+
     by_channel = x.movedim(1, -1)  # (N, *spatial, C)
-    dense = x if x.is_contiguous() else by_channel if by_channel.is_contiguous() else None
-    if dense is not None and x.numel() >= _SMALL and N >= 16 and N % fold == 0:
-        stats = torch.batch_norm_update_stats(dense.float().view(N // fold, -1), None, None, 0.0)  # var is biased
-        groups, dims = ((fold, C, -1), (0, 2)) if dense is x else ((-1, C), 0)
-        mean, var = (v.view(groups) for v in stats)
-        pooled = mean.mean(dims, keepdim=True)
-        delta = mean - pooled
-        moments = torch.stack((pooled.view(C), torch.addcmul(var, delta, delta).mean(dims)))  # (2, C)
-        if bool((moments[0].square() <= 25 * moments[1]).all()):
-            return moments, None
-    dims = list(range(x.dim() - 1))
-    delta = by_channel - shift.float()
-    mean = delta.mean(dims)
-    delta -= mean
-    residue = delta.mean(dims)  # what rounding left in `mean`
-    return torch.stack((mean + residue, delta.square_().mean(dims) - residue.square())), shift
+    if x.is_contiguous():
+        dense = x
+        groups = (n_parts, C, -1)
+        dims = (0, 2)
+    elif by_channel.is_contiguous():
+        dense = by_channel
+        groups = (-1, C)
+        dims = (0,)
+    else:
+        return None
+
+    columns = dense.float().view(N // n_parts, -1)
+    mean, var = torch.batch_norm_update_stats(columns, None, None, 0.0)  # var is biased
+    mean = mean.view(groups)
+    var = var.view(groups)
+    pooled = mean.mean(dims, keepdim=True)
+    delta = mean - pooled
+    moments = torch.stack((pooled.view(C), torch.addcmul(var, delta, delta).mean(dims)))  # (2, C)
+    exact = (moments[0].square() <= 25 * moments[1]).all()
+    return moments if bool(exact) else None
 
 
-def _torch_dx(x, origin, mean, grads):
-    """a + b (x - mean). As x b + (a - b mean), one pass by F.batch_norm, only where that does not cancel."""
-    a, b = grads[0] * (x.size(1) / x.numel()), grads[1] * (2 * x.size(1) / x.numel())
-    if origin is None and x.dtype == torch.float32:  # |mean| <= 5 sqrt(var)
-        return F.batch_norm(x, mean, torch.ones_like(mean), b, a, training=False, eps=0.0)
-    by_channel = x.movedim(1, -1)
-    centred = by_channel.float() - mean if origin is None else (by_channel - origin.float()).sub_(mean)
+def compute_dx_on_cpu(x, origin, mean, grads):
+    """dx = a + b (x - mean), for the moments and the origin of `compute_moments_on_cpu`."""
+    inverse_n = x.size(1) / x.numel()
+    a = grads[0] * inverse_n
+    b = grads[1] * (2 * inverse_n)
+    if origin is None and x.dtype == torch.float32:
+        # As b x + (a - b mean), in one pass: |mean| <= 5 sqrt(var), so this does not cancel.
+        ones = torch.ones_like(mean)
+        return F.batch_norm(x, mean, ones, b, a, training=False, eps=0.0)
+
+    by_channel = x.movedim(1, -1)  # (N, *spatial, C)
+    if origin is None:
+        centred = by_channel.float() - mean
+    else:
+        centred = (by_channel - origin.float()).sub_(mean)
     return centred.mul_(b).add_(a).to(x.dtype).movedim(-1, 1)
 
 
+def _compute_moments(x, shift):
+    """The moments (2, C), mean - origin and var, and the origin: `shift`, or None for zero."""
+    if _common.runs_triton(x):
+        return _compute_moments_on_gpu(x, shift), shift
+    return compute_moments_on_cpu(x, shift)
+
+
+def _compute_dx(x, origin, mean, grads):
+    """dx from the gradients (2, C) of mean and var."""
+    if _common.runs_triton(x):
+        return _compute_dx_on_gpu(x, origin, mean, grads)
+    return compute_dx_on_cpu(x, origin, mean, grads)
+
+
 class _BNMoments(torch.autograd.Function):
-    """bn_moments, or with a running_var bn_moment_loss, whose running_mean is the shift."""
+    @staticmethod
+    def forward(ctx, x, shift):
+        moments, origin = _compute_moments(x, shift)
+        ctx.save_for_backward(x, origin, moments)
+        mean, var = moments
+        if origin is None:
+            return mean.clone(), var.clone()
+        return mean + origin, var.clone()
 
     @staticmethod
-    def forward(ctx, x, shift, running_var):
-        ctx.op = "bn_moments" if running_var is None else "bn_moment_loss"
-        moments, origin = (_triton_moments(x, shift), shift) if _common.runs_triton(x) else _torch_moments(x, shift)
-        if running_var is None:
-            ctx.save_for_backward(x, origin, moments[0], None)
-            return moments[0].clone() if origin is None else moments[0] + origin, moments[1].clone()
-        mean_distance = moments[0] - shift if origin is None else moments[0]
-        distance = torch.stack((mean_distance, moments[1] - running_var))  # (2, C)
+    def backward(ctx, grad_mean, grad_var):
+        _common.refuse_double_backward("bn_moments")
+        if not ctx.needs_input_grad[0]:
+            return None, None
+        x, origin, moments = ctx.saved_tensors
+        grads = torch.stack((grad_mean, grad_var))  # (2, C)
+        return _compute_dx(x, origin, moments[0], grads), None
+
+
+class _BNMomentLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, running_mean, running_var):
+        moments, origin = _compute_moments(x, running_mean)
+        mean, var = moments
+        mean_distance = mean - running_mean if origin is None else mean
+        distance = torch.stack((mean_distance, var - running_var))  # (2, C)
         norms = torch.linalg.vector_norm(distance, dim=1, keepdim=True)  # (2, 1)
-        units = distance / norms.masked_fill(norms == 0, math.inf)  # (2, C), gradient of each norm, 0 at 0
-        ctx.save_for_backward(x, origin, moments[0], units)
+        units = distance / norms.masked_fill(norms == 0, math.inf)  # (2, C), the norms' gradients
+        ctx.save_for_backward(x, origin, moments, units)
         return norms.sum()
 
     @staticmethod
-    def backward(ctx, *grad_outputs):
-        _common.refuse_double_backward(ctx.op)
+    def backward(ctx, grad):
+        _common.refuse_double_backward("bn_moment_loss")
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        x, origin, mean, units = ctx.saved_tensors
-        grads = torch.stack(grad_outputs) if units is None else units * grad_outputs[0]  # (2, C)
-        dx = _triton_dx if _common.runs_triton(x) else _torch_dx
-        return dx(x, origin, mean, grads), None, None
-
-
-def _check(op, x, **vectors):
-    _common.check_float(op, x=x, **vectors)
-    if not 2 <= x.dim() <= 5:
-        raise ValueError(f"{op}: expected x of shape (N, C, *spatial), 2-D to 5-D, got {tuple(x.shape)}; reshape it")
-    for name, vector in vectors.items():
-        if vector is None or vector.shape != x.shape[1:2]:
-            shape = None if vector is None else tuple(vector.shape)
-            raise ValueError(f"{op}: expected {name} of shape ({x.size(1)},), got {shape}; pass one value per channel")
+        x, origin, moments, units = ctx.saved_tensors
+        return _compute_dx(x, origin, moments[0], units * grad), None, None
 
 
 def bn_moments(x, shift=None):
     """Mean and biased variance per channel in one read of x.
 
-    mean_c = 1/n sum_i x_ic and var_c = 1/n sum_i (x_ic - mean_c)^2 over the n = x.numel() / C values of a channel.
+    mean_c = 1/n sum_i x_ic and var_c = 1/n sum_i (x_ic - mean_c)^2
+    over the n = x.numel() / C values of a channel.
 
     Args:
-        x: (N, C, *spatial) with 0 to 3 spatial dimensions; fp32, fp16 or bf16; any unit, any strides, not copied on
-            the GPU. On the CPU half precision is converted to fp32 first.
-        shift: (C,) of a float dtype, in the unit of x, subtracted first: near the mean it keeps precision where
-            |mean| >> std, mathematically it does not matter. None takes the first value of each channel.
+        x: (N, C, *spatial) with 0 to 3 spatial dimensions; fp32, fp16 or bf16; any unit; any
+            strides, and no copy on the GPU. On the CPU half precision is converted to fp32 first.
+        shift: (C,) of a float dtype, in the unit of x, subtracted before anything else. The result
+            does not depend on it but for rounding: a shift near the mean keeps precision where
+            |mean| >> std. None takes the first value of each channel.
 
     Returns:
         mean, var: (C,) fp32 each.
 
     Raises:
         TypeError: an argument is no tensor or not fp32, fp16 or bf16.
-        ValueError: an argument is empty, x is not 2-D to 5-D, shift is not (C,) or on another device.
+        ValueError: an argument is empty, x is not 2-D to 5-D, shift is not (C,) or on another
+            device.
 
     Note:
-        The variance is biased (divided by n, as BatchNorm normalises in training; 0 for n = 1). Differentiable once in
-        x, whose gradient takes the memory layout of x; no gradient to shift. Repeated calls are bit-equal.
+        The variance is biased: divided by n, as BatchNorm normalises in training; 0 for n = 1.
+        Differentiable once in x, whose gradient takes the memory layout of x; shift gets no
+        gradient. Repeated calls are bit-equal.
 
     Example:
         >>> x = torch.tensor([[[1.0, 3.0], [5.0, 5.0]]])  # N 1, C 2, length 2
         >>> bn_moments(x)
         (tensor([2., 5.]), tensor([1., 0.]))
     """
-    _check("bn_moments", x, **({} if shift is None else {"shift": shift}))
-    if shift is None:  # a value of the channel is a few sigma from its mean, wherever that is
-        shift = x.detach()[(0, slice(None), *[0] * (x.dim() - 2))]  # (C,)
-    return _BNMoments.apply(x, shift.contiguous(), None)
+    if shift is None:
+        check_channels("bn_moments", x)
+        # A channel's first value lies a few sigma from its mean, wherever that is.
+        first = (0, slice(None), *[0] * (x.dim() - 2))
+        return _BNMoments.apply(x, x.detach()[first].contiguous())
+
+    check_channels("bn_moments", x, shift=shift)
+    return _BNMoments.apply(x, shift.contiguous())
 
 
 def bn_moment_loss(x, running_mean, running_var):
-    """Distance of the batch moments of a BatchNorm's input from its running statistics, one layer of R_feature.
+    """Distance of a BatchNorm's input from its running statistics: one layer of R_feature.
 
-    ||mean(x) - running_mean||_2 + ||var(x) - running_var||_2 over the channels: norms not squared, not averaged.
+    ||mean(x) - running_mean||_2 + ||var(x) - running_var||_2 over the channels. The norms are not
+    squared and not averaged.
 
     Args:
-        x: (N, C, *spatial), what enters the BatchNorm layer; as for `bn_moments`.
-        running_mean: (C,) of a float dtype, in the unit of x; also serves as shift.
+        x: (N, C, *spatial), what enters the BatchNorm; as for `bn_moments`.
+        running_mean: (C,) of a float dtype, in the unit of x; also serves as the shift.
         running_var: (C,) of a float dtype, in the squared unit of x, >= 0.
 
     Returns:
@@ -307,16 +419,18 @@ def bn_moment_loss(x, running_mean, running_var):
 
     Raises:
         TypeError: an argument is no tensor or not fp32, fp16 or bf16.
-        ValueError: an argument is empty, x is not 2-D to 5-D, a statistic is not (C,) or on another device.
+        ValueError: an argument is empty, x is not 2-D to 5-D, a statistic is not (C,) or on
+            another device.
 
     Note:
-        Biased variance. Differentiable once, in x only; where a norm is exactly 0 its gradient is 0, a subgradient.
-        If the statistics change between forward and backward (a layer in training mode), autograd raises.
+        Biased variance. Differentiable once, in x only. Where a norm is exactly 0 its gradient is
+        0, a subgradient. The backward pass may read running_mean again: if it has changed, as in a
+        layer in training mode, autograd raises.
 
     Example:
         >>> x = torch.tensor([[[1.0, 3.0], [5.0, 5.0]]])  # mean (2, 5), var (1, 0)
         >>> bn_moment_loss(x, torch.tensor([2.0, 1.0]), torch.tensor([1.0, 3.0]))
         tensor(7.)
     """
-    _check("bn_moment_loss", x, running_mean=running_mean, running_var=running_var)
-    return _BNMoments.apply(x, running_mean.contiguous(), running_var.contiguous())
+    check_channels("bn_moment_loss", x, running_mean=running_mean, running_var=running_var)
+    return _BNMomentLoss.apply(x, running_mean.contiguous(), running_var.contiguous())

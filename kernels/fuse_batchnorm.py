@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 
-from kernels.bn_act_moments import bn_act_moments_folded, fold
+from kernels.bn_act_moments import bn_act_moments_folded, fold_constants
 from kernels.bn_moments import bn_moments
 
 RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}
@@ -30,7 +30,9 @@ class FusedBatchNorm(nn.Module):
             ones if bn.weight is None else bn.weight,
             0 * ones if bn.bias is None else bn.bias,
         )
-        self.register_buffer("affine", fold(weight, bias, bn.running_mean, bn.running_var, bn.eps))
+        self.register_buffer(
+            "affine", fold_constants(weight, bias, bn.running_mean, bn.running_var, bn.eps)
+        )
         self.register_buffer("running_var", bn.running_var.detach())
         self.relu, self.found = relu, found
 
