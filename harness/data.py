@@ -30,6 +30,8 @@ CLASS_NAMES = {
 MNIST_IMAGES = "{}-images-idx3-ubyte.gz"
 MNIST_LABELS = "{}-labels-idx1-ubyte.gz"
 
+N_CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
+
 # The official files of each data set: folder, and the files of each split.
 FOLDERS = {
     "mnist": "mnist",
@@ -114,8 +116,13 @@ def load_dataset(dataset, data_dir, split):
     advice = f"check --data-dir; {command} fetches what is missing or was deleted"
     with fail_in_one_line(f"{folder} cannot be read", advice):
         if dataset == "mnist":
-            return load_mnist(folder, split)
-        return load_cifar(folder, dataset, split)
+            images, labels = load_mnist(folder, split)
+        else:
+            images, labels = load_cifar(folder, dataset, split)
+        last_class = N_CLASSES[dataset] - 1
+        if labels.max() > last_class:
+            raise ValueError(f"expected labels from 0 to {last_class}, got {labels.max()}")
+    return images, labels
 
 
 def load_real_images(info, args, device, split="test"):
@@ -131,10 +138,7 @@ def load_real_images(info, args, device, split="test"):
         The data set's name and (images, labels); ("none", None) where there are none.
     """
     dataset = info.dataset if args.dataset == "auto" else args.dataset
-    if dataset not in (
-        "digits",
-        *FILES,
-    ):  # such as ImageNet, whose validation split is no single file
+    if dataset not in N_CLASSES:  # such as ImageNet, whose validation split is no single file
         return "none", None
     images, labels = load_dataset(dataset, args.data_dir, split)
     fits = images.shape[1:] == info.image_shape and labels.max() < info.num_classes
