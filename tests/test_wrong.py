@@ -17,11 +17,12 @@ import pytest
 import test_every_op
 import torch
 import wrong
+from torch.autograd.gradcheck import GradcheckError
 
 import kernels
 
 KERNELS = Path(kernels.__file__).parent
-NOTICED = (AssertionError, pytest.fail.Exception, torch.autograd.gradcheck.GradcheckError)
+NOTICED = (AssertionError, pytest.fail.Exception, GradcheckError)
 
 
 def all_mutants():
@@ -107,15 +108,15 @@ def calls_of(test):
     return calls
 
 
-def tests_in(module):
+def functions_in(module):
     return [test for name, test in vars(module).items() if name.startswith("test_")]
 
 
 def checks_of(file):
-    """What the suite checks of the ops in kernels/<file>.py: their own tests, then the common ones."""
+    """The suite's checks of the ops in kernels/<file>.py: their own tests, then the common ones."""
     own = importlib.import_module(f"test_{file}")
-    checks = [call for test in tests_in(own) for call in calls_of(test)]
-    for test in tests_in(test_every_op):
+    checks = [call for test in functions_in(own) for call in calls_of(test)]
+    for test in functions_in(test_every_op):
         checks += [call for call in calls_of(test) if call.parameters["op"].file == file]
     return checks
 
