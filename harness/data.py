@@ -89,10 +89,13 @@ def load_mnist(folder, split):
 def load_cifar(folder, dataset, split):
     """CIFAR's binary files: records of a label (CIFAR-100: two, the second counts) and an image."""
     n_labels = 1 if dataset == "cifar10" else 2
+    size = n_labels + 3072
     parts = []
     for name in FILES[dataset][split]:
         raw = bytearray((folder / name).read_bytes())
-        parts.append(torch.frombuffer(raw, dtype=torch.uint8).view(-1, n_labels + 3072))
+        if not raw or len(raw) % size:
+            raise ValueError(f"{name}: expected records of {size} bytes, got {len(raw)} bytes")
+        parts.append(torch.frombuffer(raw, dtype=torch.uint8).view(-1, size))
     records = torch.cat(parts)
     images = records[:, n_labels:].reshape(-1, 3, 32, 32)
     return images, records[:, n_labels - 1].long()
