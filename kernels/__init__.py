@@ -1,4 +1,4 @@
-"""Fused ops, each beside its plain definition `<op>_ref`; fused BatchNorms; a step as a CUDA graph."""
+"""Fused ops, each with its definition `<op>_ref`; fused BatchNorms; a step as a CUDA graph."""
 
 from kernels.attention_transfer import (
     attention_map,

@@ -1,26 +1,30 @@
-"""A whole training step as one CUDA graph: launched once by the host instead of some hundred times.
+"""A whole training step as one CUDA graph: the host launches it once instead of some hundred times.
 
-Small networks on a GPU are bound by launches: one pseudo-batch of zero-shot knowledge transfer is 1 + 10 optimiser
-steps of some hundred kernels each, most of them shorter than the time that the host needs to launch one.
+Small networks on a GPU are bound by launches. One pseudo-batch of zero-shot knowledge transfer, for
+example, is 1 + 10 optimiser steps of some hundred kernels each, most of them shorter than the time
+that the host needs to launch one.
 """
 
 import torch
 
 
 class CapturedStep:
-    """`step`, a function of no arguments that changes tensors in place, as a CUDA graph once it has warmed up.
+    """Call `step`, a function that changes tensors in place, as a CUDA graph once it is warm.
 
-    The first calls run as they are, on a side stream as PyTorch asks for: lazily made buffers (gradients, optimiser
-    state, cuDNN's plans) exist then. They are ordinary steps: each call, the capturing one too, is one step's effect.
+    The first calls run `step` as it is, on a side stream, as PyTorch asks for. They make what is
+    made lazily: gradients, optimiser state, cuDNN's plans. Each call, the capturing one too, has
+    the effect of exactly one step.
 
-    What a graph demands of `step`: no host sync, no control flow on values, random numbers from the device's default
-    generator alone, everything that varies (learning rate, counters, sums) in device tensors that stay the same
-    objects, nothing kept that still carries an autograd graph.
+    A graph demands of `step`:
+    - no synchronisation with the host and no control flow on values;
+    - random numbers from the device's default generator only;
+    - all that varies (learning rate, counters, sums) in device tensors that stay the same objects;
+    - nothing kept that still carries an autograd graph.
 
     Args:
-        step: the function.
-        enabled: whether to capture: only what works on a GPU. If false, or without a GPU, every call runs `step`.
-        n_warmup: calls before the capture, at least 1.
+        step: a function of no arguments; what it returns is ignored.
+        enabled: whether to capture. If false, or without a GPU, every call runs `step` as it is.
+        n_warmup: the number of calls before the capture, at least 1.
 
     Raises:
         ValueError: n_warmup is below 1.
@@ -42,28 +46,37 @@ class CapturedStep:
             raise ValueError(
                 f"CapturedStep: expected n_warmup of at least 1, got {n_warmup}; 3 is the default"
             )
-        self.step, self.enabled, self.n_warmup = (
-            step,
-            enabled and torch.cuda.is_available(),
-            n_warmup,
-        )
-        self.n_calls, self.side, self.graph = 0, None, None
+        self.step = step
+        self.enabled = enabled and torch.cuda.is_available()
+        self.n_warmup = n_warmup
+        self.n_calls = 0
+        self.stream = None
+        self.graph = None
 
     def __call__(self):
         self.n_calls += 1
         if not self.enabled:
             self.step()
         elif self.n_calls <= self.n_warmup:
-            # one stream for all these calls: memory that one of them frees serves the next one only there
-            self.side = self.side or torch.cuda.Stream()
-            self.side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.side):
-                self.step()
-            torch.cuda.current_stream().wait_stream(self.side)
+            self.warm_up()
         else:
             if self.graph is None:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):  # records, does not run
-                    self.step()
-                self.graph = graph
+                self.graph = self.capture()
             self.graph.replay()
+
+    def warm_up(self):
+        """Run one step on the side stream."""
+        # One stream for all these calls: memory that one frees serves the next only there.
+        if self.stream is None:
+            self.stream = torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.step()
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def capture(self):
+        """Record one step without running it."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
