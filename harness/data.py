@@ -3,6 +3,7 @@
 Real images measure students; no method trains on them.
 """
 
+import functools
 import gzip
 from pathlib import Path
 
@@ -151,10 +152,16 @@ def load_real_images(info, args, device, split="test"):
     return dataset, (images.to(device), labels.to(device))
 
 
+@functools.cache
+def make_constant(values, device):
+    """One number a channel as a tensor (1, C, 1, 1), kept: a copy makes the host wait for a GPU."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
+
+
 def normalise(images, info):
     """uint8 pixels (N, C, H, W) -> float32 in a network's normalised units; info: NetworkInfo."""
-    mean = torch.as_tensor(info.mean, device=images.device).view(1, -1, 1, 1)
-    std = torch.as_tensor(info.std, device=images.device).view(1, -1, 1, 1)
+    mean = make_constant(info.mean, images.device)
+    std = make_constant(info.std, images.device)
     return images.float() * (1 / (255 * std)) - mean / std
 
 
