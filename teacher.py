@@ -1,110 +1,137 @@
-"""Train, evaluate and export the classifiers that the data-free methods take as teachers.
+"""Train, evaluate and export the classifiers that the methods take as teachers and verifiers.
 
-A teacher is an ordinary network trained on labelled images; everything else in this repository sees only its
-weights. The recipe is plain: SGD with Nesterov momentum, a triangular learning rate, random crops (and flips for
-natural images), cross-entropy on hard labels. No label smoothing and no mixup: both change what a teacher's logits
-say about the wrong classes, which is the very thing that distillation reads.
+The recipe is plain: cross-entropy on labelled images, SGD with Nesterov momentum, a learning rate
+that rises and falls linearly, random crops, and mirrored images where nature allows it. There is
+neither label smoothing nor mixup, because both change what the logits say about the wrong classes,
+and that is what distillation reads.
 
     python teacher.py --dataset cifar10 --arch resnet20 --epochs 18 --data-dir data
 
-Shipped teachers, their accuracies and commands: teachers/README.md.
+writes runs/teacher/cifar10-resnet20/: teacher.pt, metrics.jsonl, result.json, checkpoint.pt. What
+is missing of the data set's official files is downloaded. The shipped teachers, their accuracies
+and their commands are listed in teachers/README.md.
 
-Networks are the field's standard pairs: LeNet-5 and its half (LeCun et al. 1998; no BatchNorm), the three-stage
-CIFAR ResNets (He et al. 2015, arXiv:1512.03385, section 4.2; parameter-free "option A" shortcuts), ResNet-18/34 in
-the four-stage CIFAR layout (3x3 stem, no max-pool) of DAFL and DeepInversion, VGG-11 with BatchNorm (Simonyan &
-Zisserman 2014, one linear layer on top), WRN-d-k (Zagoruyko & Komodakis 2016, arXiv:1605.07146).
+teacher.pt holds the weights in fp16 (BatchNorm in fp32) and describes itself: network, classes,
+channels, image size, mean and std of the normalisation, accuracy of exactly these weights, command.
 
-A checkpoint (`teacher.pt`) is pickle-free and self-describing: weights in fp16 (BatchNorm in fp32), architecture,
-classes, channels, image size, mean and std of the normalisation, accuracy of exactly these rounded weights, command.
-
-Metrics (`metrics.jsonl`): `train/loss` mean cross-entropy of the epoch, `train/acc` and `eval/acc` in percent, `lr`.
+Metrics: train/loss is the mean cross-entropy of an epoch; train/acc and eval/acc are top-1
+accuracies in percent, of the changed training images and of the test split; lr is the learning
+rate of the next step.
 """
 
 import hashlib
 import json
-import os
-import platform
-import random
+import math
 import shlex
-import subprocess
 import sys
 import tarfile
 import time
 import urllib.request
-import warnings
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from tqdm import tqdm
 
-from kernels.contract import fail, one_line
-from kernels.data import FILES, load_dataset
+from harness.data import FILES, FOLDERS, N_CLASSES, evaluate, load_dataset, normalise
+from harness.load import IMAGENET_FILES, build_network, load_trained, make_info
+from harness.networks import NETWORKS
+from harness.run import (
+    ROOT,
+    RunFolder,
+    RunOptions,
+    autocast,
+    check_at_least,
+    choose_device,
+    describe_machine,
+    fail,
+    fail_in_one_line,
+    open_atomically,
+    read_checkpoint,
+    restore_optimizer,
+    seed_everything,
+)
+
+# Networks for images of 32 px: all but those of ImageNet.
+ARCHS = [name for name in NETWORKS if name not in IMAGENET_FILES]
+EVAL_EVERY = 5  # epochs
+N_SMOKE_IMAGES = 512
 
 
 @dataclass
-class Args:
+class Args(RunOptions):
+    """Options of teacher.py. The names of the networks stand in harness/networks.py."""
+
     # Run settings.
-    dataset: str = "digits"
-    """digits (embedded) | mnist | cifar10 | cifar100."""
-    arch: str = "resnet8"
-    """A network function of this file: lenet5(_half), resnet8/20/32/44/56, resnet18_cifar, vgg11_bn, wrn_16_1 …"""
-    data_dir: str = "data"
-    """Folder with the data set (mnist/*.gz, cifar-10-batches-bin/*.bin); what is missing is downloaded into it."""
-    data_note: str = ""
-    """Recorded in the checkpoint when the files are not the official ones, e.g. 'JPEG copy of CIFAR-10'."""
     out: str = ""
-    """Output folder; default runs/teacher/DATASET-ARCH."""
-    seed: int = 0
-    """Seeds python, numpy and torch."""
-    device: str = "auto"
-    """auto | cpu | cuda."""
-    resume: bool = False
-    """Continue from checkpoint.pt of the output folder."""
-    smoke: bool = False
-    """A run of seconds: one epoch on 512 images."""
+    """Output folder; empty: runs/teacher/DATASET-ARCH."""
+    dataset: Literal["digits", "mnist", "cifar10", "cifar100"] = "digits"
+    """Labelled images. digits come with scikit-learn; the others lie in --data-dir."""
+    arch: str = "resnet8"
+    """Network to train: lenet5, resnet8, resnet20, resnet34_cifar, vgg11_bn, wrn_16_1 …"""
+    data_note: str = ""
+    """What teacher.pt says of files that are not the official ones: JPEG copy of CIFAR-10."""
     compile: bool = False
-    """torch.compile the network on a CPU too (needs a C++ compiler); on a GPU it always is."""
+    """torch.compile the network on a CPU too (needs a C++ compiler). On a GPU it always is."""
     evaluate: str = ""
-    """Only measure this teacher.pt on the test split of --dataset."""
+    """Train nothing: measure this teacher.pt on the test split of --dataset."""
     export: str = ""
-    """Also ship the result as teachers/NAME.pt and record its SHA-256 in teachers/index.json."""
+    """Also copy the result to teachers/NAME.pt and describe it in teachers/index.json."""
 
     # Training.
     epochs: int = 20
-    """Passes over the training split."""
+    """Passes over the training split (ours)."""
     batch_size: int = 128
-    """Images per step (DAFL recipe: 128)."""
+    """Images a step (released code of DAFL)."""
     lr: float = 0.2
-    """Peak learning rate (ours; short schedules like more than DAFL's 0.1)."""
+    """Peak learning rate (ours: short schedules like more than DAFL's 0.1)."""
     warmup: float = 0.2
-    """Fraction of all steps over which the learning rate rises linearly; then it falls linearly to zero (ours)."""
+    """Share of all steps over which the learning rate rises; then it falls to zero (ours)."""
     momentum: float = 0.9
-    """Nesterov momentum (DAFL recipe)."""
+    """Nesterov momentum (released code of DAFL)."""
     weight_decay: float = 5e-4
-    """L2 penalty on all weights (DAFL recipe)."""
+    """L2 penalty on all weights (released code of DAFL)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(1, self, "epochs", "batch_size")
+        check_at_least(0, self, "weight_decay")
+        if self.arch not in ARCHS:
+            raise ValueError(f"--arch: expected one of {', '.join(ARCHS)}, got {self.arch!r}")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"--lr: expected a positive number, got {self.lr}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"--warmup: expected 0 to 1, got {self.warmup}")
+        if not 0 < self.momentum < 1:
+            raise ValueError(f"--momentum: expected between 0 and 1, got {self.momentum}")
+        if self.evaluate and not self.evaluate.endswith(".pt"):
+            raise ValueError(f"--evaluate: expected a teacher.pt, got {self.evaluate!r}")
+        if Path(self.export).name != self.export:
+            raise ValueError(f"--export: expected a name without folders, got {self.export!r}")
+
+
+def shrink(args):
+    """The options of --smoke: one epoch of small batches."""
+    return replace(args, epochs=1, batch_size=64)
 
 
 # Data
-
-# Per data set: classes, channels, padding of the random crop, mirrored or not, and mean and standard deviation of the
-# training split's pixels in [0, 1] (MNIST padded to 32 px, digits enlarged to it).
-DATASETS = {
-    "digits": dict(num_classes=10, channels=1, pad=2, flip=False, mean=(0.3054,), std=(0.3237,)),
-    "mnist": dict(num_classes=10, channels=1, pad=2, flip=False, mean=(0.1000,), std=(0.2752,)),
-    "cifar10": dict(
-        num_classes=10, channels=3, pad=4, flip=True, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
-    ),
-    "cifar100": dict(
-        num_classes=100, channels=3, pad=4, flip=True, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
-    ),
+# Mean and standard deviation are those of the training split's pixels in [0, 1], with MNIST padded
+# and digits enlarged to 32 px.
+DESCRIPTIONS = {
+    "digits": dict(mean=(0.3054,), std=(0.3237,)),
+    "mnist": dict(mean=(0.1000,), std=(0.2752,)),
+    "cifar10": dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "cifar100": dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
 }
-# Official addresses and the MD5 sums published beside them.
+CROP_PADDING = {"digits": 2, "mnist": 2, "cifar10": 4, "cifar100": 4}  # pixels on each side
+MIRRORED = ("cifar10", "cifar100")  # a mirrored digit is another sign
+
+# Official addresses, and the MD5 sums that are published beside the files.
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
 MD5 = {
@@ -117,474 +144,271 @@ MD5 = {
 }
 
 
-def download(url, path):
-    """Fetch `url` into `path` atomically and compare its MD5; one clear line when there is no network."""
-    md5 = MD5[path.name]
-    part = path.with_name(path.name + ".part")
-    try:
+def download_file(url, path):
+    """Fetch an official file to `path` and check its MD5. It appears there whole or not at all."""
+    advice = f"try again, download it by hand to {path}, or pass another --data-dir"
+    with fail_in_one_line(f"{url} cannot be fetched", advice):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as file:
-            while chunk := reply.read(1 << 20):
+        md5 = hashlib.md5()
+        with urllib.request.urlopen(url, timeout=30) as reply, open_atomically(path) as file:
+            for chunk in iter(lambda: reply.read(1 << 20), b""):
                 file.write(chunk)
-    except OSError as error:
-        if part.exists():
-            part.unlink()
-        fail(f"{path} is missing and {url} cannot be fetched ({error}); download it by hand or pass --data-dir")
-    if (got := hashlib.md5(part.read_bytes()).hexdigest()) != md5:
-        part.unlink()
-        fail(f"{url}: expected MD5 {md5}, got {got}; try again or download it by hand to {path}")
-    os.replace(part, path)
+                md5.update(chunk)
+            if md5.hexdigest() != MD5[path.name]:
+                raise ValueError(f"expected MD5 {MD5[path.name]}, got {md5.hexdigest()}")
 
 
-def fetch(dataset, data_dir):
+def fetch_dataset(dataset, data_dir):
     """Download what is missing of a data set's official files into `data_dir`."""
     if dataset == "digits":
         return
-    folder, train_files, test_files, _ = FILES[dataset]
-    root = Path(data_dir)
-    missing = [name for name in (*train_files, *test_files) if not (root / folder / name).exists()]
+    folder = Path(data_dir) / FOLDERS[dataset]
+    names = [*FILES[dataset]["train"], *FILES[dataset]["test"]]
+    missing = [name for name in names if not (folder / name).exists()]
+    if not missing:
+        return
+
     if dataset == "mnist":
         for name in missing:
-            download(MNIST_URL + name, root / folder / name)
-    elif missing:
-        archive = root / f"cifar-{dataset[5:]}-binary.tar.gz"
-        if not archive.exists():
-            download(CIFAR_URL + archive.name, archive)
-        with one_line(f"{archive} cannot be unpacked", "delete it and run again"), tarfile.open(archive) as tar:
-            (root / folder).mkdir(parents=True, exist_ok=True)
-            for name in missing:  # only the members we know, never the archive's own paths
-                (root / folder / name).write_bytes(tar.extractfile(f"{folder}/{name}").read())
+            download_file(MNIST_URL + name, folder / name)
+        return
+
+    number = dataset.removeprefix("cifar")
+    archive = Path(data_dir) / f"cifar-{number}-binary.tar.gz"
+    if not archive.exists():
+        download_file(CIFAR_URL + archive.name, archive)
+    with fail_in_one_line(f"{archive} cannot be unpacked", "delete it and run again"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            for name in missing:  # the members that we know, at paths that we choose
+                member = tar.extractfile(f"{folder.name}/{name}")
+                with open_atomically(folder / name) as file:
+                    file.write(member.read())
 
 
-def normalise(x, mean, std):
-    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation; mean, std: C numbers in [0, 1]."""
-    mean, std = (torch.as_tensor(v, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
-    return x.float() * (1 / (255 * std)) - mean / std
+def crop_and_mirror(images, padding, mirror, generator):
+    """Pad images with zeros, crop them back at random places, and mirror half of them at random.
 
+    One gather serves the whole batch.
 
-def augment(x, pad, flip, generator):
-    """Random crop of the zero-padded images and random mirror, one gather for the whole batch.
+    Args:
+        images: (N, C, H, W) uint8.
+        padding: width of the border, the most pixels that an image is moved by.
+        mirror: whether to mirror each image left to right with probability 1/2.
+        generator: source of all chance, on the device of `images`.
 
-    x: (N, C, H, W) uint8; returns the same shape in channels_last memory. The generator lives on x's device.
+    Returns:
+        (N, C, H, W) uint8 in channels_last memory.
     """
-    N, _, H, W = x.shape
-    top, left = torch.randint(0, 2 * pad + 1, (2, N), generator=generator, device=x.device)
-    rows = top[:, None] + torch.arange(H, device=x.device)  # (N, H)
-    cols = left[:, None] + torch.arange(W, device=x.device)  # (N, W)
-    if flip:
-        mirrored = torch.rand(N, generator=generator, device=x.device) < 0.5
-        cols = torch.where(mirrored[:, None], cols.flip(1), cols)
-    padded = F.pad(x, (pad, pad, pad, pad))
-    n = torch.arange(N, device=x.device)[:, None, None]
-    return padded[n, :, rows[:, :, None], cols[:, None, :]].permute(0, 3, 1, 2)  # gathered as (N, H, W, C)
+    N, _, H, W = images.shape
+    device = images.device
+    corners = torch.randint(0, 2 * padding + 1, (2, N, 1), generator=generator, device=device)
+    rows = corners[0] + torch.arange(H, device=device)  # (N, H)
+    columns = corners[1] + torch.arange(W, device=device)  # (N, W)
+    if mirror:
+        mirrored = torch.rand(N, 1, generator=generator, device=device) < 0.5
+        columns = torch.where(mirrored, columns.flip(1), columns)
 
-
-# Networks. `forward_groups` returns (logits, activations) with the maps that attention transfer compares.
-
-
-class LeNet5(nn.Module):
-    """LeNet-5 with ReLU and max-pooling for 32 px (62,006 parameters at 3 channels); `width` 0.5 is its half.
-
-    Groups are the two convolutions after ReLU; `features` is the 120-vector that PRE-DFKD's activation term reads.
-    """
-
-    def __init__(self, num_classes=10, in_channels=3, width=1.0):
-        super().__init__()
-        c1, c2, c3, f1 = (int(c * width) for c in (6, 16, 120, 84))
-        self.conv1 = nn.Conv2d(in_channels, c1, 5)
-        self.conv2 = nn.Conv2d(c1, c2, 5)
-        self.conv3 = nn.Conv2d(c2, c3, 5)
-        self.fc1 = nn.Linear(c3, f1)
-        self.fc2 = nn.Linear(f1, num_classes)
-
-    def forward_groups(self, x):
-        a1 = F.relu(self.conv1(x))  # (N, 6, 28, 28)
-        a2 = F.relu(self.conv2(F.max_pool2d(a1, 2)))  # (N, 16, 10, 10)
-        features = F.relu(self.conv3(F.max_pool2d(a2, 2))).flatten(1)  # (N, 120)
-        return self.fc2(F.relu(self.fc1(features))), (a1, a2)
-
-    def forward(self, x):
-        return self.forward_groups(x)[0]
-
-
-# Copied from deepinversion.py
-class ResBlock(nn.Module):
-    """Residual block (He et al. 2015): two 3x3 convolutions, or as a bottleneck 1x1, 3x3, 1x1 to 4x channels.
-
-    Shortcut `option` A: strided subsampling and zero channels, no parameters; B: 1x1 convolution with BatchNorm.
-    """
-
-    def __init__(self, in_channels, channels, stride, option, bottleneck):
-        super().__init__()
-        wide = 4 * channels if bottleneck else channels
-        basic_convs = [(channels, 3, stride), (wide, 3, 1)]  # width, kernel, stride
-        convs = [(channels, 1, 1), (channels, 3, stride), (wide, 1, 1)] if bottleneck else basic_convs
-        c = in_channels
-        for i, (width, kernel, step) in enumerate(convs, 1):
-            setattr(self, f"conv{i}", nn.Conv2d(c, width, kernel, step, kernel // 2, bias=False))
-            setattr(self, f"bn{i}", nn.BatchNorm2d(width))
-            c = width
-        self.bottleneck, self.stride, self.new_channels = bottleneck, stride, wide - in_channels
-        self.downsample = None
-        if option == "B" and (stride != 1 or self.new_channels):
-            self.downsample = nn.Sequential(nn.Conv2d(in_channels, wide, 1, stride, bias=False), nn.BatchNorm2d(wide))
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.bottleneck:
-            y = self.bn3(self.conv3(F.relu(y)))
-        if self.downsample is not None:
-            x = self.downsample(x)
-        elif self.new_channels:
-            before = self.new_channels // 2
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
-        return F.relu(y + x)
-
-
-# Copied from deepinversion.py
-class ResNet(nn.Module):
-    """ResNet with torchvision's parameter names, stride in the 3x3 convolution ("v1.5").
-
-    `imagenet`: 7x7 stem of stride 2 and max-pool; otherwise the 3x3 stem of CIFAR. Groups are the stages' outputs.
-    """
-
-    def __init__(self, blocks, widths, option, bottleneck=False, imagenet=False, num_classes=10, in_channels=3):
-        super().__init__()
-        kernel, stride = (7, 2) if imagenet else (3, 1)
-        self.conv1 = nn.Conv2d(in_channels, widths[0], kernel, stride, kernel // 2, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        self.imagenet, self.n_stages = imagenet, len(widths)
-        c = widths[0]
-        for i, (n, width) in enumerate(zip(blocks, widths, strict=True), 1):
-            stage = []
-            for j in range(n):
-                stage.append(ResBlock(c, width, 2 if i > 1 and j == 0 else 1, option, bottleneck))
-                c = 4 * width if bottleneck else width
-            setattr(self, f"layer{i}", nn.Sequential(*stage))
-        self.fc = nn.Linear(c, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
-
-    def forward_groups(self, x):
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = F.max_pool2d(x, 3, 2, 1) if self.imagenet else x
-        groups = []
-        for i in range(1, self.n_stages + 1):
-            x = getattr(self, f"layer{i}")(x)
-            groups.append(x)
-        return self.fc(x.mean((2, 3))), tuple(groups)
-
-    def forward(self, x):
-        return self.forward_groups(x)[0]
-
-
-class VGG(nn.Module):
-    """VGG with BatchNorm for 32 px and one linear layer on top; "M" is a 2x2 max-pool. Groups precede each pool."""
-
-    def __init__(self, layout, num_classes=10, in_channels=3):
-        super().__init__()
-        layers, c = [], in_channels
-        for width in layout:
-            if width == "M":
-                layers.append(nn.MaxPool2d(2))
-            else:
-                layers += [nn.Conv2d(c, width, 3, 1, 1), nn.BatchNorm2d(width), nn.ReLU()]
-                c = width
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Linear(c, num_classes)
-
-    def forward_groups(self, x):
-        groups = []
-        for layer in self.features:
-            if isinstance(layer, nn.MaxPool2d):
-                groups.append(x)
-            x = layer(x)
-        return self.classifier(x.mean((2, 3))), tuple(groups)
-
-    def forward(self, x):
-        return self.forward_groups(x)[0]
-
-
-class WideBlock(nn.Module):
-    """Pre-activation block; the 1x1 shortcut, where channels change, reads the BN-ReLU'd input."""
-
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.shortcut = None if in_channels == channels else nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-
-    def forward(self, x):
-        a = F.relu(self.bn1(x))
-        y = self.conv2(F.relu(self.bn2(self.conv1(a))))
-        return y + (x if self.shortcut is None else self.shortcut(a))
-
-
-class WideResNet(nn.Module):
-    """WRN-d-k: three groups of (d - 4) / 6 pre-activation blocks, widths 16k, 32k, 64k.
-
-    Groups are the raw residual sums, before the next BatchNorm, as attention transfer takes them.
-    """
-
-    def __init__(self, depth, k, num_classes=10, in_channels=3):
-        super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
-        c = 16
-        for i, width in enumerate((16 * k, 32 * k, 64 * k), 1):
-            stage = []
-            for j in range((depth - 4) // 6):
-                stage.append(WideBlock(c, width, 2 if i > 1 and j == 0 else 1))
-                c = width
-            setattr(self, f"block{i}", nn.Sequential(*stage))
-        self.bn = nn.BatchNorm2d(c)
-        self.linear = nn.Linear(c, num_classes)
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out")
-        nn.init.zeros_(self.linear.bias)
-
-    def forward_groups(self, x):
-        a1 = self.block1(self.conv1(x))  # (N, 16k, H, W)
-        a2 = self.block2(a1)  # (N, 32k, H/2, W/2)
-        a3 = self.block3(a2)  # (N, 64k, H/4, W/4)
-        return self.linear(F.relu(self.bn(a3)).mean((2, 3))), (a1, a2, a3)
-
-    def forward(self, x):
-        return self.forward_groups(x)[0]
-
-
-# Each takes (num_classes=10, in_channels=3) by keyword.
-lenet5 = LeNet5
-lenet5_half = partial(LeNet5, width=0.5)
-resnet8, resnet20, resnet32, resnet44, resnet56 = (
-    partial(ResNet, (n, n, n), (16, 32, 64), "A") for n in (1, 3, 5, 7, 9)
-)
-resnet18_cifar = partial(ResNet, (2, 2, 2, 2), (64, 128, 256, 512), "B")
-resnet34_cifar = partial(ResNet, (3, 4, 6, 3), (64, 128, 256, 512), "B")
-vgg11_bn = partial(VGG, (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M"))
-wrn_16_1 = partial(WideResNet, 16, 1)
-wrn_16_2 = partial(WideResNet, 16, 2)
-wrn_40_1 = partial(WideResNet, 40, 1)
-wrn_40_2 = partial(WideResNet, 40, 2)
-names = "lenet5 lenet5_half resnet8 resnet20 resnet32 resnet44 resnet56 resnet18_cifar resnet34_cifar vgg11_bn"
-ARCHS = {name: globals()[name] for name in [*names.split(), "wrn_16_1", "wrn_16_2", "wrn_40_1", "wrn_40_2"]}
+    padded = F.pad(images, (padding, padding, padding, padding))
+    n = torch.arange(N, device=device).view(N, 1, 1)
+    cropped = padded[n, :, rows.unsqueeze(2), columns.unsqueeze(1)]  # (N, H, W, C)
+    return cropped.permute(0, 3, 1, 2)
 
 
 # Training
+def compute_lr(step, n_steps, args):
+    """Learning rate of a step: a linear rise to args.lr, then a linear fall to zero."""
+    n_warmup = max(1, round(args.warmup * n_steps))
+    rise = (step + 1) / n_warmup
+    fall = (n_steps - step) / max(1, n_steps - n_warmup)
+    return args.lr * min(rise, fall)
 
 
-@torch.no_grad()
-def evaluate(model, images, labels, mean, std, batch_size=500):
-    """Top-1 accuracy in percent, eval mode. images: (N, C, H, W) uint8, labels: (N,)."""
-    was_training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for i in range(0, len(images), batch_size):
-        x = normalise(images[i : i + batch_size], mean, std).contiguous(memory_format=torch.channels_last)
-        correct += (model(x).argmax(1) == labels[i : i + batch_size]).sum()
-    model.train(was_training)
-    return 100 * correct.item() / len(images)
+def train(network, info, train_split, test_split, run):
+    """Train a fresh network, or continue from the run's checkpoint.
+
+    Args:
+        network: changed in place.
+        info: its NetworkInfo.
+        train_split, test_split: images (N, C, H, W) uint8 and labels (N,), on the run's device.
+        run: RunFolder; it gives the options and the device, and takes rows and checkpoints.
+    """
+    args = run.args
+    images, labels = train_split
+    padding = CROP_PADDING[args.dataset]
+    mirror = args.dataset in MIRRORED
+    n_batches = len(images) // args.batch_size  # a short last batch would disturb the moments
+    n_steps = args.epochs * n_batches
+
+    generator = torch.Generator(run.device).manual_seed(args.seed)  # of order, crops and mirroring
+    optimizer = torch.optim.SGD(
+        network.parameters(),
+        args.lr,
+        args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=True,
+        foreach=True,
+    )
+    first_epoch = 0
+    with run.open_checkpoint() as saved:
+        if saved is not None:
+            network.load_state_dict(saved["network"])
+            restore_optimizer(optimizer, saved["optimizer"])
+            generator.set_state(saved["generator"])
+            first_epoch = saved["epoch"]
+
+    compiled = network
+    if args.compile or run.device == "cuda":
+        compiled = torch.compile(network)
+
+    bar = tqdm(total=n_steps, initial=first_epoch * n_batches, disable=None, mininterval=1)
+    for epoch in range(first_epoch, args.epochs):
+        network.train()
+        order = torch.randperm(len(images), generator=generator, device=run.device)
+        total_loss = torch.zeros((), device=run.device)
+        n_correct = torch.zeros((), dtype=torch.int64, device=run.device)
+
+        for batch in range(n_batches):
+            step = epoch * n_batches + batch
+            optimizer.param_groups[0]["lr"] = compute_lr(step, n_steps, args)
+
+            chosen = order[batch * args.batch_size : (batch + 1) * args.batch_size]
+            y = labels[chosen]  # (N,)
+            x = crop_and_mirror(images[chosen], padding, mirror, generator)
+            x = normalise(x, info)  # (N, C, H, W)
+            with autocast(run.device, bf16=True):
+                logits = compiled(x)  # (N, K)
+                loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+            total_loss += loss.detach()
+            n_correct += (logits.detach().argmax(1) == y).sum()
+            bar.update()
+
+        row = {"epoch": epoch + 1}
+        row["train/loss"] = total_loss.item() / n_batches
+        row["train/acc"] = 100 * n_correct.item() / (n_batches * args.batch_size)
+        row["lr"] = compute_lr((epoch + 1) * n_batches, n_steps, args)
+        if (epoch + 1) % EVAL_EVERY == 0:
+            row["eval/acc"] = evaluate(network, *test_split, info)
+        run.show(bar, row)
+
+        state = dict(network=network.state_dict(), optimizer=optimizer.state_dict())
+        state["generator"] = generator.get_state()
+        state["epoch"] = epoch + 1
+        run.save_checkpoint(state)
+    bar.close()
 
 
-def train_epoch(model, optimizer, schedule, images, labels, info, generator, args, bar):
-    """One pass; returns (mean loss, accuracy in percent). The host waits for the device once, at the end."""
-    model.train()
-    mean, std = (torch.tensor(info[k], device=images.device) for k in ("mean", "std"))
-    order = torch.randperm(len(images), generator=generator, device=images.device)
-    n_steps = len(images) // args.batch_size  # the short last batch is dropped: it would disturb the moments
-    total_loss = torch.zeros((), device=images.device)
-    total_correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for i in range(n_steps):
-        index = order[i * args.batch_size : (i + 1) * args.batch_size]
-        x = normalise(augment(images[index], info["pad"], info["flip"], generator), mean, std)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
-            logits = model(x)
-            loss = F.cross_entropy(logits, labels[index])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        total_loss += loss.detach()
-        total_correct += (logits.detach().argmax(1) == labels[index]).sum()
-        bar.update()
-        if not bar.disable and i % 50 == 49:  # the only other sync: a live figure every 50 steps
-            bar.set_postfix(loss=f"{loss.item():.3f}", lr=f"{schedule.get_last_lr()[0]:.3f}")
-    return total_loss.item() / n_steps, 100 * total_correct.item() / (n_steps * args.batch_size)
-
-
-def atomic_save(state, path):
-    """torch.save through a temporary file and rename: a reader never sees half a checkpoint."""
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
-
-
-def exported(model):
-    """State dict with convolutions and linear layers in fp16; BatchNorm stays fp32: its moments are targets."""
-    keep = {n for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    state = {}
-    for key, value in model.state_dict().items():
-        half = value.is_floating_point() and key.rpartition(".")[0] not in keep
-        state[key] = (value.half() if half else value).cpu().clone()
-    return state
-
-
-def load_export(path):
-    """Read a `teacher.pt`; returns (model in eval mode, checkpoint dict)."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(saved, dict):
-            raise TypeError("not a dict")
-        model = ARCHS[saved["arch"]](num_classes=saved["num_classes"], in_channels=saved["channels"])
-        model.load_state_dict(saved["state_dict"])
-    except Exception as error:  # noqa: BLE001 - whatever a broken file raises, the user gets one line
-        fail(f"{path}: not a checkpoint of teacher.py ({type(error).__name__}); train one with --out DIR")
-    return model.eval(), saved
-
-
-def write_json(path, value):
-    Path(path).write_text(json.dumps(value, indent=1) + "\n")
+# Export
+def round_weights(network):
+    """State dict in fp16, but for BatchNorm: its moments are what methods match."""
+    batchnorms = [n for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)]
+    rounded = {}
+    for key, value in network.state_dict().items():
+        layer = key.rpartition(".")[0]
+        if value.is_floating_point() and layer not in batchnorms:
+            value = value.half()
+        rounded[key] = value.cpu().clone()
+    return rounded
 
 
 def ship(path, name):
-    """Copy a `teacher.pt` to teachers/NAME.pt beside this file; record its SHA-256 and figures in index.json."""
-    folder = Path(__file__).parent / "teachers"
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    """Copy a teacher.pt to teachers/NAME.pt; write its SHA-256 and description to index.json."""
+    folder = ROOT / "teachers"
+    description = read_checkpoint(path)
+    del description["state_dict"]
     blob = Path(path).read_bytes()
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.pt").write_bytes(blob)
-    index = json.loads((folder / "index.json").read_text()) if (folder / "index.json").exists() else {}
-    entry = {key: value for key, value in saved.items() if key != "state_dict"}
-    index[name] = dict(sha256=hashlib.sha256(blob).hexdigest(), **entry)
-    write_json(folder / "index.json", dict(sorted(index.items())))
+    with fail_in_one_line(f"{folder} cannot be written", f"use --evaluate {path} --export {name}"):
+        folder.mkdir(exist_ok=True)
+        index = {}
+        if (folder / "index.json").exists():
+            index = json.loads((folder / "index.json").read_text())
+        index[name] = dict(sha256=hashlib.sha256(blob).hexdigest(), **description)
+        with open_atomically(folder / f"{name}.pt") as file:
+            file.write(blob)
+        with open_atomically(folder / "index.json") as file:
+            file.write((json.dumps(dict(sorted(index.items())), indent=1) + "\n").encode())
     print(f"shipped teachers/{name}.pt, {len(blob):,} bytes")
 
 
-def versions():
-    """Versions and the commit that a figure was measured with."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
-    except OSError:  # no git on this machine
-        commit = ""
-    return dict(python=platform.python_version(), torch=str(torch.__version__), commit=commit or "unknown")
+# The two uses
+def evaluate_file(args, device):
+    """Print the test accuracy of the network in --evaluate; ship it if --export asks for that."""
+    with fail_in_one_line(f"--evaluate {args.evaluate}", "pass a teacher.pt"):
+        network, info = load_trained(args.evaluate, device, args.data_dir)
+    images, labels = load_dataset(args.dataset, args.data_dir, "test")
+    if info.channels != images.shape[1] or info.num_classes != N_CLASSES[args.dataset]:
+        fail(f"--evaluate {args.evaluate}: made for {info.dataset}, not for {args.dataset}")
+    print(f"{evaluate(network, images, labels, info):.2f} %")
+    if args.export:
+        ship(args.evaluate, args.export)
 
 
-def check_args(args):
-    """Refuse impossible settings before anything is loaded or written."""
-    if args.dataset not in DATASETS:
-        fail(f"--dataset: expected one of {', '.join(DATASETS)}, got {args.dataset!r}")
-    if args.arch not in ARCHS:
-        fail(f"--arch: expected one of {', '.join(ARCHS)}, got {args.arch!r}")
-    for name in ("epochs", "batch_size", "lr", "momentum"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name.replace('_', '-')}: expected a positive number, got {getattr(args, name)}")
-    if not args.weight_decay >= 0:
-        fail(f"--weight-decay: expected at least 0, got {args.weight_decay}")
-    if args.device not in ("auto", "cpu", "cuda"):
-        fail(f"--device: expected auto, cpu or cuda, got {args.device!r}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda: no CUDA device is visible; use --device cpu")
+def train_and_export(args, device):
+    """Train the network in --arch and write teacher.pt."""
+    images, labels = load_dataset(args.dataset, args.data_dir, "train")
+    test_images, test_labels = load_dataset(args.dataset, args.data_dir, "test")
+    if args.smoke:
+        images = images[:N_SMOKE_IMAGES]
+        labels = labels[:N_SMOKE_IMAGES]
+    if args.batch_size > len(images):
+        expected = f"expected at most the {len(images)} training images"
+        fail(f"--batch-size: {expected}, got {args.batch_size}")
+    train_split = images.to(device), labels.to(device)
+    test_split = test_images.to(device), test_labels.to(device)
+
+    run = RunFolder(args, device, may_change=("export",), clears=("teacher.pt",))
+    versions = describe_machine(device)["versions"]  # now: the files may change during the run
+    known = dict(dataset=args.dataset, num_classes=N_CLASSES[args.dataset], image_size=32)
+    info = make_info(args.arch, known, DESCRIPTIONS[args.dataset])
+    network = build_network(info).to(device, memory_format=torch.channels_last)
+    train(network, info, train_split, test_split, run)
+
+    # The accuracy that counts is that of the rounded weights.
+    rounded = round_weights(network)
+    network.load_state_dict(rounded)
+    accuracy = evaluate(network, *test_split, info)
+
+    description = dict(
+        format=1,
+        arch=args.arch,
+        dataset=args.dataset,
+        data=args.data_note or args.dataset,
+        command="python teacher.py " + shlex.join(sys.argv[1:]),
+        num_classes=info.num_classes,
+        channels=info.channels,
+        image_size=info.image_size,
+        mean=info.mean,
+        std=info.std,
+        accuracy=accuracy,
+        seed=args.seed,
+        seconds=round(time.time() - run.start, 1),
+        versions=versions,
+    )
+    with run.write_file("teacher.pt") as file:
+        torch.save(dict(description, state_dict=rounded), file)
+    print(f"test accuracy {accuracy:.2f} % (last epoch, rounded weights)")
+    # The last two stand in every script's result.json.
+    run.finish(dict(description, teacher_accuracy=accuracy, student_accuracy=None))
+    if args.export:
+        ship(run.out / "teacher.pt", args.export)
 
 
 def main(args):
-    check_args(args)
+    device = choose_device(args.device)
     if args.smoke:
-        args.epochs, args.batch_size = 1, 64
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
-    random.seed(args.seed)
-    np.random.seed(args.seed)  # noqa: NPY002 - the legacy stream is what foreign code would draw from
-    torch.manual_seed(args.seed)
-    generator = torch.Generator(device).manual_seed(args.seed)  # data order and augmentation
-    info = DATASETS[args.dataset]
-    mean, std = info["mean"], info["std"]
-
-    fetch(args.dataset, args.data_dir)
-    test_images, test_labels = (t.to(device) for t in load_dataset(args.dataset, args.data_dir, "test"))
+        args = shrink(args)
+    if not args.out:
+        args = replace(args, out=f"runs/teacher/{args.dataset}-{args.arch}")
+    seed_everything(args.seed)
+    fetch_dataset(args.dataset, args.data_dir)
     if args.evaluate:
-        model, saved = load_export(args.evaluate)
-        if (saved["num_classes"], saved["channels"]) != (info["num_classes"], info["channels"]):
-            fail(f"{args.evaluate}: made for {saved.get('dataset')}, not for --dataset {args.dataset}")
-        how = saved.get("mean", mean), saved.get("std", std)
-        print(f"{evaluate(model.to(device), test_images, test_labels, *how):.2f} %")
-        if args.export:
-            ship(args.evaluate, args.export)
-        return
-    images, labels = (t.to(device) for t in load_dataset(args.dataset, args.data_dir, "train"))
-    if args.smoke:
-        images, labels = images[:512], labels[:512]
-    if args.batch_size > len(images):
-        fail(f"--batch-size: expected at most the {len(images)} training images, got {args.batch_size}")
-
-    out = Path(args.out or f"runs/teacher/{args.dataset}-{args.arch}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not args.resume:  # what an earlier run left here must not be continued as if it were this one
-            (out / "checkpoint.pt").unlink(missing_ok=True)
-        write_json(out / "args.json", asdict(args))
-    except OSError as error:
-        fail(f"--out {out}: cannot be written ({error}); pass another folder")
-    model = ARCHS[args.arch](num_classes=info["num_classes"], in_channels=info["channels"]).to(
-        device, memory_format=torch.channels_last
-    )
-    optimizer = torch.optim.SGD(
-        model.parameters(), args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=True, foreach=True
-    )
-    n_steps = args.epochs * (len(images) // args.batch_size)
-    rise = max(1, round(args.warmup * n_steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / rise, (n_steps - step) / max(1, n_steps - rise))
-    )
-    first_epoch, seconds_before, lines = 0, 0.0, []
-    if args.resume and (out / "checkpoint.pt").exists():
-        try:
-            state = torch.load(out / "checkpoint.pt", map_location=device, weights_only=True)
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
-            generator.set_state(state["generator"].cpu())
-            first_epoch, seconds_before, lines = state["epoch"], state["seconds"], state["lines"]
-        except Exception as error:  # noqa: BLE001 - damaged, or of another network
-            fail(f"--resume: {out / 'checkpoint.pt'} does not fit this run ({type(error).__name__}); start afresh")
-    network = torch.compile(model) if args.compile or device == "cuda" else model
-
-    start, ran_with = time.time(), versions()  # now: the files may change while this runs
-    bar = tqdm(total=n_steps, initial=first_epoch * (n_steps // args.epochs), disable=None, mininterval=1)
-    for epoch in range(first_epoch, args.epochs):
-        loss, accuracy = train_epoch(network, optimizer, schedule, images, labels, info, generator, args, bar)
-        row = {"epoch": epoch + 1, "train/loss": loss, "train/acc": accuracy, "lr": schedule.get_last_lr()[0]}
-        if not np.isfinite(loss):
-            fail(f"the loss is {loss} in epoch {epoch + 1}; lower --lr (last good state: {out / 'checkpoint.pt'})")
-        if (epoch + 1) % 5 == 0:
-            row["eval/acc"] = evaluate(model, test_images, test_labels, mean, std)
-        row["seconds"] = seconds_before + time.time() - start
-        tqdm.write("  ".join(f"{k} {v:.4g}" for k, v in row.items()))
-        lines.append(json.dumps(row) + "\n")
-        (out / "metrics.jsonl").write_text("".join(lines))
-        state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), schedule=schedule.state_dict())
-        state.update(generator=generator.get_state(), epoch=epoch + 1, seconds=row["seconds"], lines=lines)
-        atomic_save(state, out / "checkpoint.pt")
-    bar.close()
-
-    # The accuracy that counts is that of the rounded weights which are shipped.
-    rounded = exported(model)
-    model.load_state_dict(rounded)
-    accuracy = evaluate(model, test_images, test_labels, mean, std)
-    seconds = round(seconds_before + time.time() - start, 1)
-    command = "python teacher.py " + shlex.join(sys.argv[1:])
-    saved = dict(format=1, arch=args.arch, dataset=args.dataset, data=args.data_note or args.dataset, command=command)
-    saved.update(num_classes=info["num_classes"], channels=info["channels"], image_size=32, mean=mean, std=std)
-    saved.update(accuracy=accuracy, seed=args.seed, seconds=seconds, versions=ran_with, state_dict=rounded)
-    atomic_save(saved, out / "teacher.pt")
-    result = {key: value for key, value in saved.items() if key != "state_dict"}
-    write_json(out / "result.json", dict(result, teacher_accuracy=accuracy, student_accuracy=None, device=device))
-    print(f"test accuracy {accuracy:.2f} % (final iterate, fp16 weights); wrote {out / 'teacher.pt'}")
-    if args.export:
-        ship(out / "teacher.pt", args.export)
+        evaluate_file(args, device)
+    else:
+        train_and_export(args, device)
 
 
 if __name__ == "__main__":
