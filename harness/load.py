@@ -108,7 +108,9 @@ def describe(spec):
         return named[spec]
     if spec.endswith(".pt"):
         known = read_checkpoint(spec)
-        if not str(known.get("arch", "no name")).isidentifier():  # it names a network, never a file
+        arch = known.get("arch")
+        names_network = isinstance(arch, str) and arch.isidentifier()  # and never a file
+        if not names_network or not isinstance(known.get("dataset", ""), str):
             advice = "name its network as file.py:factory and this as its weights"
             fail(f"{spec}: not a checkpoint of teacher.py; {advice}")
         known = {k: v for k, v in known.items() if k not in ("sha256", "url", "file")}
@@ -355,5 +357,5 @@ def load_verifier(spec, likely, teacher_info, args, device):
         return None, None
     with fail_in_one_line(f"--verifier {spec}", "choose another, or --verifier none"):
         verifier, info = load_trained(spec, device, args.data_dir, like=teacher_info)
-        check_network(verifier, info, device)
+        check_network(verifier, teacher_info, device)
     return verifier, info
