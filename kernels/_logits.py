@@ -131,7 +131,7 @@ def sum_rows(
 # Chosen by arithmetic, not yet measured on a GPU.
 _FORWARD_BLOCK = 4096  # most classes of a tile
 _BACKWARD_BLOCK = 1024
-_SHORT_TILE = 512  # elements of a tile that holds several short rows: up to 8 a lane
+_SHORT = 512  # elements of a tile that holds several short rows: up to 8 a lane
 _WARPS = [  # (most classes in a tile, warps): 8 elements a lane, 16 for 2048 and 4096 classes
     (1024, 4),
     (math.inf, 8),
@@ -141,7 +141,7 @@ _WARPS = [  # (most classes in a tile, warps): 8 elements a lane, 16 for 2048 an
 def tiling(K, max_block):
     """Block sizes and warps: a program has several short rows, one row, or one row in blocks."""
     block_k = min(triton.next_power_of_2(K), max_block)
-    block_n = max(1, _SHORT_TILE // block_k)
+    block_n = max(1, _SHORT // block_k)
     num_warps = next(warps for limit, warps in _WARPS if block_k <= limit)
     return {"BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": num_warps}
 

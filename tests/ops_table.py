@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from helpers import lay_out, random_logits, random_tensor
 
+from kernels import attention_map_ref
+
 HALF = torch.float16
 BFLOAT = torch.bfloat16
 
@@ -170,4 +172,192 @@ TOTAL_VARIATION = Op(
     },
 )
 
-OPS = [JS_DIVERGENCE, KL_DIVERGENCE, TOTAL_VARIATION]
+
+def make_jittered(device, shape, draw=(1, -2, 1), view_dtype=None, **images):
+    args = make_images(device, shape, **images)
+    return {**args, "draw": torch.tensor(draw, device=device), "dtype": view_dtype}
+
+
+DRAW = torch.tensor([0, 0, 0])
+
+JITTERED_VIEW = Op(
+    name="jittered_view",
+    file="jittered_view",
+    make=make_jittered,
+    differentiable=("x",),
+    results=("view", "tv_l1", "tv_l2", "l2"),
+    like_x=("view",),
+    small={"shape": (2, 3, 5, 6)},
+    cases={
+        "smallest": {"shape": (1, 1, 2, 2)},
+        "odd": {"shape": (2, 3, 5, 7)},
+        "two-rows": {"shape": (1, 3, 2, 9)},
+        "two-columns": {"shape": (3, 1, 9, 2)},
+        "block-1": {"shape": (1, 2, 9, 255)},
+        "block+1": {"shape": (1, 1, 5, 257)},
+        "cifar": {"shape": (4, 3, 32, 32)},
+        "as-is": {"shape": (2, 3, 6, 5), "draw": (0, 0, 0)},
+        "mirrored": {"shape": (2, 3, 6, 5), "draw": (0, 0, 1), "layout": "channels_last"},
+        "rolled": {"shape": (2, 3, 6, 5), "draw": (1, -2, 0)},
+        "rolled-channels_last": {
+            "shape": (2, 3, 6, 5),
+            "draw": (-1, 3, 0),
+            "layout": "channels_last",
+        },
+        "beyond-the-size": {"shape": (2, 3, 6, 5), "draw": (17, -23, 1)},
+        "channels_last": {"shape": (3, 4, 6, 5), "layout": "channels_last"},
+        "sliced": {"shape": (3, 4, 6, 5), "layout": "sliced"},
+        "sliced-channels_last": {"shape": (3, 4, 6, 5), "layout": "sliced-channels_last"},
+        "offset": {"shape": (3, 4, 6, 5), "layout": "offset"},
+        "expanded": {"shape": (3, 4, 6, 5), "layout": "expanded"},
+        "transposed": {"shape": (3, 4, 6, 5), "layout": "transposed"},
+        "fp16": {"shape": (2, 3, 7, 9), "dtype": HALF},
+        "bf16-channels_last": {"shape": (2, 3, 7, 9), "dtype": BFLOAT, "layout": "channels_last"},
+        "fp32-to-bf16": {"shape": (2, 3, 7, 9), "view_dtype": BFLOAT, "layout": "channels_last"},
+        "fp32-to-fp16": {"shape": (2, 3, 7, 9), "view_dtype": HALF},
+        "fp16-to-fp32": {"shape": (2, 3, 7, 9), "dtype": HALF, "view_dtype": torch.float32},
+    },
+    gradcheck={
+        "contiguous": {"shape": (2, 3, 3, 4)},
+        "channels_last": {"shape": (2, 3, 3, 4), "layout": "channels_last"},
+    },
+    refused={
+        "3-D": ({"x": IMAGES[0]}, ValueError, r"x\[None\] for one"),
+        "one-column": ({"x": IMAGES[..., :1]}, ValueError, "H and W at least 2"),
+        "draw-tuple": ({"draw": (0, 0, 0)}, TypeError, "an int64 tensor, got tuple"),
+        "draw-of-floats": ({"draw": DRAW.float()}, TypeError, "got torch.float32"),
+        "draw-of-two": ({"draw": DRAW[:2]}, ValueError, r"got \(2,\) on cpu"),
+        "draw-elsewhere": ({"draw": DRAW.to("meta")}, ValueError, "on meta; move"),
+        "view-float64": ({"dtype": torch.float64}, TypeError, "got torch.float64; choose"),
+    },
+)
+
+
+# Attention maps
+
+
+def make_activation(device, shape, layout="contiguous", dtype=torch.float32, eps=1e-12, scale=1.5):
+    """Random numbers with a mean, as after a ReLU."""
+    x = scale * (random_tensor(shape, device) + 0.5)
+    return {"x": lay_out(x.to(dtype), layout), "eps": eps}
+
+
+def make_student(device, shape, target_layout="contiguous", target_dtype=torch.float32, **student):
+    """A student's activation and the map of a teacher with 3 channels, of another scale."""
+    N, _, H, W = shape
+    args = make_activation(device, shape, **student)
+    teacher = 7 * (random_tensor((N, 3, H, W), device, seed=1) + 0.5)
+    target = attention_map_ref(teacher).to(target_dtype)
+    return {"x": args["x"], "target": lay_out(target, target_layout), "eps": args["eps"]}
+
+
+ACTIVATION = torch.ones(2, 3, 4, 5)
+TARGET = torch.ones(2, 20)
+
+ATTENTION_CASES = {
+    "one-value": {"shape": (1, 1, 1, 1)},
+    "one-position": {"shape": (5, 3, 1, 1)},
+    "one-row-fp16": {"shape": (2, 3, 1, 7), "dtype": HALF},
+    "one-column-channels_last": {"shape": (2, 3, 7, 1), "layout": "channels_last"},
+    "one-channel": {"shape": (3, 1, 4, 5)},
+    "odd": {"shape": (2, 3, 5, 7)},
+    "odd-channels_last": {"shape": (2, 3, 5, 7), "layout": "channels_last"},
+    "few-channels_last-fp16": {"shape": (2, 20, 5, 7), "layout": "channels_last", "dtype": HALF},
+    "power-of-two-channels_last-bf16": {
+        "shape": (4, 16, 4, 4),
+        "layout": "channels_last",
+        "dtype": BFLOAT,
+    },
+    "position-block-1": {"shape": (2, 3, 15, 17)},
+    "position-block+1-bf16": {"shape": (1, 9, 1, 257), "dtype": BFLOAT},
+    "blocks-of-channels": {"shape": (1, 17, 16, 16)},
+    "channel-block+1": {"shape": (2, 129, 3, 3), "layout": "channels_last"},
+    "channel-blocks+8-bf16": {
+        "shape": (2, 264, 3, 2),
+        "layout": "channels_last",
+        "dtype": BFLOAT,
+    },
+    "sample-block+1": {"shape": (2, 2, 17, 241)},
+    "sliced": {"shape": (4, 3, 4, 5), "layout": "sliced"},
+    "sliced-bf16": {"shape": (4, 3, 4, 5), "layout": "sliced", "dtype": BFLOAT},
+    "sliced-channels_last": {"shape": (2, 5, 4, 3), "layout": "sliced-channels_last"},
+    "offset-fp16": {"shape": (3, 4, 5, 3), "layout": "offset", "dtype": HALF},
+    "expanded": {"shape": (4, 3, 4, 5), "layout": "expanded"},
+    "transposed": {"shape": (2, 3, 5, 4), "layout": "transposed"},
+    "wrn-group1": {"shape": (3, 16, 32, 32), "layout": "channels_last"},
+    "wrn-group2-contiguous": {"shape": (3, 32, 16, 16)},
+    "wrn-group3-bf16": {"shape": (3, 64, 8, 8), "layout": "channels_last", "dtype": BFLOAT},
+    "lenet-group1": {"shape": (3, 6, 28, 28), "layout": "channels_last"},
+}
+
+EPS_REFUSED = {
+    "3-D": (
+        {"x": ACTIVATION[0]},
+        ValueError,
+        r"OP: .*\(N, C, H, W\), got \(3, 4, 5\); use x\[None\]",
+    ),
+    "eps-tensor": ({"eps": TARGET}, TypeError, "eps to be a python number, got Tensor"),
+    "eps-bool": ({"eps": True}, TypeError, "python number, got bool; pass a float"),
+    "eps-zero": ({"eps": 0}, ValueError, "finite eps > 0 .*, got 0; 1e-12"),
+    "eps-negative": ({"eps": -1.0}, ValueError, "finite eps > 0 .*, got -1.0"),
+    "eps-tiny": ({"eps": 1e-50}, ValueError, "that fp32 can hold, got 1e-50"),
+    "eps-nan": ({"eps": float("nan")}, ValueError, "finite eps > 0 .*, got nan"),
+}
+
+ATTENTION_MAP = Op(
+    name="attention_map",
+    file="attention_transfer",
+    make=make_activation,
+    differentiable=("x",),
+    results=("map",),
+    small={"shape": (3, 6, 4, 2)},
+    cases=ATTENTION_CASES,
+    gradcheck={
+        "contiguous": {"shape": (2, 3, 4, 2)},
+        "channels_last": {"shape": (2, 3, 4, 2), "layout": "channels_last"},
+        "below-eps": {"shape": (2, 3, 4, 2), "eps": 1e3},  # not normalised
+    },
+    refused=EPS_REFUSED,
+)
+
+ATTENTION_TRANSFER = Op(
+    name="attention_transfer",
+    file="attention_transfer",
+    make=make_student,
+    differentiable=("x",),
+    results=("loss",),
+    small={"shape": (3, 6, 4, 2)},
+    cases={
+        **ATTENTION_CASES,
+        "target-transposed": {"shape": (4, 5, 3, 6), "target_layout": "transposed"},
+        "target-sliced": {"shape": (4, 5, 3, 6), "target_layout": "sliced"},
+        "target-expanded": {"shape": (4, 5, 3, 6), "target_layout": "expanded"},
+        "target-fp16": {"shape": (4, 5, 3, 6), "target_dtype": HALF},
+    },
+    gradcheck={
+        "contiguous": {"shape": (2, 3, 4, 2)},
+        "channels_last": {"shape": (2, 3, 4, 2), "layout": "channels_last"},
+    },
+    refused={
+        **EPS_REFUSED,
+        "target-list": ({"target": [1.0]}, TypeError, "target to be a tensor, got list"),
+        "target-float64": ({"target": TARGET.double()}, TypeError, "expected target in"),
+        "target-4-D": ({"target": TARGET.view(2, 4, 5)}, ValueError, r"shape \(3, 8\) .*pool"),
+        "target-batch": ({"target": TARGET[:1]}, ValueError, r"\(3, 8\) .*got \(1, 20\)"),
+        "target-elsewhere": ({"target": TARGET.to("meta")}, ValueError, "expected one device"),
+        "target-with-gradient": (
+            {"target": torch.ones(3, 8, requires_grad=True)},
+            ValueError,
+            "constant target, .*detach",
+        ),
+    },
+)
+
+OPS = [
+    JS_DIVERGENCE,
+    KL_DIVERGENCE,
+    ATTENTION_MAP,
+    ATTENTION_TRANSFER,
+    TOTAL_VARIATION,
+    JITTERED_VIEW,
+]
