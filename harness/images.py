@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.run import fail, fail_in_one_line
+from harness.run import DISK_ADVICE, fail, fail_in_one_line, open_atomically
 
 
 # Units
@@ -100,9 +100,21 @@ def augment(x, shift=0, mirror=False, cut=False):
 
 
 # Files
+def get_image_path(folder, number):
+    """Where batch `number` of a run lies."""
+    return Path(folder) / f"images-{number:05d}.npz"
+
+
 def list_image_files(folder):
     """The images-*.npz of a folder, in their order."""
     return sorted(Path(folder).glob("images-[0-9]*.npz"))
+
+
+def save_images(path, images, labels):
+    """Write one batch, uint8 (N, C, H, W) and (N,) on the CPU, whole or not at all."""
+    pixels = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
+    with fail_in_one_line(f"{path} cannot be written", DISK_ADVICE), open_atomically(path) as file:
+        np.savez(file, images=pixels, labels=labels.numpy())
 
 
 def read_images(path):
@@ -114,6 +126,19 @@ def read_images(path):
         images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
         labels = torch.from_numpy(file["labels"])
     return images, labels
+
+
+def read_newest_images(paths, n_images=1000):
+    """Images and labels of the last files, as many as n_images need, in their order."""
+    batches = []
+    count = 0
+    for path in reversed(paths):
+        images, labels = read_images(path)
+        batches.insert(0, (images, labels))
+        count += len(labels)
+        if count >= n_images:
+            break
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
 
 
 def check_image_files(folder, info):

@@ -222,14 +222,19 @@ def join_processes(device):
 
 
 # Files
-def read_checkpoint(path):
-    """Read a file of torch.save without running anything in it; refuse what is not a dict."""
+def read_checkpoint(path, advice="save a state dict"):
+    """Read a file of torch.save without running anything in it; refuse what is not a dict.
+
+    Args:
+        path: the file.
+        advice: what to do if it cannot be read.
+    """
     path = Path(path)
     if not path.exists():
         fail(f"{path} cannot be read: there is no such file; pass an existing checkpoint")
     with (
         warnings.catch_warnings(action="ignore"),
-        fail_in_one_line(f"{path}: no safe checkpoint", "save a state dict"),
+        fail_in_one_line(f"{path}: no safe checkpoint", advice),
     ):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, dict):
@@ -314,6 +319,7 @@ class RunFolder:
     def __init__(self, args, device, may_change=(), clears=(), rank=0):
         self.args = args
         self.device = device
+        self.rank = rank
         self.out = Path(args.out) / f"rank{rank}" if rank else Path(args.out)
         self.checkpoints = [self.out / "checkpoint.pt", self.out / "checkpoint-previous.pt"]
         self.may_change = {"resume", "out", "data_dir", "smoke", "graph", *may_change}
@@ -331,7 +337,7 @@ class RunFolder:
                 file.write((json.dumps(asdict(args), indent=1) + "\n").encode())
 
     def _clear(self, clears):
-        """Delete what an earlier run left; refuse if it was not finished: it may have run for days."""
+        """Delete what an earlier run left; refuse if it was not finished: it may be days."""
         unfinished = not (self.out / "result.json").exists()
         for pattern in ("checkpoint.pt", "checkpoint-previous.pt", *clears):
             for path in sorted(self.out.glob(pattern)):
@@ -395,7 +401,7 @@ class RunFolder:
         """Log a row and show it: beside the bar on a terminal, as an aligned line elsewhere."""
         figures = self.log(row)
         bar.set_postfix(figures)
-        if bar.disable:
+        if bar.disable and self.rank == 0:
             print("  ".join(f"{name} {value:>8}" for name, value in figures.items()), flush=True)
 
     def has_checkpoint(self):
@@ -445,12 +451,13 @@ class RunFolder:
             yield None
             self.keep_rows([])
             return
-        with fail_in_one_line(f"{path}: no checkpoint of this run", "run without --resume"):
+        advice = "run without --resume, in another --out"
+        with fail_in_one_line(f"{path}: no checkpoint of this run", advice):
             yield saved["state"]
             if saved["n_rows"] > len(self.rows):
                 raise ValueError("metrics.jsonl has lost rows")
-            self.keep_rows(self.rows[: saved["n_rows"]])
             self._generator().set_rng_state(saved["rng"])
+            self.keep_rows(self.rows[: saved["n_rows"]])
 
     def _find_checkpoint(self):
         """The newest checkpoint that can be read, and what it holds; (None, None) without any."""
@@ -463,7 +470,7 @@ class RunFolder:
                 return path, read_checkpoint(path)
             print(f"{path} is damaged: continuing from {last.name}")
             path.unlink()  # the next one written must not push it over the whole one
-        return last, read_checkpoint(last)
+        return last, read_checkpoint(last, "begin again in another --out")
 
     def save_student(self, student, arch, info, method, dataset, accuracy):
         """Write student.pt, described as the checkpoints of teacher.py are.
