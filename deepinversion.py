@@ -233,6 +233,8 @@ class Target:
 def moment_loss(found, args):
     """R_feature, eq. 4: how far a batch's moments are from those that the teacher stored.
 
+    The stored ones stand for the training data's expectations (eq. 5 and 6).
+
         R_feature(x) = sum_l w_l ( || mean_l(x) - running_mean_l ||_2
                                  + || var_l(x)  - running_var_l  ||_2 )
 
@@ -274,7 +276,11 @@ TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 
 
 def synthesis_loss(x, draw, target, args):
-    """The loss of images x (N, C, H, W), eq. 1 with the image priors of eq. 2 and 3.
+    """The loss of images x (N, C, H, W), eq. 1 with the image priors of eq. 3.
+
+        TV2 = sum_d || x - shift_d(x) ||_2    over the whole batch
+        TV1 = sum_d mean | x - shift_d(x) |   d: right, down, and both diagonals, by one pixel
+        R_l2 = mean over images of || x ||_2
 
     Args:
         x: in normalised units.
@@ -463,6 +469,7 @@ class Synthesis:
         """Images (N, C, H, W) uint8 of batch `number`, on the CPU; from its file if it is there."""
         path = get_image_path(self.args.out, number)
         if path.exists():
+            self.bar.update(count_steps(self.args))
             images, _ = read_images(path)
             return images
         advice = "try a smaller --batch-size or --no-fused; on a GPU --no-graph or --no-bf16"
@@ -766,13 +773,13 @@ def choose_preset(teacher, dataset):
 
 
 def shrink(args):
-    """The --smoke run: 6 steps on 20 images; of a student 2 epochs of 2 updates."""
+    """The --smoke run: 6 steps on batches of 20 images; of a student 2 epochs of 2 updates."""
+    iterations_low = min(args.iterations_low, 4)
     return replace(
         args,
         batch_size=min(args.batch_size, 20),
-        num_images=0,
-        iterations=2 if args.iterations_low else 6,
-        iterations_low=4 if args.iterations_low else 0,
+        iterations=6 - iterations_low,
+        iterations_low=iterations_low,
         initial_batches=1,
         batches_per_epoch=1,
         epochs=2,
@@ -812,7 +819,9 @@ def count_batches(args, world):
     n_batches = math.ceil(max(args.num_images, 1) / args.batch_size)
     if args.student:
         if args.num_images == 0:
-            n_batches = 0 if args.images else args.initial_batches
+            n_batches = args.initial_batches
+            if args.images:
+                n_batches = 0
         n_batches += args.epochs * args.batches_per_epoch
     return world * math.ceil(n_batches / world)
 

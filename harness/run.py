@@ -317,6 +317,8 @@ class RunFolder:
     """
 
     def __init__(self, args, device, may_change=(), clears=(), rank=0):
+        if not args.out:
+            fail("--out: expected a folder, got an empty name; pass one")
         self.args = args
         self.device = device
         self.rank = rank
