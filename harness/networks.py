@@ -175,7 +175,7 @@ class VGG(nn.Module):
 
 
 class WideBlock(nn.Module):
-    """Pre-activation block. Where channels change, a 1x1 shortcut reads the input after its ReLU."""
+    """Pre-activation block. Where channels change, a 1x1 shortcut reads the ReLU's output."""
 
     def __init__(self, in_channels, channels, stride):
         super().__init__()
