@@ -1,0 +1,1 @@
+"""Speed of the ops and of whole steps: `python -m bench --help`."""
