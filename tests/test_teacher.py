@@ -1,39 +1,34 @@
-"""teacher.py: networks, readers of the data files, augmentation, training, resume, export, one-line errors."""
+"""teacher.py: data files, downloads, changes of images, training, export, refusals."""
 
 import gzip
 import hashlib
 import io
 import json
-import math
-import re
 import struct
-import subprocess
 import tarfile
 import urllib.request
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
+import torch.nn as nn
+import torch.nn.functional as F
+from scripts import read_refusal
 
 import teacher
-from kernels.data import FILES, load_dataset, load_digits
-from teacher import ARCHS, DATASETS, MD5, Args, augment, fetch, normalise
-
-CHECKPOINT_KEYS = {"arch", "num_classes", "channels", "image_size", "mean", "std", "accuracy", "command"}
+from harness.data import FILES, FOLDERS, evaluate, load_dataset, load_digits, normalise
+from harness.load import load_trained, make_info
+from harness.networks import NETWORKS
+from teacher import Args, crop_and_mirror, fetch_dataset
 
 
 @pytest.fixture(autouse=True)
-def command_line(monkeypatch):
-    """Messages name the script, checkpoints record the command; no test reaches the network."""
-
-    def no_network(*args, **kwargs):
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
         raise OSError("no network")
 
-    monkeypatch.setattr("sys.argv", ["teacher.py"])
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+    monkeypatch.setattr("sys.argv", ["teacher.py"])  # checkpoints record the command
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture
@@ -41,673 +36,637 @@ def few_digits(monkeypatch):
     """256 training and 64 test digits."""
     splits = {split: load_digits(split) for split in ("train", "test")}
 
-    def few(dataset, data_dir, split):
+    def load_few(dataset, data_dir, split):
         n = 256 if split == "train" else 64
-        return tuple(t[:n] for t in splits[split])
+        images, labels = splits[split]
+        return images[:n], labels[:n]
 
-    monkeypatch.setattr(teacher, "load_dataset", few)
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(teacher, "load_dataset", load_few)
 
 
-def pixels(*shape, seed=0):
-    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def train_briefly(out, **options):
+    """A run of one epoch of LeNet-5; returns its result.json."""
+    options = {"arch": "lenet5", "epochs": 1, "lr": 0.05, "device": "cpu", **options}
+    teacher.main(Args(out=str(out), **options))
+    return json.loads((out / "result.json").read_text())
 
 
-# Networks
+def read_rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(
-    "arch, count",
-    [
-        ("lenet5", 62_006),
-        ("lenet5_half", 15_888),
-        ("resnet8", 75_290),
-        ("resnet20", 269_722),
-        ("resnet32", 464_154),
-        ("resnet44", 658_586),
-        ("resnet56", 853_018),
-        ("wrn_16_1", 175_066),
-        ("wrn_16_2", 691_674),
-        ("wrn_40_1", 563_930),
-        ("wrn_40_2", 2_243_546),
-        ("resnet18_cifar", 11_173_962),
-        ("resnet34_cifar", 21_282_122),
-        ("vgg11_bn", 9_231_114),
-    ],
-)
-def test_parameter_count(arch, count):
-    with torch.device("meta"):
-        network = ARCHS[arch](num_classes=10, in_channels=3)
-    assert sum(p.numel() for p in network.parameters()) == count
+def random_pixels(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-GROUPS = {
-    "lenet5": [(6, 28, 28), (16, 10, 10)],
-    "lenet5_half": [(3, 28, 28), (8, 10, 10)],
-    "resnet20": [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
-    "resnet18_cifar": [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4)],
-    "vgg11_bn": [(64, 32, 32), (128, 16, 16), (256, 8, 8), (512, 4, 4), (512, 2, 2)],
-    "wrn_16_1": [(16, 32, 32), (32, 16, 16), (64, 8, 8)],
-    "wrn_40_2": [(32, 32, 32), (64, 16, 16), (128, 8, 8)],
-}
-
-
-@pytest.mark.parametrize("arch", GROUPS)
-@torch.no_grad()
-def test_group_shapes(arch):
-    logits, groups = ARCHS[arch](num_classes=7, in_channels=1).forward_groups(torch.zeros(2, 1, 32, 32))
-    assert logits.shape == (2, 7)
-    assert [tuple(g.shape) for g in groups] == [(2, *shape) for shape in GROUPS[arch]]
-
-
-@pytest.mark.parametrize("arch, raw", [("wrn_16_1", True), ("lenet5", False), ("resnet8", False)])
-def test_groups_and_logits(arch, raw):
-    torch.manual_seed(0)
-    network, x = ARCHS[arch]().eval(), torch.randn(2, 3, 32, 32)
-    logits, groups = network.forward_groups(x)
-    assert torch.equal(logits, network(x)) and logits.std() > 0
-    for group in groups:  # raw residual sums of a WRN, activations after ReLU elsewhere
-        assert (group.min() < 0) == raw and group.max() > 0
-
-
-# Data
-
-
-def write_idx(folder, split, images, labels):
-    """MNIST's files: big-endian magic number and sizes, then bytes, compressed."""
-    (folder / "mnist").mkdir(exist_ok=True)
-    for name, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, labels)):
-        header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
-        path = folder / "mnist" / f"{'train' if split == 'train' else 't10k'}-{name}-ubyte.gz"
-        path.write_bytes(gzip.compress(header + array.numpy().tobytes()))
-    return path
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_mnist_reader(tmp_path, split):
-    images, labels = pixels(3, 28, 28), torch.tensor([7, 0, 9], dtype=torch.uint8)
-    write_idx(tmp_path, split, images, labels)
-    x, y = load_dataset("mnist", str(tmp_path), split)
-    assert x.shape == (3, 1, 32, 32) and x.dtype == torch.uint8
-    assert torch.equal(x[:, 0, 2:30, 2:30], images)
-    assert x.sum() == images.sum()  # the border is zero
-    assert y.dtype == torch.int64 and y.tolist() == [7, 0, 9]
-
-
-def cifar_records(dataset, name):
-    """Two records of one file; returns (bytes, images, labels). CIFAR-100 has a coarse label before the fine one."""
-    images = pixels(2, 3, 32, 32, seed=len(name) + sum(name.encode()))
-    labels = [(11, 3), (4, 99)] if dataset == "cifar100" else [(3,), (9,)]
-    data = b"".join(bytes(y) + x.numpy().tobytes() for x, y in zip(images, labels, strict=True))
-    return data, images, torch.tensor([y[-1] for y in labels])
-
-
-def write_cifar(folder, dataset):
-    subfolder, train_files, test_files, _ = FILES[dataset]
-    (folder / subfolder).mkdir()
-    for name in [*train_files, *test_files]:
-        (folder / subfolder / name).write_bytes(cifar_records(dataset, name)[0])
-
-
-def pack_cifar(dataset, extra=()):
-    """The official archive with tiny files, as bytes; `extra` names more members."""
-    subfolder, train_files, test_files, _ = FILES[dataset]
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        for name in [*extra, *(f"{subfolder}/{name}" for name in [*train_files, *test_files])]:
-            data = cifar_records(dataset, Path(name).name)[0]
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return packed.getvalue()
-
-
-def assert_tiny_cifar(dataset, folder):
-    for split, names in zip(("train", "test"), FILES[dataset][1:3], strict=True):
-        x, y = load_dataset(dataset, str(folder), split)
-        records = [cifar_records(dataset, name) for name in names]
-        assert torch.equal(x, torch.cat([images for _, images, _ in records])) and x.dtype == torch.uint8
-        assert torch.equal(y, torch.cat([labels for _, _, labels in records])) and y.dtype == torch.int64
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_cifar_reader(tmp_path, dataset):
-    write_cifar(tmp_path, dataset)
-    assert_tiny_cifar(dataset, tmp_path)
-
-
-def test_cifar_record_layout(tmp_path):
-    """Label, then the red, green and blue plane, each row by row: from the data set's own description."""
-    (tmp_path / "cifar-10-batches-bin").mkdir()
-    record = bytearray(3073)
-    record[0] = 6
-    record[1 + 1 * 1024 + 5 * 32 + 9] = 200  # green, row 5, column 9
-    (tmp_path / "cifar-10-batches-bin" / "test_batch.bin").write_bytes(record)
-    x, y = load_dataset("cifar10", str(tmp_path), "test")
-    assert y.tolist() == [6] and x.nonzero().tolist() == [[0, 1, 5, 9]] and x.max() == 200
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_cifar_from_archive(tmp_path, dataset):
-    archive = tmp_path / "data" / f"cifar-{dataset[5:]}-binary.tar.gz"
-    archive.parent.mkdir()
-    archive.write_bytes(pack_cifar(dataset, extra=["../outside.bin", "inside.bin"]))
-    fetch(dataset, str(archive.parent))
-    assert_tiny_cifar(dataset, archive.parent)
-    found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
-    assert found == {archive.name, *FILES[dataset][1], *FILES[dataset][2]}  # known members only
-
-
-def test_unpacking_mends_what_is_missing_and_touches_nothing_else(tmp_path):
-    write_cifar(tmp_path, "cifar10")
-    (tmp_path / "cifar-10-batches-bin" / "data_batch_3.bin").unlink()
-    mine = tmp_path / "cifar-10-batches-bin" / "test_batch.bin"
-    mine.write_bytes(b"mine")
-    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(pack_cifar("cifar10"))
-    fetch("cifar10", str(tmp_path))
-    assert len(load_dataset("cifar10", str(tmp_path), "train")[0]) == 10
-    assert mine.read_bytes() == b"mine"
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_cifar_download(tmp_path, monkeypatch, capsys, damaged):
-    packed, urls = pack_cifar("cifar10"), []
-
-    def urlopen(url, timeout):
-        urls.append(url)
-        return io.BytesIO(packed[:-1] if damaged else packed)
-
-    monkeypatch.setitem(MD5, "cifar-10-binary.tar.gz", hashlib.md5(packed).hexdigest())
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    if damaged:
-        assert "expected MD5" in message_of(capsys, lambda: fetch("cifar10", str(tmp_path)))
-        assert not list(tmp_path.rglob("*.*"))
-    else:
-        fetch("cifar10", str(tmp_path))
-        assert_tiny_cifar("cifar10", tmp_path)
-        assert not list(tmp_path.glob("*.part"))
-        fetch("cifar10", str(tmp_path))  # nothing is missing any more
-    assert urls == ["https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"]
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_mnist_download(tmp_path, monkeypatch, capsys, damaged):
-    images, labels, urls = pixels(3, 28, 28), torch.tensor([7, 0, 9], dtype=torch.uint8), []
-    (tmp_path / "official").mkdir()
-    for split in ("train", "test"):
-        write_idx(tmp_path / "official", split, images, labels)
-    official = {path.name: path.read_bytes() for path in (tmp_path / "official" / "mnist").iterdir()}
-
-    def urlopen(url, timeout):
-        urls.append(url)
-        blob = official[url.rpartition("/")[2]]
-        return io.BytesIO(blob[:-1] if damaged else blob)
-
-    for name, blob in official.items():
-        monkeypatch.setitem(MD5, name, hashlib.md5(blob).hexdigest())
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    folder = tmp_path / "data"
-    if damaged:
-        assert "expected MD5" in message_of(capsys, lambda: fetch("mnist", str(folder)))
-        assert not list(folder.rglob("*.*"))
-        return
-    fetch("mnist", str(folder))
-    assert sorted(urls) == sorted(f"https://ossci-datasets.s3.amazonaws.com/mnist/{name}" for name in official)
-    (folder / "mnist" / "t10k-labels-idx1-ubyte.gz").unlink()
-    fetch("mnist", str(folder))
-    assert len(urls) == 5 and urls[-1].endswith("/t10k-labels-idx1-ubyte.gz")  # only what is missing
-    for split in ("train", "test"):
-        assert load_dataset("mnist", str(folder), split)[1].tolist() == [7, 0, 9]
-    assert not list(folder.rglob("*.part"))
-
-
-def test_digits_split():
-    (x, y), (x_test, y_test) = (load_dataset("digits", "", split) for split in ("train", "test"))
-    assert x.shape == (1437, 1, 32, 32) and x_test.shape == (360, 1, 32, 32)
-    assert x.dtype == x_test.dtype == torch.uint8 and y.dtype == torch.int64
-    assert x.min() == 0 and x.max() == 255
-    assert y.unique().tolist() == y_test.unique().tolist() == list(range(10))
-    assert not {image.numpy().tobytes() for image in x} & {image.numpy().tobytes() for image in x_test}
-    assert torch.equal(x, load_dataset("digits", "", "train")[0])  # the same split every time
-    z = normalise(x, DATASETS["digits"]["mean"], DATASETS["digits"]["std"])
-    assert abs(z.mean()) < 1e-3 and abs(z.std() - 1) < 1e-3
-
-
-def test_normalise():
-    x = pixels(4, 3, 5, 7)
-    mean, std = DATASETS["cifar10"]["mean"], DATASETS["cifar10"]["std"]
-    exact = (x.numpy() / 255 - np.reshape(mean, (1, 3, 1, 1))) / np.reshape(std, (1, 3, 1, 1))
-    z = normalise(x, mean, std)
-    assert z.dtype == torch.float32 and np.abs(z.numpy() - exact).max() < 1e-6
-
-
-# Augmentation
-
-
-def generator(seed=0):
+def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_augment_without_padding_and_flip_is_the_identity():
-    x = pixels(5, 3, 8, 8)
-    y = augment(x, 0, False, generator())
-    assert torch.equal(y, x) and y.is_contiguous(memory_format=torch.channels_last)
+# Data files
+
+MNIST_LABELS = torch.tensor([7, 0, 9], dtype=torch.uint8)
 
 
-def test_augment_crop_by_hand(monkeypatch):
-    """Zero-padded by 1, then cut from (top, left) = (0, 2) and (2, 1)."""
-    x = torch.tensor([[[[1, 2, 3], [4, 5, 6], [7, 8, 9]]]] * 2, dtype=torch.uint8)
-    monkeypatch.setattr(torch, "randint", lambda *args, **kwargs: torch.tensor([[0, 2], [2, 1]]))
-    first, second = augment(x, 1, False, generator()).squeeze(1).tolist()
-    assert first == [[0, 0, 0], [2, 3, 0], [5, 6, 0]]
-    assert second == [[4, 5, 6], [7, 8, 9], [0, 0, 0]]
+def write_idx(folder, split, images, labels):
+    """Two of MNIST's files: magic number and sizes as big-endian integers, then bytes; gzipped."""
+    paths = []
+    for name, magic, array in zip(
+        FILES["mnist"][split], (2051, 2049), (images, labels), strict=True
+    ):
+        header = struct.pack(f">{1 + array.ndim}I", magic, *array.shape)
+        path = folder / "mnist" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(header + array.numpy().tobytes()))
+        paths.append(path)
+    return paths
 
 
-def all_views(image, pad, flip):
-    """Every crop of one padded image (C, H, W), mirrored too where `flip`, as bytes."""
+def make_records(dataset, name):
+    """Two records of a CIFAR file: the file's bytes, images and labels.
+
+    CIFAR-100 has a coarse label before the fine one, which counts.
+    """
+    images = random_pixels(2, 3, 32, 32, seed=sum(name.encode()))
+    labels = [(11, 3), (4, 99)] if dataset == "cifar100" else [(3,), (9,)]
+    records = [bytes(y) + x.numpy().tobytes() for x, y in zip(images, labels, strict=True)]
+    return b"".join(records), images, torch.tensor([y[-1] for y in labels])
+
+
+def list_cifar_files(dataset):
+    return [*FILES[dataset]["train"], *FILES[dataset]["test"]]
+
+
+def write_cifar(data_dir, dataset):
+    folder = data_dir / FOLDERS[dataset]
+    folder.mkdir()
+    for name in list_cifar_files(dataset):
+        (folder / name).write_bytes(make_records(dataset, name)[0])
+    return folder
+
+
+def assert_whole_cifar(dataset, data_dir):
+    """Both splits hold the records of make_records, in the files' order."""
+    for split in ("train", "test"):
+        images, labels = load_dataset(dataset, str(data_dir), split)
+        records = [make_records(dataset, name) for name in FILES[dataset][split]]
+        assert images.dtype == torch.uint8
+        assert labels.dtype == torch.int64
+        assert torch.equal(images, torch.cat([x for _, x, _ in records]))
+        assert torch.equal(labels, torch.cat([y for _, _, y in records]))
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_mnist_is_read_and_padded_to_32_pixels(tmp_path, split):
+    pixels = random_pixels(3, 28, 28)
+    write_idx(tmp_path, split, pixels, MNIST_LABELS)
+    images, labels = load_dataset("mnist", str(tmp_path), split)
+    assert images.shape == (3, 1, 32, 32)
+    assert images.dtype == torch.uint8
+    assert torch.equal(images[:, 0, 2:30, 2:30], pixels)
+    assert images.sum() == pixels.sum()  # the border is zero
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [7, 0, 9]
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar_is_read_file_by_file(tmp_path, dataset):
+    write_cifar(tmp_path, dataset)
+    assert_whole_cifar(dataset, tmp_path)
+
+
+def test_a_cifar_record_is_a_label_and_three_planes_of_rows(tmp_path):
+    record = bytearray(3073)
+    record[0] = 6
+    record[1 + 1 * 1024 + 5 * 32 + 9] = 200  # green, row 5, column 9
+    (tmp_path / "cifar-10-batches-bin").mkdir()
+    (tmp_path / "cifar-10-batches-bin/test_batch.bin").write_bytes(record)
+    images, labels = load_dataset("cifar10", str(tmp_path), "test")
+    assert labels.tolist() == [6]
+    assert images.nonzero().tolist() == [[0, 1, 5, 9]]
+    assert images.max() == 200
+
+
+def test_digits_are_split_once_and_have_the_moments_that_they_are_normalised_with():
+    images, labels = load_dataset("digits", "", "train")
+    test_images, test_labels = load_dataset("digits", "", "test")
+    assert images.shape == (1437, 1, 32, 32)
+    assert test_images.shape == (360, 1, 32, 32)
+    assert labels.unique().tolist() == test_labels.unique().tolist() == list(range(10))
+    assert (images.min(), images.max()) == (0, 255)
+    shown = {image.numpy().tobytes() for image in images}
+    assert not shown & {image.numpy().tobytes() for image in test_images}
+    assert torch.equal(images, load_dataset("digits", "", "train")[0])
+
+    x = normalise(images, make_info("digits", teacher.DESCRIPTIONS["digits"]))
+    assert abs(x.mean()) < 1e-3
+    assert abs(x.std() - 1) < 1e-3
+
+
+def test_normalising_subtracts_the_mean_and_divides_by_the_deviation():
+    info = make_info("cifar10", teacher.DESCRIPTIONS["cifar10"])
+    pixels = random_pixels(4, 3, 5, 7)
+    mean = np.reshape(info.mean, (1, 3, 1, 1))
+    std = np.reshape(info.std, (1, 3, 1, 1))
+    exact = (pixels.numpy() / 255 - mean) / std
+    x = normalise(pixels, info)
+    assert x.dtype == torch.float32
+    assert np.abs(x.numpy() - exact).max() < 1e-6
+
+
+def test_accuracy_is_measured_in_eval_mode_over_all_batches():
+    class Brightest(nn.Module):
+        """Class 1 for light images, 0 for dark ones; in train mode the other way round."""
+
+        def __init__(self):
+            super().__init__()
+            self.unused = nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            light = x.mean((1, 2, 3)) > 0
+            return F.one_hot((light ^ self.training).long(), 2).float()
+
+    values = torch.tensor([0, 255, 0, 255, 250], dtype=torch.uint8)
+    images = values.view(5, 1, 1, 1).expand(5, 1, 4, 4)
+    info = make_info("brightest", dict(mean=(0.5,), std=(0.5,)))
+    network = Brightest()
+    for labels, accuracy in (([0, 1, 0, 1, 1], 100), ([1, 1, 0, 1, 0], 60)):
+        assert evaluate(network, images, torch.tensor(labels), info, batch_size=2) == accuracy
+    assert network.training
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_file_is_named_with_the_command_that_fetches_it(tmp_path, capsys, dataset, split):
+    message = read_refusal(capsys, load_dataset, dataset, str(tmp_path), split)
+    assert f"{tmp_path / FOLDERS[dataset]} cannot be read" in message
+    assert FILES[dataset][split][0] in message
+    assert f"python teacher.py --dataset {dataset} --data-dir {tmp_path} fetches" in message
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["images", "labels"])
+@pytest.mark.parametrize("damage", ["cut", "no gzip", "empty", "header", "one less"])
+def test_a_damaged_mnist_file_is_refused(tmp_path, capsys, damage, kind):
+    labels = torch.zeros(40, dtype=torch.uint8)
+    path = write_idx(tmp_path, "test", random_pixels(40, 28, 28), labels)[kind]
+    header, size = [(16, 784), (8, 1)][kind]
+    packed = path.read_bytes()
+    content = gzip.decompress(packed)
+    damaged = {
+        "cut": packed[:-20],
+        "no gzip": b"<html>",
+        "empty": b"",
+        "header": gzip.compress(content[:header]),
+        "one less": gzip.compress(content[:-size]),
+    }
+    path.write_bytes(damaged[damage])
+    message = read_refusal(capsys, load_dataset, "mnist", str(tmp_path), "test")
+    assert f"{tmp_path / 'mnist'} cannot be read" in message
+    if damage == "one less":
+        counts = ["40 labels of 39 images", "39 labels of 40 images"]
+        assert counts[kind] in message
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("size", [0, 1, 3072, 6147])
+def test_a_cifar_file_of_a_wrong_size_is_named(tmp_path, capsys, dataset, size):
+    folder = write_cifar(tmp_path, dataset)
+    name = FILES[dataset]["train"][-1]
+    (folder / name).write_bytes(bytes(size))
+    message = read_refusal(capsys, load_dataset, dataset, str(tmp_path), "train")
+    assert f"{name}: expected records of" in message
+    assert f"got {size} bytes" in message
+
+
+def test_a_byte_that_moved_into_the_next_cifar_file_is_noticed(tmp_path, capsys):
+    folder = write_cifar(tmp_path, "cifar10")
+    first, second = folder / "data_batch_1.bin", folder / "data_batch_2.bin"
+    first.write_bytes(first.read_bytes()[:-1])
+    second.write_bytes(b"x" + second.read_bytes())
+    message = read_refusal(capsys, load_dataset, "cifar10", str(tmp_path), "train")
+    assert "data_batch_1.bin" in message
+
+
+@pytest.mark.parametrize(("dataset", "last"), [("mnist", 9), ("cifar10", 9), ("cifar100", 99)])
+def test_labels_that_are_no_class_are_refused(tmp_path, capsys, dataset, last):
+    if dataset == "mnist":
+        labels = torch.tensor([0, last + 1], dtype=torch.uint8)
+        write_idx(tmp_path, "test", random_pixels(2, 28, 28), labels)
+    else:
+        folder = write_cifar(tmp_path, dataset)
+        n_labels = 2 if dataset == "cifar100" else 1
+        record = bytearray(n_labels + 3072)
+        record[n_labels - 1] = last + 1
+        (folder / FILES[dataset]["test"][0]).write_bytes(record)
+    message = read_refusal(capsys, load_dataset, dataset, str(tmp_path), "test")
+    assert f"expected labels from 0 to {last}, got {last + 1}" in message
+
+
+def test_damaged_data_stop_a_run_before_it_writes(tmp_path, capsys):
+    folder = write_cifar(tmp_path, "cifar10")
+    (folder / "data_batch_4.bin").write_bytes(b"<html>")
+    options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "run"))
+    message = read_refusal(capsys, teacher.main, Args(device="cpu", **options))
+    assert "data_batch_4.bin" in message
+    assert not (tmp_path / "run").exists()
+
+
+# Downloads
+
+
+def pack_cifar(dataset, others=()):
+    """The bytes of the official archive with tiny files, and with `others` as unknown members."""
+    packed = io.BytesIO()
+    wanted = [f"{FOLDERS[dataset]}/{name}" for name in list_cifar_files(dataset)]
+    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
+        for path in [*others, *wanted]:
+            content = make_records(dataset, path.rpartition("/")[2])[0]
+            member = tarfile.TarInfo(path)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return packed.getvalue()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve({name: bytes}, damaged) stands for the official servers; it returns their requests."""
+
+    def start(official, damaged=False):
+        urls = []
+
+        def urlopen(url, timeout):
+            urls.append(url)
+            content = official[url.rpartition("/")[2]]
+            return io.BytesIO(content[:-1] if damaged else content)
+
+        for name, content in official.items():
+            monkeypatch.setitem(teacher.MD5, name, hashlib.md5(content).hexdigest())
+        monkeypatch.setattr(urllib.request, "urlopen", urlopen)
+        return urls
+
+    return start
+
+
+def test_mnist_is_downloaded_as_far_as_it_is_missing(tmp_path, serve):
+    official = {}
+    for split in ("train", "test"):
+        for path in write_idx(tmp_path / "server", split, random_pixels(3, 28, 28), MNIST_LABELS):
+            official[path.name] = path.read_bytes()
+    urls = serve(official)
+    data_dir = str(tmp_path / "data")
+    fetch_dataset("mnist", data_dir)
+    address = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+    assert sorted(urls) == sorted(address + name for name in official)
+    for split in ("train", "test"):
+        assert load_dataset("mnist", data_dir, split)[1].tolist() == [7, 0, 9]
+
+    (tmp_path / "data/mnist/t10k-labels-idx1-ubyte.gz").unlink()
+    fetch_dataset("mnist", data_dir)
+    assert urls[4:] == [address + "t10k-labels-idx1-ubyte.gz"]
+    assert {path.name for path in (tmp_path / "data/mnist").iterdir()} == set(official)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifars_archive_is_downloaded_and_only_its_known_members_unpacked(tmp_path, serve, dataset):
+    archive = f"cifar-{dataset[5:]}-binary.tar.gz"
+    urls = serve({archive: pack_cifar(dataset, others=["../outside.bin", "inside.bin"])})
+    data_dir = tmp_path / "data"
+    fetch_dataset(dataset, str(data_dir))
+    assert_whole_cifar(dataset, data_dir)
+    found = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {archive, *list_cifar_files(dataset)}
+
+    fetch_dataset(dataset, str(data_dir))  # nothing is missing any more
+    assert urls == ["https://www.cs.toronto.edu/~kriz/" + archive]
+
+
+def test_unpacking_leaves_files_alone_that_are_there(tmp_path):
+    folder = write_cifar(tmp_path, "cifar10")
+    (folder / "data_batch_3.bin").unlink()
+    (folder / "test_batch.bin").write_bytes(b"mine")
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(pack_cifar("cifar10"))
+    fetch_dataset("cifar10", str(tmp_path))
+    assert len(load_dataset("cifar10", str(tmp_path), "train")[0]) == 10
+    assert (folder / "test_batch.bin").read_bytes() == b"mine"
+
+
+def test_a_download_with_another_md5_is_refused_and_not_kept(tmp_path, capsys, serve):
+    serve({"cifar-10-binary.tar.gz": pack_cifar("cifar10")}, damaged=True)
+    message = read_refusal(capsys, fetch_dataset, "cifar10", str(tmp_path))
+    assert "expected MD5" in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_network_the_refusal_names_address_and_place(tmp_path, capsys):
+    args = Args(dataset="mnist", data_dir=str(tmp_path), out=str(tmp_path / "run"))
+    message = read_refusal(capsys, teacher.main, args)
+    assert "https://ossci-datasets.s3.amazonaws.com/mnist/train-images" in message
+    assert "cannot be fetched: OSError: no network" in message
+    assert f"download it by hand to {tmp_path}/mnist/train-images" in message
+
+
+@pytest.mark.parametrize(
+    "content", [pack_cifar("cifar10")[:-4000], b"<html>", pack_cifar("cifar100")]
+)
+def test_a_damaged_archive_is_refused(tmp_path, capsys, content):
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(content)
+    message = read_refusal(capsys, fetch_dataset, "cifar10", str(tmp_path))
+    assert "cifar-10-binary.tar.gz cannot be unpacked" in message
+
+
+# Changes of images
+
+
+def test_without_padding_and_mirroring_an_image_stays_as_it_is():
+    images = random_pixels(5, 3, 8, 8)
+    changed = crop_and_mirror(images, 0, False, seeded())
+    assert torch.equal(changed, images)
+    assert changed.is_contiguous(memory_format=torch.channels_last)
+
+
+def list_views(image, padding, mirror):
+    """Every crop of one padded image (C, H, W), mirrored too if asked for, as bytes."""
     C, H, W = image.shape
-    padded = np.zeros((C, H + 2 * pad, W + 2 * pad), np.uint8)
-    padded[:, pad : pad + H, pad : pad + W] = image
-    crops = [padded[:, i : i + H, j : j + W] for i in range(2 * pad + 1) for j in range(2 * pad + 1)]
-    return {c.tobytes() for c in crops} | {c[:, :, ::-1].tobytes() for c in crops if flip}
+    padded = np.zeros((C, H + 2 * padding, W + 2 * padding), np.uint8)
+    padded[:, padding : padding + H, padding : padding + W] = image
+    views = set()
+    for top in range(2 * padding + 1):
+        for left in range(2 * padding + 1):
+            crop = padded[:, top : top + H, left : left + W]
+            views.add(crop.tobytes())
+            if mirror:
+                views.add(crop[:, :, ::-1].tobytes())
+    return views
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_augment_gives_all_views_and_no_others(flip):
-    image = pixels(2, 4, 5) // 2 + 1  # no zeros, which are the padding
-    seen = {view.numpy().tobytes() for view in augment(image.expand(600, -1, -1, -1), 1, flip, generator())}
-    assert seen == all_views(image.numpy(), 1, flip)
+@pytest.mark.parametrize("mirror", [False, True])
+def test_all_crops_occur_and_no_others(mirror):
+    image = random_pixels(2, 4, 5) // 2 + 1  # no zeros, which are the padding
+    changed = crop_and_mirror(image.expand(600, -1, -1, -1), 1, mirror, seeded())
+    seen = {view.numpy().tobytes() for view in changed}
+    assert seen == list_views(image.numpy(), 1, mirror)
 
 
-def test_augment_flip_alone():
-    x = pixels(64, 3, 4, 6)
-    y = augment(x, 0, True, generator())
-    mirrored = (y == x.flip(3)).flatten(1).all(1)
-    assert torch.equal(torch.where(mirrored[:, None, None, None], x.flip(3), x), y)
-    assert 16 < mirrored.sum() < 48
+def test_half_of_the_images_are_mirrored():
+    images = random_pixels(400, 3, 4, 6)
+    changed = crop_and_mirror(images, 0, True, seeded())
+    is_mirrored = (changed == images.flip(3)).flatten(1).all(1)
+    is_same = (changed == images).flatten(1).all(1)
+    assert (is_mirrored ^ is_same).all()
+    assert 150 < is_mirrored.sum() < 250
 
 
-def test_augment_depends_on_the_generator_alone():
-    x = pixels(16, 3, 8, 8)
-    first = augment(x, 2, True, generator())
+def test_changes_depend_on_the_generator_alone():
+    images = random_pixels(16, 3, 8, 8)
+    first = crop_and_mirror(images, 2, True, seeded())
     torch.rand(3)
-    assert torch.equal(augment(x, 2, True, generator()), first)
-    assert not torch.equal(augment(x, 2, True, generator(1)), first)
+    assert torch.equal(crop_and_mirror(images, 2, True, seeded()), first)
+    assert not torch.equal(crop_and_mirror(images, 2, True, seeded(1)), first)
 
 
 # Training
 
 
-def test_evaluate():
-    class Brightest(torch.nn.Module):
-        """Class 1 for light images, class 0 for dark ones; wrong on everything in training mode."""
-
-        def forward(self, x):
-            light = x.mean((1, 2, 3)) > 0
-            return torch.nn.functional.one_hot((light ^ self.training).long(), 2).float()
-
-    images = torch.stack([torch.full((1, 4, 4), v, dtype=torch.uint8) for v in (0, 255, 0, 255, 250)])
-    model = Brightest()
-    for labels, accuracy in (([0, 1, 0, 1, 1], 100.0), ([1, 1, 0, 1, 0], 60.0)):
-        assert teacher.evaluate(model, images, torch.tensor(labels), (0.5,), (0.5,), batch_size=2) == accuracy
-    assert model.training
+def test_the_learning_rate_rises_to_its_peak_and_falls_to_zero():
+    args = Args(lr=0.5, warmup=0.2)
+    rates = [teacher.compute_lr(step, 100, args) for step in range(101)]
+    assert rates[0] == pytest.approx(0.5 / 20)
+    assert rates[9] == pytest.approx(0.25)
+    assert rates[19] == max(rates) == 0.5
+    assert rates[60] == pytest.approx(0.25)
+    assert rates[100] == 0
 
 
-def test_smoke_run_and_export(tmp_path):
-    """The whole of a run of one epoch, and what its teacher.pt promises."""
-    teacher.main(Args(smoke=True, arch="resnet8", device="cpu", out=str(tmp_path / "run")))
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    (row,) = rows_of(tmp_path / "run")
-    assert math.isfinite(row["train/loss"]) and row["epoch"] == 1
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["epochs"] == 1
-
-    model, saved = teacher.load_export(tmp_path / "run" / "teacher.pt")
-    assert set(saved) >= CHECKPOINT_KEYS | {"state_dict"} and not model.training
-    assert saved["arch"] == "resnet8" and saved["command"].startswith("python teacher.py")
-    assert (saved["num_classes"], saved["channels"], saved["image_size"]) == (10, 1, 32)
-    assert saved["mean"] == DATASETS["digits"]["mean"] and saved["std"] == DATASETS["digits"]["std"]
-    assert result["accuracy"] == result["teacher_accuracy"] == saved["accuracy"]
-    accuracy = teacher.evaluate(model, *load_dataset("digits", "", "test"), saved["mean"], saved["std"])
-    assert accuracy == saved["accuracy"]  # of exactly these rounded weights
-
-    for key, value in saved["state_dict"].items():
-        if not value.is_floating_point():
-            continue
-        is_moment_or_scale = "bn" in key
-        assert value.dtype == (torch.float32 if is_moment_or_scale else torch.float16), key
+@pytest.mark.parametrize(("warmup", "first", "last"), [(0, 0.5, 0.05), (1, 0.05, 0.5)])
+def test_the_rise_may_take_no_step_or_all(warmup, first, last):
+    args = Args(lr=0.5, warmup=warmup)
+    rates = [teacher.compute_lr(step, 10, args) for step in range(10)]
+    assert rates[0] == pytest.approx(first, rel=0.12)
+    assert rates[9] == pytest.approx(last, rel=0.12)
+    assert max(rates) == 0.5
 
 
-@pytest.mark.parametrize("arch", ["lenet5_half", "resnet8", "wrn_16_1", "vgg11_bn"])
-def test_export_round_trip(tmp_path, arch):
-    torch.manual_seed(0)
-    model = ARCHS[arch](num_classes=10, in_channels=3)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer.copy_(0.1 * torch.randn(len(buffer)) + 1e-4)
-    rounded = teacher.exported(model)
-    n_layers = sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
-    assert sum(v.dtype == torch.float32 for v in rounded.values()) == 4 * n_layers  # scale, shift and both moments
-    assert all(torch.equal(rounded[k], v) for k, v in model.named_buffers())  # the moments are not rounded
-    teacher.atomic_save(dict(arch=arch, num_classes=10, channels=3, state_dict=rounded), tmp_path / "teacher.pt")
-    loaded, _ = teacher.load_export(tmp_path / "teacher.pt")
-    model.load_state_dict(rounded)
-    x = torch.randn(2, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(loaded(x), model.eval()(x))
-    assert [path.name for path in tmp_path.iterdir()] == ["teacher.pt"]
+def test_steps_are_those_of_nesterov_on_shuffled_and_cropped_batches(tmp_path, few_digits):
+    train_briefly(tmp_path, epochs=2, batch_size=100, seed=3)
+    trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["network"]
+
+    torch.manual_seed(3)
+    info = make_info("lenet5", teacher.DESCRIPTIONS["digits"])
+    network = NETWORKS["lenet5"](num_classes=10, in_channels=1)
+    images, labels = teacher.load_dataset("digits", "", "train")
+    generator = seeded(3)
+    momenta = [torch.zeros_like(p) for p in network.parameters()]
+    rates = [0.05, 0.05, 0.05 * 2 / 3, 0.05 / 3]  # four steps, of which one is the rise
+    for epoch in range(2):
+        order = torch.randperm(256, generator=generator)
+        for batch in range(2):  # the last 56 images are left out
+            chosen = order[100 * batch : 100 * (batch + 1)]
+            x = normalise(crop_and_mirror(images[chosen], 2, False, generator), info)
+            network.zero_grad()
+            F.cross_entropy(network(x), labels[chosen]).backward()
+            with torch.no_grad():
+                for p, momentum in zip(network.parameters(), momenta, strict=True):
+                    gradient = p.grad + 5e-4 * p
+                    momentum.mul_(0.9).add_(gradient)
+                    p -= rates[2 * epoch + batch] * (gradient + 0.9 * momentum)
+    for name, value in network.state_dict().items():
+        assert torch.allclose(trained[name], value, atol=1e-6), name
 
 
-def test_evaluate_option(tmp_path, capsys, few_digits):
-    args = dict(arch="lenet5", epochs=1, lr=0.05, device="cpu")
-    teacher.main(Args(out=str(tmp_path / "run"), **args))
-    accuracy = json.loads((tmp_path / "run" / "result.json").read_text())["accuracy"]
-    capsys.readouterr()
-    teacher.main(Args(evaluate=str(tmp_path / "run" / "teacher.pt"), device="cpu"))
-    assert capsys.readouterr().out == f"{accuracy:.2f} %\n"
-
-
-def test_training_lowers_the_loss(tmp_path):
-    teacher.main(Args(arch="lenet5", epochs=4, batch_size=32, lr=0.05, device="cpu", out=str(tmp_path)))
-    rows = rows_of(tmp_path)
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
+def test_training_lowers_the_loss_and_teaches_digits(tmp_path):
+    result = train_briefly(tmp_path, epochs=5, batch_size=32)
+    rows = read_rows(tmp_path)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
     assert rows[-1]["train/loss"] < 0.5 * rows[0]["train/loss"]
-    assert json.loads((tmp_path / "result.json").read_text())["accuracy"] > 70
+    assert rows[-1]["train/acc"] > 80
+    assert result["accuracy"] > 80
+
+    figures = {"epoch", "train/loss", "train/acc", "lr"}
+    assert all(set(row) == figures for row in rows[:4])
+    assert set(rows[4]) == figures | {"eval/acc"}  # every fifth epoch
+    assert rows[-1]["lr"] == 0
+    assert abs(rows[-1]["eval/acc"] - result["accuracy"]) < 1  # before rounding and after
 
 
-class Cut(BaseException):
-    """Stands for a power cut."""
+class PowerCut(BaseException):
+    pass
 
 
-def test_resume_is_bit_equal(tmp_path, monkeypatch, few_digits):
-    """Cut right after the first checkpoint, and right before the second, whose row of figures is then void."""
-    args = dict(arch="resnet8", epochs=2, batch_size=64, device="cpu")
-    teacher.main(Args(out=str(tmp_path / "straight"), **args))
-    save = teacher.atomic_save
-    for n_rows, name in enumerate(("after-first", "before-second"), 1):
-        saved = []
+def test_a_run_that_is_cut_before_a_checkpoint_resumes_bit_equal(tmp_path, monkeypatch, few_digits):
+    options = dict(arch="resnet8", epochs=2, batch_size=64)
+    whole = train_briefly(tmp_path / "whole", **options)
+    save_checkpoint = teacher.RunFolder.save_checkpoint
 
-        def save_or_stop(state, path, name=name, saved=saved):
-            if saved:
-                raise Cut
-            save(state, path)
-            saved.append(path)
-            if name == "after-first":
-                raise Cut
+    def save_or_cut(run, state):
+        if state["epoch"] == 2:
+            raise PowerCut
+        save_checkpoint(run, state)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(teacher, "atomic_save", save_or_stop)
-            with pytest.raises(Cut):
-                teacher.main(Args(out=str(tmp_path / name), **args))
-        assert len(rows_of(tmp_path / name)) == n_rows and not (tmp_path / name / "teacher.pt").exists()
-        torch.rand(5)  # nothing may depend on the global stream
-        teacher.main(Args(out=str(tmp_path / name), resume=True, **args))
+    with monkeypatch.context() as patch, pytest.raises(PowerCut):
+        patch.setattr(teacher.RunFolder, "save_checkpoint", save_or_cut)
+        train_briefly(tmp_path / "cut", **options)
+    assert not (tmp_path / "cut/teacher.pt").exists()
+    torch.rand(5)
+    resumed = train_briefly(tmp_path / "cut", resume=True, **options)
 
-    def outcome(name):
-        rows = [{k: v for k, v in row.items() if k != "seconds"} for row in rows_of(tmp_path / name)]
-        return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["model"], rows
-
-    state, rows = outcome("straight")
-    for name in ("after-first", "before-second"):
-        resumed_state, resumed_rows = outcome(name)
-        assert state.keys() == resumed_state.keys()
-        for key, value in state.items():
-            assert torch.equal(value, resumed_state[key]), f"{name}: {key}"
-        assert resumed_rows == rows, name
+    assert resumed["accuracy"] == whole["accuracy"]
+    assert read_rows(tmp_path / "cut") == read_rows(tmp_path / "whole")
+    expected = torch.load(tmp_path / "whole/teacher.pt", weights_only=True)["state_dict"]
+    found = torch.load(tmp_path / "cut/teacher.pt", weights_only=True)["state_dict"]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
 
 
-def test_a_new_run_starts_a_new_record(tmp_path, few_digits):
-    for _ in range(2):
-        teacher.main(Args(arch="lenet5", epochs=1, lr=0.05, device="cpu", out=str(tmp_path)))
-    assert len(rows_of(tmp_path)) == 1
-
-
-def test_resume_never_takes_another_run(tmp_path, monkeypatch, few_digits):
-    """A finished run, then another one in its folder, cut before its first checkpoint: nothing to resume."""
-    args = dict(arch="lenet5", epochs=1, lr=0.05, device="cpu", out=str(tmp_path))
-    teacher.main(Args(**args))
-
-    def cut(*args):
-        raise Cut
-
-    with monkeypatch.context() as patch:
-        patch.setattr(teacher, "train_epoch", cut)
-        with pytest.raises(Cut):
-            teacher.main(Args(seed=1, **args))
-    teacher.main(Args(seed=1, resume=True, **args))
-    resumed = torch.load(tmp_path / "teacher.pt", weights_only=True)["state_dict"]
-    teacher.main(Args(seed=1, **args))
-    straight = torch.load(tmp_path / "teacher.pt", weights_only=True)["state_dict"]
-    assert all(torch.equal(value, straight[key]) for key, value in resumed.items())
-
-
-def test_the_loop_rarely_waits_for_the_device(monkeypatch, few_digits):
-    """Where no bar is shown, the figures are fetched once, at the end of the epoch."""
+def test_the_host_waits_for_the_device_once_an_epoch_not_once_a_step(
+    tmp_path, monkeypatch, few_digits
+):
     fetched = []
     item = torch.Tensor.item
-    monkeypatch.setattr(torch.Tensor, "item", lambda self: fetched.append(1) or item(self))
-    model = ARCHS["lenet5"](in_channels=1)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    images, labels = teacher.load_dataset("digits", "", "train")
-    settings = SimpleNamespace(batch_size=16)
-    with tqdm(disable=True) as bar:
-        teacher.train_epoch(model, optimizer, schedule, images, labels, DATASETS["digits"], generator(), settings, bar)
-    assert len(fetched) <= 4  # of 16 steps
+    monkeypatch.setattr(torch.Tensor, "item", lambda x: fetched.append(1) or item(x))
+    train_briefly(tmp_path / "large", batch_size=128)  # 2 steps
+    n_large = len(fetched)
+    train_briefly(tmp_path / "small", batch_size=16)  # 16 steps
+    assert len(fetched) - n_large == n_large
 
 
-def test_result_is_written_without_git(tmp_path, monkeypatch, few_digits):
-    def no_git(command, *args, **kwargs):
-        raise FileNotFoundError(2, "No such file or directory", command[0])
-
-    monkeypatch.setattr(subprocess, "run", no_git)
-    teacher.main(Args(arch="lenet5", epochs=1, lr=0.05, device="cpu", out=str(tmp_path)))
-    assert json.loads((tmp_path / "result.json").read_text())["versions"]["commit"] == "unknown"
+def test_a_diverging_run_is_refused_and_leaves_no_teacher(tmp_path, capsys, few_digits):
+    args = Args(arch="lenet5", epochs=1, lr=1e9, device="cpu", out=str(tmp_path / "run"))
+    assert "not finite" in read_refusal(capsys, teacher.main, args)
+    assert not (tmp_path / "run/teacher.pt").exists()
 
 
-def test_ship(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher, "__file__", str(tmp_path / "teacher.py"))
+# Export
+
+
+def test_a_teacher_describes_itself_and_has_the_accuracy_of_its_rounded_weights(tmp_path):
+    teacher.main(Args(smoke=True, device="cpu", data_note="a note", out=str(tmp_path)))
+    result = json.loads((tmp_path / "result.json").read_text())
+    saved = torch.load(tmp_path / "teacher.pt", weights_only=True)
+    state = saved.pop("state_dict")
+    keys = ["format", "arch", "dataset", "data", "command", "num_classes", "channels"]
+    keys += ["image_size", "mean", "std", "accuracy", "seed", "seconds", "versions"]
+    assert list(saved) == keys
+    assert (saved["arch"], saved["dataset"], saved["data"]) == ("resnet8", "digits", "a note")
+    assert (saved["num_classes"], saved["channels"], saved["image_size"]) == (10, 1, 32)
+    assert (saved["mean"], saved["std"]) == ((0.3054,), (0.3237,))
+    assert saved["command"].startswith("python teacher.py")
+    assert saved["accuracy"] == result["accuracy"] == result["teacher_accuracy"]
+    for name, value in state.items():
+        if value.is_floating_point():
+            assert value.dtype == (torch.float32 if "bn" in name else torch.float16), name
+
+    network, info = load_trained(str(tmp_path / "teacher.pt"), "cpu", "")
+    assert evaluate(network, *load_dataset("digits", "", "test"), info) == saved["accuracy"]
+    assert len(read_rows(tmp_path)) == 1  # --smoke
+
+
+@pytest.mark.parametrize("arch", ["lenet5_half", "resnet8", "resnet18_cifar", "wrn_16_1"])
+def test_rounding_leaves_batchnorm_as_it_is(arch):
+    network = NETWORKS[arch](num_classes=10, in_channels=3)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    rounded = teacher.round_weights(network)
+    state = network.state_dict()
+    assert list(rounded) == list(state)
+
+    batchnorms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    untouched = [
+        name for name in state if torch.equal(rounded[name].double(), state[name].double())
+    ]
+    n_fp32 = sum(value.dtype == torch.float32 for value in rounded.values())
+    assert n_fp32 == 4 * len(batchnorms)  # scale, shift and both moments
+    for name, value in rounded.items():
+        if value.dtype != torch.float16:
+            assert name in untouched, name
+    network.load_state_dict(rounded)
+
+
+def test_shipped_teachers_are_listed_by_name_with_their_digest(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher, "ROOT", tmp_path)
+    description = dict(arch="lenet5", accuracy=12.5, command="python teacher.py")
+    torch.save(dict(description, state_dict={"w": torch.ones(2)}), tmp_path / "teacher.pt")
     for name in ("b", "a"):
-        saved = dict(arch="lenet5", accuracy=12.5, command="python teacher.py", state_dict={"w": torch.ones(2)})
-        teacher.atomic_save(saved, tmp_path / "teacher.pt")
         teacher.ship(tmp_path / "teacher.pt", name)
-    index = json.loads((tmp_path / "teachers" / "index.json").read_text())
+    index = json.loads((tmp_path / "teachers/index.json").read_text())
     assert list(index) == ["a", "b"]
+    blob = (tmp_path / "teacher.pt").read_bytes()
     for name, entry in index.items():
-        blob = (tmp_path / "teachers" / f"{name}.pt").read_bytes()
-        assert entry.pop("sha256") == hashlib.sha256(blob).hexdigest()
-        assert entry == dict(arch="lenet5", accuracy=12.5, command="python teacher.py")
+        assert (tmp_path / f"teachers/{name}.pt").read_bytes() == blob
+        assert entry == dict(sha256=hashlib.sha256(blob).hexdigest(), **description)
 
 
-# Errors: exit code 2 and one line
-
-
-def message_of(capsys, call):
+def test_a_teacher_is_measured_and_exported_later(tmp_path, monkeypatch, capsys, few_digits):
+    monkeypatch.setattr(teacher, "ROOT", tmp_path)
+    result = train_briefly(tmp_path / "run")
+    path = tmp_path / "run/teacher.pt"
     capsys.readouterr()
-    with pytest.raises(SystemExit) as stopped:
-        call()
-    lines = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(lines) == 1, lines
-    assert lines[0].startswith("teacher.py: ")
-    return lines[0]
+    teacher.main(Args(evaluate=str(path), export="later", device="cpu"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{result['accuracy']:.2f} %"
+    assert (tmp_path / "teachers/later.pt").read_bytes() == path.read_bytes()
+
+    train_briefly(tmp_path / "run", export="at-once")
+    index = json.loads((tmp_path / "teachers/index.json").read_text())
+    assert set(index) == {"later", "at-once"}
+    assert index["later"]["accuracy"] == result["accuracy"]
+
+
+def test_a_teacher_of_another_data_set_is_not_measured(tmp_path, capsys):
+    state = NETWORKS["lenet5"]().state_dict()
+    saved = dict(arch="lenet5", dataset="cifar10", num_classes=10, state_dict=state)
+    torch.save(saved, tmp_path / "teacher.pt")
+    args = Args(evaluate=str(tmp_path / "teacher.pt"), device="cpu")
+    assert "made for cifar10, not for digits" in read_refusal(capsys, teacher.main, args)
+
+
+@pytest.mark.parametrize("saved", [None, {"epoch": 3}, {"arch": "lenet5", "state_dict": {}}])
+def test_what_is_no_teacher_is_not_measured(tmp_path, capsys, saved):
+    if saved is not None:
+        torch.save(saved, tmp_path / "teacher.pt")
+    args = Args(evaluate=str(tmp_path / "teacher.pt"), device="cpu")
+    assert "teacher.pt" in read_refusal(capsys, teacher.main, args)
+
+
+# Refusals
 
 
 @pytest.mark.parametrize(
-    "settings, expected",
+    ("option", "value", "says"),
     [
-        pytest.param(dict(dataset="imagenette"), "--dataset: expected one of digits", id="dataset"),
-        pytest.param(dict(arch="resnet21"), "--arch: expected one of lenet5", id="arch"),
-        pytest.param(dict(epochs=0), "--epochs: expected a positive number, got 0", id="epochs"),
-        pytest.param(dict(batch_size=-1), "--batch-size", id="batch-size"),
-        pytest.param(dict(batch_size=2000), "--batch-size", id="batch-larger-than-data"),
-        pytest.param(dict(lr=0.0), "--lr", id="lr"),
-        pytest.param(dict(momentum=0.0), "--momentum", id="momentum"),
-        pytest.param(dict(weight_decay=-1.0), "--weight-decay", id="weight-decay"),
-        pytest.param(dict(device="gpu"), "--device", id="device"),
-        pytest.param(dict(dataset="mnist"), "cannot be fetched", id="mnist-offline"),
-        pytest.param(dict(dataset="cifar10"), "cannot be fetched", id="cifar-offline"),
-        pytest.param(dict(evaluate="absent.pt"), "absent.pt: not a checkpoint", id="evaluate-absent"),
+        ("arch", "resnet21", "--arch: expected one of lenet5"),
+        ("arch", "resnet18", "--arch"),  # ImageNet's
+        ("epochs", 0, "--epochs: expected at least 1"),
+        ("batch_size", 0, "--batch-size"),
+        ("lr", 0.0, "--lr: expected a positive number"),
+        ("lr", float("nan"), "--lr"),
+        ("lr", float("inf"), "--lr"),
+        ("warmup", float("nan"), "--warmup"),
+        ("warmup", 1.1, "--warmup: expected 0 to 1"),
+        ("momentum", 0.0, "--momentum: expected between 0 and 1"),
+        ("momentum", 5.0, "--momentum"),
+        ("weight_decay", -1.0, "--weight-decay"),
+        ("seed", -1, "--seed"),
+        ("evaluate", "resnet18", "--evaluate: expected a teacher.pt"),
+        ("export", "a/b", "--export: expected a name without folders"),
     ],
 )
-def test_bad_settings(tmp_path, capsys, settings, expected):
-    args = Args(**{"device": "cpu", "data_dir": str(tmp_path / "data"), "out": str(tmp_path / "run"), **settings})
-    assert expected in message_of(capsys, lambda: teacher.main(args))
+def test_options_out_of_range_are_refused(option, value, says):
+    with pytest.raises(ValueError, match=says):
+        Args(**{option: value})
 
 
-def test_device_without_gpu(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "--device cpu" in message_of(capsys, lambda: teacher.main(Args(device="cuda")))
-
-
-def test_data_dir_that_is_a_file(tmp_path, capsys):
-    (tmp_path / "data").write_text("")
-    for dataset in ("mnist", "cifar10"):
-        args = Args(dataset=dataset, data_dir=str(tmp_path / "data"), out=str(tmp_path / "run"), device="cpu")
-        assert "cannot be fetched" in message_of(capsys, lambda args=args: teacher.main(args))
-
-
-@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "cifar100"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_missing_file_is_named_and_never_fetched(tmp_path, capsys, monkeypatch, dataset, split):
-    """The method scripts read only: the line says what fetches, and where to."""
-    monkeypatch.setattr(teacher, "download", None)
-    for folder in ("absent", "file", "partly"):
-        (tmp_path / "file").write_text("")
-        (tmp_path / "partly" / FILES[dataset][0]).mkdir(parents=True, exist_ok=True)
-        if dataset == "mnist":
-            write_idx(tmp_path / "partly", split, pixels(3, 28, 28), torch.zeros(3, dtype=torch.uint8)).unlink()
-        where = str(tmp_path / folder)
-        message = message_of(capsys, lambda where=where: load_dataset(dataset, where, split))
-        name = FILES[dataset][1 if split == "train" else 2][1 if (dataset, folder) == ("mnist", "partly") else 0]
-        assert f"{tmp_path / folder / FILES[dataset][0] / name} cannot be read" in message
-        assert f"python teacher.py --dataset {dataset} --data-dir {where} fetches what is missing" in message
-
-
-DAMAGE = {  # what becomes of a file's bytes `x`, and of its content: header of h bytes, items of n
-    "cut": lambda x, h, n: x[:-20],
-    "no-gzip": lambda x, h, n: b"<html>",
-    "flipped-byte": lambda x, h, n: x[:10] + bytes([x[10] ^ 0x06]) + x[11:],  # type of the first compressed block
-    "empty": lambda x, h, n: b"",
-    "too-short": lambda x, h, n: gzip.compress(gzip.decompress(x)[:-7]),
-    "one-item-less": lambda x, h, n: gzip.compress(gzip.decompress(x)[:-n]),
-    "one-item-more": lambda x, h, n: gzip.compress(gzip.decompress(x) + bytes(n)),
-    "header-only": lambda x, h, n: gzip.compress(gzip.decompress(x)[:h]),
-    "half-a-header": lambda x, h, n: gzip.compress(gzip.decompress(x)[: h // 2]),
-}
-
-
-@pytest.mark.parametrize("kind, header, item", [("images-idx3", 16, 784), ("labels-idx1", 8, 1)])
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_mnist(tmp_path, capsys, damage, kind, header, item):
-    images, labels = pixels(40, 28, 28), torch.zeros(40, dtype=torch.uint8)
-    write_idx(tmp_path, "test", images, labels)
-    path = tmp_path / "mnist" / f"t10k-{kind}-ubyte.gz"
-    path.write_bytes(DAMAGE[damage](path.read_bytes(), header, item))
-    message = message_of(capsys, lambda: load_dataset("mnist", str(tmp_path), "test"))
-    if damage.startswith("one-item") or (damage == "too-short" and item == 1):  # either file may be the wrong one
-        found = {"one-item-less": 39, "one-item-more": 41, "too-short": 33}[damage]
-        expected = f"{found} labels of 40 images" if item == 1 else f"40 labels of {found} images"
-        assert str(tmp_path / "mnist") in message and expected in message
-    else:
-        assert f"{path} cannot be read" in message
-
-
-@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_damaged_cifar(tmp_path, capsys, dataset):
-    write_cifar(tmp_path, dataset)
-    folder, _, (name,), _ = FILES[dataset]
-    path = tmp_path / folder / name
-    for blob in (path.read_bytes()[:-1], path.read_bytes() + b"x", b""):
-        path.write_bytes(blob)
-        assert f"{path} cannot be read" in message_of(capsys, lambda: load_dataset(dataset, str(tmp_path), "test"))
-
-
-def test_sizes_are_those_of_each_file(tmp_path, capsys):
-    """A byte lost in one file and won in the next would shift all records in between."""
-    write_cifar(tmp_path, "cifar10")
-    first, second = (tmp_path / "cifar-10-batches-bin" / f"data_batch_{i}.bin" for i in (1, 2))
-    first.write_bytes(first.read_bytes()[:-1])
-    second.write_bytes(b"x" + second.read_bytes())
-    message = message_of(capsys, lambda: load_dataset("cifar10", str(tmp_path), "train"))
-    assert f"{first} cannot be read" in message
-
-
-def test_damaged_data_stop_a_run_before_it_writes(tmp_path, capsys):
-    write_cifar(tmp_path, "cifar10")
-    (tmp_path / "cifar-10-batches-bin" / "data_batch_4.bin").write_bytes(b"<html>")
-    args = Args(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "run"), device="cpu")
-    assert "data_batch_4.bin cannot be read" in message_of(capsys, lambda: teacher.main(args))
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, capsys, few_digits):
+    args = Args(batch_size=257, device="cpu", out=str(tmp_path / "run"))
+    message = read_refusal(capsys, teacher.main, args)
+    assert "--batch-size: expected at most the 256 training images, got 257" in message
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "no-archive", "other-archive", "folders", "file-in-the-way"])
-def test_damaged_archive(tmp_path, capsys, damage):
-    changed = {"cut": pack_cifar("cifar10")[:-4000], "no-archive": b"<html>", "other-archive": pack_cifar("cifar100")}
-    packed = io.BytesIO()
-    with tarfile.open(fileobj=packed, mode="w:gz") as tar:
-        member = tarfile.TarInfo("cifar-10-batches-bin/data_batch_1.bin")
-        member.type = tarfile.DIRTYPE
-        tar.addfile(member)
-    changed |= {"folders": packed.getvalue(), "file-in-the-way": pack_cifar("cifar10")}
-    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(changed[damage])
-    if damage == "file-in-the-way":
-        (tmp_path / "cifar-10-batches-bin").write_text("")
-    message = message_of(capsys, lambda: fetch("cifar10", str(tmp_path)))
-    assert "cifar-10-binary.tar.gz" in message
-
-
-@pytest.mark.parametrize("content", [b"no checkpoint", b"", "another-dict", "tensor", "folder"])
-def test_unreadable_checkpoint(tmp_path, capsys, content):
-    path = tmp_path / "teacher.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "folder":
-        path.mkdir()
-    else:
-        torch.save({"epoch": 3} if content == "another-dict" else torch.ones(2), path)
-    args = Args(evaluate=str(path), device="cpu")
-    assert f"{path}: not a checkpoint of teacher.py" in message_of(capsys, lambda: teacher.main(args))
-
-
-def test_checkpoint_that_would_run_code(tmp_path, capsys):
-    class Hostile:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "ran",)
-
-    torch.save({"arch": Hostile()}, tmp_path / "teacher.pt")
-    args = Args(evaluate=str(tmp_path / "teacher.pt"), device="cpu")
-    assert "not a checkpoint of teacher.py" in message_of(capsys, lambda: teacher.main(args))
-    assert not (tmp_path / "ran").exists()
-
-
-def test_checkpoint_of_another_data_set(tmp_path, capsys):
-    state = teacher.exported(ARCHS["lenet5"]())
-    saved = dict(arch="lenet5", dataset="cifar10", num_classes=10, channels=3, state_dict=state)
-    torch.save(saved, tmp_path / "teacher.pt")
-    args = Args(evaluate=str(tmp_path / "teacher.pt"), device="cpu")
-    assert "made for cifar10, not for --dataset digits" in message_of(capsys, lambda: teacher.main(args))
-
-
-def test_out_that_is_a_file(tmp_path, capsys, few_digits):
-    (tmp_path / "run").write_text("keep me")
-    message = message_of(capsys, lambda: teacher.main(Args(arch="lenet5", device="cpu", out=str(tmp_path / "run"))))
-    assert re.search(r"--out .*run: cannot be written", message)
-    assert (tmp_path / "run").read_text() == "keep me"
-
-
-def test_loss_that_is_not_finite(tmp_path, capsys, few_digits):
-    args = Args(arch="lenet5", epochs=1, lr=1e9, batch_size=64, device="cpu", out=str(tmp_path / "run"))
-    assert "lower --lr" in message_of(capsys, lambda: teacher.main(args))
-
-
-@pytest.mark.parametrize("state", ["damaged", "another-network"])
-def test_resume_from_an_unfit_checkpoint(tmp_path, capsys, few_digits, state):
-    args = dict(arch="lenet5", epochs=1, lr=0.05, device="cpu", out=str(tmp_path / "run"))
-    teacher.main(Args(**args))
-    if state == "damaged":
-        (tmp_path / "run" / "checkpoint.pt").write_bytes(b"no checkpoint")
-    else:
-        args["arch"] = "lenet5_half"
-    assert "--resume" in message_of(capsys, lambda: teacher.main(Args(resume=True, **args)))
+def test_a_run_without_out_lies_in_a_folder_of_its_data_and_network(
+    tmp_path, monkeypatch, few_digits
+):
+    monkeypatch.chdir(tmp_path)
+    teacher.main(Args(arch="lenet5", smoke=True, lr=0.05, device="cpu"))
+    assert (tmp_path / "runs/teacher/digits-lenet5/teacher.pt").exists()
