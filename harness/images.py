@@ -162,6 +162,8 @@ def check_image_files(folder, info):
         if images.dtype != torch.uint8 or shape != info.image_shape:
             expected = f"expected uint8 {info.image_shape}, as the teacher's"
             fail(f"--images: {path.name}: {expected}, got {images.dtype} {shape}")
+        if labels.dtype != torch.int64:
+            fail(f"--images: {path.name}: expected int64 labels, got {labels.dtype}")
         if len(labels) != len(images) or len(labels) == 0:
             fail(f"--images: {path.name}: expected as many labels as images, and some of both")
         if labels.min() < 0 or labels.max() >= info.num_classes:
