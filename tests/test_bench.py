@@ -1,108 +1,154 @@
-"""kernels.bench: its gate catches wrong ops, every candidate of a sweep is right, its counts are those of hand."""
+"""The benchmarks: the gate refuses wrong ops, sweeps end as they began, columns do equal work."""
 
+import importlib
 import math
-from types import SimpleNamespace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
 
+import deepinversion
 import kernels
-from kernels import bench, bench_steps
+from bench import ops, steps
+from bench.ops import Case, call_distance, make_activations
+from bench.timing import Limits
+
+COUNTS = ((1, 1), (1, 1))
 
 
-def small_cases(device):
+def make_small_cases(device):
     """One small case of every op."""
-    x, vectors = bench.laid_out((4, 6, 5, 5), "cpu", torch.float32), [torch.rand(6) + 0.5 for _ in range(4)]
-    sizes = (1, 1), (1, 1)
-    yield bench.case("bn_moment_loss", x, *sizes, *vectors[:2])
-    yield bench.case("bn_act_moments", x, *sizes, *vectors)
-    ops = {
-        "function": lambda m, v: kernels.moment_distance(m, v, (2, 5)),
-        "reference": lambda m, v: kernels.moment_distance_ref(m, v, (2, 5)),
-    }
-    yield bench.case("moment_distance", torch.randn(2, 7).requires_grad_(), *sizes, torch.rand(7), **ops)
-    yield bench.case("total_variation", bench.laid_out((2, 3, 9, 40), "cpu", torch.float32), *sizes)
+    x = make_activations((4, 6, 5, 5), "cpu", torch.float32)
+    image = make_activations((2, 3, 9, 40), "cpu", torch.float32)
+    affine = [torch.rand(6) + 0.5 for _ in range(4)]
+    yield Case("bn_moment_loss", "", "", (x, *affine[:2]), *COUNTS)
+    yield Case("bn_act_moments", "", "", (x, *affine), *COUNTS)
+    yield Case(
+        "moment_distance",
+        "",
+        "",
+        (torch.randn(2, 7).requires_grad_(), torch.rand(7)),
+        *COUNTS,
+        partial(call_distance, kernels.moment_distance, (2, 5)),
+        partial(call_distance, kernels.moment_distance_ref, (2, 5)),
+    )
+    yield Case("total_variation", "", "", (image,), *COUNTS)
     draw = torch.tensor([1, -2, 1])
-    yield bench.case("jittered_view", bench.laid_out((2, 3, 9, 40), "cpu", torch.float32), *sizes, draw, torch.float32)
-    p, q = (torch.randn(5, 70).requires_grad_() for _ in range(2))
-    yield bench.case("js_divergence", p, *sizes, q)
-    yield bench.case("kl_divergence", p.detach(), *sizes, q)
-    yield bench.case("attention_transfer", x, *sizes, torch.rand(4, 25))
+    yield Case("jittered_view", "", "", (image, draw, torch.float32), *COUNTS)
+    p = torch.randn(5, 70)
+    q = torch.randn(5, 70).requires_grad_()
+    yield Case("js_divergence", "", "", (p.clone().requires_grad_(), q), *COUNTS)
+    yield Case("kl_divergence", "", "", (p, q), *COUNTS)
+    yield Case("attention_transfer", "", "", (x, torch.rand(4, 25)), *COUNTS)
 
 
-def test_every_candidate_of_a_sweep_is_right(monkeypatch):
-    """Through the interpreter; what stands in the files is back afterwards."""
-    monkeypatch.setattr(bench, "op_cases", small_cases)
-    monkeypatch.setattr(bench, "time_together", lambda functions, *rest: {name: (1.0, 1.0, 1.0) for name in functions})
+def read_constants():
+    """The tuning constants as they stand now."""
+    found = {}
+    for modules, constants in ops.SWEEPS.values():
+        for module in modules:
+            for name in constants:
+                value = getattr(importlib.import_module(f"kernels.{module}"), name, None)
+                found[module, name] = value
+    return found
 
-    def constants_now():
-        standing = [
-            (f"kernels.{m}", name) for modules, names in bench.SWEEPS.values() for m in modules for name in names
-        ]
-        return {key: getattr(bench.importlib.import_module(key[0]), key[1], None) for key in standing}
 
-    before = constants_now()
-    assert set(bench.SWEEPS) == {case.op for case in small_cases("cpu")} == {case.op for case in bench.op_cases("cpu")}
-    for op, (_, constants) in bench.SWEEPS.items():
-        rows = bench.sweep(op, "cpu", 0.0)
+def test_every_candidate_of_a_sweep_is_right_and_the_chosen_one_stays(monkeypatch):
+    def pretend_to_time(functions, *rest):
+        return dict.fromkeys(functions, (1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(ops, "make_cases", make_small_cases)
+    monkeypatch.setattr(ops, "time_together", pretend_to_time)
+    before = read_constants()
+    for op, (_, constants) in ops.SWEEPS.items():
+        rows = ops.sweep(op, "cpu", 0.0)
         assert all(row["right"] for row in rows), [row for row in rows if not row["right"]]
         assert {row["constant"] for row in rows} == set(constants)
         assert len(rows) > 2 * len(constants)
-    assert constants_now() == before
+    assert read_constants() == before
 
 
-@pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
+def test_every_op_of_a_sweep_has_rows():
+    assert set(ops.SWEEPS) == {case.op for case in ops.make_cases("cpu")}
+
+
+def add_wrong_gradient(x, mean, var):
+    extra = x.sum() - x.detach().sum()  # 0, but its gradient is not
+    return kernels.bn_moment_loss_ref(x, mean, var) + 1e-4 * extra
+
+
+def scale_value(factor, x, mean, var):
+    return kernels.bn_moment_loss_ref(x, mean, var) * factor
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(partial(scale_value, 1.001), id="value"),
+        pytest.param(partial(scale_value, math.nan), id="nan"),
+        pytest.param(add_wrong_gradient, id="gradient"),
+    ],
+)
 def test_the_gate_refuses_an_op_that_is_wrong(wrong):
-    def op(x, mean, var):
-        value = kernels.bn_moment_loss_ref(x, mean, var)
-        if wrong == "gradient":
-            return value + 1e-4 * (x.sum() - x.detach().sum())
-        return value * (1.001 if wrong == "value" else math.nan)
-
-    x, moments = bench.laid_out((4, 6, 5, 5), "cpu", torch.float32), [torch.rand(6) for _ in range(2)]
-    for function, right in ((op, False), (kernels.bn_moment_loss, True)):
-        c = bench.case("bn_moment_loss", x, (1, 1), (1, 1), *moments, function=function)
-        assert bench.checked_calls(c)[0] == right
+    x = make_activations((4, 6, 5, 5), "cpu", torch.float32)
+    inputs = (x, torch.rand(6), torch.rand(6))
+    right = Case("bn_moment_loss", "", "", inputs, *COUNTS)
+    assert ops.make_calls(right)[1]
+    assert not ops.make_calls(replace(right, function=wrong))[1]
 
 
 def test_minimal_bytes_by_hand():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+    network = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU()).eval()
     x = torch.randn(2, 3, 5, 5)
-    convolution = 2 * (2 * 3 * 25 + 2 * 4 * 25 + 4 * 3 * 9)  # there and back: input, output, weights
-    assert bench_steps.minimal_bytes(model, x) == 4 * (convolution + 5 * 2 * 4 * 25)
-    assert not any(m._forward_hooks for m in model.modules())
+    there_and_back = 2 * (2 * 3 * 25 + 2 * 4 * 25 + 4 * 3 * 9)  # input, output, weights
+    assert steps.count_bytes(network, x) == 4 * (there_and_back + 5 * 2 * 4 * 25)
+    assert not any(module._forward_hooks for module in network.modules())
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x):
+        return torch.relu(self.bn(x) + x)
 
 
 def test_minimal_bytes_of_an_addition():
-    class Residual(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.bn = nn.BatchNorm2d(3)
-
-        def forward(self, x):
-            return torch.relu(self.bn(x) + x)
-
-    assert bench_steps.minimal_bytes(Residual().eval(), torch.randn(2, 3, 5, 5)) == 4 * 8 * 2 * 3 * 25
+    n_bytes = steps.count_bytes(Residual().eval(), torch.randn(2, 3, 5, 5))
+    assert n_bytes == 4 * 8 * 2 * 3 * 25
 
 
-def test_percent_of_limit_takes_the_longer_of_both():
-    limits = SimpleNamespace(bandwidth=1e9, flops=1e12)
-    assert bench.percent_of_limit(2.0, 1e6, 1e6, limits) == pytest.approx(50)
-    assert bench.percent_of_limit(2.0, 1e3, 1e9, limits) == pytest.approx(50)
+def test_the_limit_is_the_longer_of_bytes_and_arithmetic():
+    limits = Limits(bandwidth=1e9, flops=1e12)
+    assert limits.compute_percent(2.0, 1e6, 1e6) == pytest.approx(50)
+    assert limits.compute_percent(2.0, 1e3, 1e9) == pytest.approx(50)
 
 
 def test_columns_of_a_step_do_the_same_work(monkeypatch):
-    """Ours with any part off has the terms of ours; conventional's loss is ours of its view, each layer once."""
+    """Ours without any one op has the terms of ours; the conventional loss is ours of its view."""
     monkeypatch.setattr(kernels._common, "INTERPRET", False)
-    case = "resnet8", "cpu", torch.randn(6, 3, 8, 8), torch.arange(6)
-    assert bench_steps.first_losses_agree(*case)
-    expected = bench_steps.ours(*case)().clone()
-    for off in bench_steps.OFF.values():
-        assert torch.allclose(bench_steps.ours(*case, off=off)(), expected, rtol=1e-4)
-    di, noise, labels = bench_steps.deepinversion, *case[2:]
-    setting = di.SETTINGS["cifar10"] | dict.fromkeys(bench_steps.FUSED, True) | dict(bf16=False, sync_moments=False)
-    setting |= dict(first_bn=1.0, alpha_l2=1e-5, alpha_tv_l1=1e-3)
-    teacher = SimpleNamespace(measured=di.measured(bench_steps.frozen("resnet8", "cpu"), setting, "cpu"))
-    total, _ = di.synthesis_loss(noise, torch.tensor([1, -1, 0]), labels, teacher, setting)
-    assert bench_steps.conventional(*case)() == pytest.approx(total.item(), rel=1e-4)
+    case = ("resnet8", "cpu", torch.randn(6, 3, 8, 8), torch.arange(6))
+    assert steps.check_first_losses(*case)
+    ours = steps.make_ours(*case)().clone()
+    for without in ("batchnorm", "moment_distance", "jittered_view"):
+        terms = steps.make_ours(*case, without=without)()
+        torch.testing.assert_close(terms, ours, rtol=1e-4, atol=1e-6, equal_nan=True)
+    conventional = steps.make_conventional(*case)()
+    assert conventional == pytest.approx(ours[deepinversion.TERMS.index("total")].item(), rel=1e-4)
+
+
+def test_columns_of_a_pseudo_batch_have_the_same_first_loss(monkeypatch):
+    """The benchmark ends where they differ."""
+    monkeypatch.setattr(kernels._common, "INTERPRET", False)
+
+    def call_once(functions, *rest):
+        return dict.fromkeys(functions, (1.0, 1.0, 1.0))
+
+    monkeypatch.setattr(steps, "time_together", call_once)
+    sizes = dict(batch_size=8, width=8)
+    rows = steps.bench_pseudo_batch("cpu", 0.0, "digits-lenet5", "lenet5_half", sizes)
+    assert [row["op"] for row in rows][:2] == ["pseudo-batch: conventional", "pseudo-batch: ours"]

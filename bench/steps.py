@@ -1,0 +1,430 @@
+"""Whole steps of deepinversion.py and zskt.py, beside plain loops.
+
+Columns of one synthesis step, all with the same network, images and terms of the loss:
+
+- bare: forward pass and image gradient of the frozen teacher's cross-entropy alone, channels_last;
+- conventional: the loop as most public code has it: weight gradients, NCHW, a forward hook a
+  BatchNorm with a mean and the variance of a permuted copy, total variation by slices, clipping
+  channel by channel, the loss read in each step; `conventional amp` is the same under autocast;
+- ours: the step of deepinversion.py; `ours without …`: with one fused op replaced by its reference;
+- tuned: the same frozen step in plain PyTorch, without fused ops and graph; `tuned compile` with
+  torch.compile on its loss, `tuned compile graph` in a CUDA graph besides.
+
+Minimal bytes of a step: for each convolution and linear layer its input, output and weight read or
+written once each way; for each fused BatchNorm the 5 passes of `bn_act_moments`, 8 with a residual.
+"""
+
+import contextlib
+from dataclasses import replace
+from functools import partial
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import deepinversion
+import kernels
+import zskt
+from bench.timing import can_compile, measure_peak, time_together
+from harness.load import list_imagenet, load_student, load_teacher
+from harness.networks import NETWORKS
+from harness.run import make_optimizer
+from kernels.fuse_batchnorm import FusedBatchNorm
+
+# all terms of the loss on
+ALL_TERMS = replace(
+    deepinversion.PRESETS["cifar10"],
+    first_bn=1.0,
+    alpha_l2=1e-5,
+    alpha_tv_l1=1e-3,
+    schedule="constant",
+)
+BOUNDS = -2.0, 2.0  # that pixels are clipped to
+
+
+# Networks
+def make_teacher(name, device):
+    """A network whose moments are neither 0 nor 1, as those of a trained one."""
+    torch.manual_seed(0)
+    n_classes = 1000 if name in list_imagenet() else 10
+    network = NETWORKS[name](num_classes=n_classes)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.3, 0.7)  # keeps deep residual networks in range
+    return network.to(device).eval()
+
+
+def make_frozen_teacher(name, device):
+    return make_teacher(name, device).requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+# One synthesis step
+def make_bare_inputs(name, device, noise):
+    """The frozen network and the images of the bare column; in bf16 on a GPU."""
+    network = make_frozen_teacher(name, device)
+    x = noise.clone(memory_format=torch.channels_last)
+    if (
+        device == "cuda"
+    ):  # once: autocast would convert the weights of a frozen network in each step
+        network = network.to(torch.bfloat16)
+        x = x.to(torch.bfloat16)
+    return network, x.requires_grad_()
+
+
+def make_bare(name, device, noise, labels):
+    network, x = make_bare_inputs(name, device, noise)
+
+    def run():
+        torch.autograd.grad(F.cross_entropy(network(x).float(), labels), x)
+
+    return run
+
+
+def hook_conventionally(network, terms):
+    """Forward hooks with a mean pass and the variance of a permuted copy, as in public code."""
+
+    def add_term(module, inputs, output):
+        x = inputs[0]
+        mean = x.mean([0, 2, 3])
+        var = x.permute(1, 0, 2, 3).contiguous().view(x.shape[1], -1).var(1, unbiased=False)
+        of_mean = torch.norm(module.running_mean - mean, 2)
+        terms.append(torch.norm(module.running_var - var, 2) + of_mean)
+
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(add_term)
+
+
+def make_conventional(name, device, noise, labels, amp=False):
+    args = ALL_TERMS
+    network = make_teacher(name, device)
+    terms = []
+    hook_conventionally(network, terms)
+    x = noise.clone().requires_grad_()
+    optimizer = torch.optim.Adam([x], lr=args.lr)
+
+    def run():
+        optimizer.zero_grad()
+        network.zero_grad()
+        view = torch.roll(x, (1, -1), (2, 3))
+        terms.clear()
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            logits = network(view)
+        differences = [
+            view[:, :, :, :-1] - view[:, :, :, 1:],
+            view[:, :, :-1] - view[:, :, 1:],
+            view[:, :, :-1, :-1] - view[:, :, 1:, 1:],
+            view[:, :, 1:, :-1] - view[:, :, :-1, 1:],
+        ]
+        loss = F.cross_entropy(logits.float(), labels) + args.alpha_bn * sum(terms)
+        loss = loss + args.alpha_tv_l2 * sum(torch.norm(d) for d in differences)
+        loss = loss + args.alpha_tv_l1 * sum(d.abs().mean() for d in differences)
+        loss = loss + args.alpha_l2 * torch.norm(view.reshape(len(view), -1), dim=1).mean()
+        loss.backward()
+        optimizer.step()
+        for c in range(x.shape[1]):
+            x.data[:, c] = torch.clamp(x.data[:, c], *BOUNDS)
+        return loss.item()
+
+    return run
+
+
+def make_ours(name, device, noise, labels, args=ALL_TERMS, without="", compiled=False):
+    """The step of deepinversion.py as a function of no arguments, which returns its TERMS.
+
+    Args:
+        args: deepinversion.Args.
+        without: an op that is replaced by its reference, or "batchnorm": by hooks.
+        compiled: whether torch.compile gets the loss.
+    """
+    teacher = make_frozen_teacher(name, device)
+    watch_args = replace(args, fused=args.fused and without != "batchnorm")
+    watched = deepinversion.watch_batchnorms(teacher, watch_args, device)
+    target = deepinversion.Target(labels, watched, None)
+    bounds = [torch.tensor(bound, device=device) for bound in BOUNDS]
+    x = noise.clone(memory_format=torch.channels_last).requires_grad_()
+    draws = torch.tensor([[1, -1, 0]] * 10_000, device=device)  # more steps than are timed
+    steps = deepinversion.optimise_images(x, draws, 1, target, bounds, args)
+
+    stack = contextlib.ExitStack
+    loss = deepinversion.synthesis_loss
+    if compiled:
+        loss = torch.compile(loss)
+
+    def run():
+        with stack() as patches:
+            if compiled:
+                patches.enter_context(patch.object(deepinversion, "synthesis_loss", loss))
+            if without and without != "batchnorm":
+                reference = getattr(kernels, f"{without}_ref")
+                patches.enter_context(patch.object(kernels, without, reference))
+            return next(steps)
+
+    return run
+
+
+def list_columns(device):
+    """{column: maker of a function to time, called with network, device, noise and labels}."""
+    tuned = replace(ALL_TERMS, fused=False, graph=False)
+    columns = {"bare": make_bare, "conventional": make_conventional}
+    if device == "cuda":
+        columns["conventional amp"] = partial(make_conventional, amp=True)
+    columns["ours"] = make_ours
+    columns["ours without fused BatchNorm"] = partial(make_ours, without="batchnorm")
+    columns["ours without moment_distance"] = partial(make_ours, without="moment_distance")
+    columns["ours without jittered_view"] = partial(make_ours, without="jittered_view")
+    if device == "cuda":
+        columns["ours without graph"] = partial(make_ours, args=replace(ALL_TERMS, graph=False))
+    columns["tuned"] = partial(make_ours, args=tuned)
+    if can_compile(device):
+        columns["tuned compile"] = partial(make_ours, args=tuned, compiled=True)
+    if device == "cuda":
+        graphed = replace(ALL_TERMS, fused=False)
+        columns["tuned compile graph"] = partial(make_ours, args=graphed, compiled=True)
+    return columns
+
+
+def count_bytes(network, x):
+    """Minimal bytes of one step by the rule in the file's header; x: images in a step's dtype."""
+    n_values = []
+
+    def count(module, inputs, result):
+        output = result[0] if isinstance(result, tuple) else result
+        tensors = [t for t in (*inputs, output) if torch.is_tensor(t)]
+        if isinstance(module, FusedBatchNorm):
+            passes = 8 if len(tensors) == 3 else 5
+            n_values.append(passes * tensors[0].numel())
+        else:
+            n_values.append(2 * (sum(t.numel() for t in tensors) + module.weight.numel()))
+
+    fused = kernels.fuse_batchnorm(network, nn.BatchNorm2d)
+    hooks = []
+    for module in fused.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear, FusedBatchNorm)):
+            hooks.append(module.register_forward_hook(count))
+    with torch.no_grad():
+        fused(x)
+    for hook in hooks:
+        hook.remove()  # the convolutions are those of `network`
+    return sum(n_values) * x.element_size()
+
+
+def count_step(name, device, noise, labels):
+    """Minimal bytes of a step, and FLOPs of the bare one."""
+    network, x = make_bare_inputs(name, device, noise)
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(network(x * 1).float(), labels).backward()
+    return count_bytes(network, x.detach()), counter.get_total_flops()
+
+
+def check_first_losses(name, device, noise, labels):
+    """The gate: fused and plain steps from the same noise have the same terms."""
+    plain = replace(ALL_TERMS, fused=False, graph=False)
+    ours = make_ours(name, device, noise, labels)()
+    theirs = make_ours(name, device, noise, labels, plain)()
+    is_loss = [
+        i for i, term in enumerate(deepinversion.TERMS) if term not in ("competition", "teacher")
+    ]
+    tolerance = 2e-2 if device == "cuda" else 1e-4  # bf16 rounds in other places
+    return torch.allclose(ours[is_loss].double(), theirs[is_loss].double(), rtol=tolerance)
+
+
+def time_makers(makers, device, seconds):
+    """time_together for functions that are made first.
+
+    On a GPU they are made one after another, because all at once may not fit it.
+
+    Returns:
+        {name: (median, 20th, 80th percentile)} in ms, {name: peak memory in MB, None on a CPU}.
+    """
+    if device == "cpu":
+        functions = {name: make() for name, make in makers.items()}
+        return time_together(functions, device, seconds), dict.fromkeys(makers)
+    names = list(makers)
+    rounds = []
+    peaks = {}
+    for order in (names, names[::-1]):
+        times = {}
+        for name in order:
+            torch._dynamo.reset()
+            made = {}
+
+            def build_and_run(
+                name=name, made=made
+            ):  # a graph's memory is its own from the capture on
+                made[name] = makers[name]()
+                for _ in range(5):
+                    made[name]()
+
+            peaks[name] = measure_peak(build_and_run, device)
+            times |= time_together(made, device, seconds / 2)
+            made.clear()
+            torch.cuda.empty_cache()
+        rounds.append(times)
+    return {name: max(rounds[0][name], rounds[1][name]) for name in names}, peaks
+
+
+def bench_step(device, seconds, limits, name, size, batch_size):
+    """Time one synthesis step of one network; returns a row per column."""
+    labels = torch.arange(batch_size, device=device) % 10
+    noise = torch.randn(batch_size, 3, size, size, device=device)
+    if not check_first_losses(name, device, noise, labels):
+        raise SystemExit(f"step of {name}: fused and plain disagree; not timed")
+    n_bytes, flops = count_step(name, device, noise, labels)
+    makers = {}
+    for column, make in list_columns(device).items():
+        makers[column] = partial(make, name, device, noise, labels)
+    ms, peaks = time_makers(makers, device, seconds)
+
+    bound = limits.compute_bound(n_bytes, flops)
+    print(f"\none step, {name}, {batch_size} images of {size} px, {device}, all terms on;", end=" ")
+    print(f"at least {bound:.2f} ms: {n_bytes / 1e9:.2f} GB, {flops / 1e9:.1f} GFLOP")
+    title = f"{'column':30} {'ms':>9} {'p20':>9} {'p80':>9} {'x bare':>7} {'x conv.':>8}"
+    print(f"{title} {'images/s':>9} {'%limit':>7}")
+    rows = []
+    for column, (p50, p20, p80) in ms.items():
+        to_bare = p50 / ms["bare"][0]
+        to_conventional = p50 / ms["conventional"][0]
+        rate = 1e3 * batch_size / p50
+        percent = limits.compute_percent(p50, n_bytes, flops)
+        figures = f"{p50:9.2f} {p20:9.2f} {p80:9.2f} {to_bare:7.2f} {to_conventional:8.2f}"
+        print(f"{column:30} {figures} {rate:9.0f} {percent:7.1f}")
+        row = dict(op=f"step: {column}", shape=f"{name} {batch_size}x3x{size}x{size}", mode="step")
+        row |= dict(ours_ms=p50, ours_p20_ms=p20, ours_p80_ms=p80)
+        row |= dict(times_bare=to_bare, times_conventional=to_conventional)
+        row |= dict(minimal_bytes=n_bytes, flops=flops, percent_of_limit=percent)
+        row |= dict(images_per_s=rate, peak_mb=peaks[column])
+        rows.append(row)
+    return rows
+
+
+# One pseudo-batch
+def make_players(args, device):
+    """Teacher, student, generator and optimisers of a pseudo-batch, the same in every column."""
+    torch.manual_seed(0)
+    teacher, info = load_teacher(args, device)
+    student, _ = load_student(args.student, info, device)
+    generator = zskt.Generator(args.width, info.channels, info.image_size, args.affine)
+    generator.to(device, memory_format=torch.channels_last)
+    optimizers = {
+        "generator": make_optimizer("adam", generator, args.lr_generator),
+        "student": make_optimizer("adam", student, args.lr_student),
+    }
+    return teacher, student, generator, optimizers
+
+
+def make_our_pseudo_batch(args, device):
+    """The pseudo-batch of zskt.py as a function of no arguments; it returns its figures."""
+    players = make_players(args, device)
+    figures = torch.zeros(len(zskt.METRICS), device=device)
+
+    def play():
+        figures.copy_(zskt.play_pseudo_batch(*players, args))
+
+    step = kernels.CapturedStep(play, enabled=device == "cuda")
+
+    def run():
+        step()
+        return figures
+
+    return run
+
+
+def make_attention_maps(groups):
+    return [F.normalize(a.pow(2).mean(1).view(len(a), -1)) for a in groups]
+
+
+def make_conventional_pseudo_batch(args, device):
+    """A loop without our care: the generator runs again in each of the student's steps, the teacher
+    is not frozen and answers again, in NCHW. It returns the generator's loss."""
+    teacher, student, generator, _ = make_players(args, device)
+    for network in (teacher, student, generator):
+        network.requires_grad_(True).to(memory_format=torch.contiguous_format)
+    adam_g = torch.optim.Adam(generator.parameters(), args.lr_generator)
+    adam_s = torch.optim.Adam(student.parameters(), args.lr_student)
+
+    def step(learner, adam, sign, beta, z):
+        adam.zero_grad()
+        x = generator(z)
+        t_logits, t_groups = teacher.forward_groups(x)
+        s_logits, s_groups = student.forward_groups(x)
+        log_p_s = F.log_softmax(s_logits, 1)
+        p_t = F.softmax(t_logits, 1)
+        loss = sign * F.kl_div(log_p_s, p_t, reduction="sum") / t_logits.numel()
+        if beta:
+            s_maps = make_attention_maps(s_groups)
+            t_maps = make_attention_maps(t_groups)
+            distances = [(a - b).pow(2).mean() for a, b in zip(s_maps, t_maps, strict=True)]
+            loss = loss + beta * sum(distances)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), args.clip)
+        adam.step()
+        return loss.item()
+
+    def run():
+        z = torch.randn(args.batch_size, zskt.Z_DIM, device=device)
+        loss = step(generator, adam_g, -1, 0, z)
+        for _ in range(args.n_student_iter):
+            step(student, adam_s, 1, args.beta, z)
+        return loss
+
+    return run
+
+
+def bench_pseudo_batch(device, seconds, teacher, student, sizes):
+    """Time a pseudo-batch of the paper's setting; sizes: options of zskt.py; a row per column."""
+    args = replace(zskt.PRESETS["cifar10"], teacher=teacher, student=student, **sizes)
+    makers = {
+        "conventional": partial(make_conventional_pseudo_batch, args),
+        "ours": partial(make_our_pseudo_batch, args),
+        "ours --no-fused": partial(make_our_pseudo_batch, replace(args, fused=False)),
+        "ours --fresh-z": partial(make_our_pseudo_batch, replace(args, fresh_z=True)),
+    }
+    columns = {name: make(device) for name, make in makers.items()}
+    torch.manual_seed(1)
+    expected = columns["conventional"]()
+    torch.manual_seed(1)
+    loss = columns["ours"]()[0].item()
+    tolerance = 0.1 if device == "cuda" else 1e-3  # bf16
+    if not abs(loss - expected) < tolerance * abs(expected):
+        raise SystemExit(f"pseudo-batch of {teacher}: disagrees with the plain loop; not timed")
+    ms = time_together(columns, device, seconds)
+
+    title = f"{teacher} to {student}, batch {args.batch_size}, width {args.width}"
+    print(f"\none pseudo-batch, {title}, {device}")
+    print(f"{'column':16} {'ms':>9} {'p20':>9} {'p80':>9} {'x conventional':>15}")
+    rows = []
+    for name, (p50, p20, p80) in ms.items():
+        to_conventional = p50 / ms["conventional"][0]
+        print(f"{name:16} {p50:9.2f} {p20:9.2f} {p80:9.2f} {to_conventional:15.2f}")
+        row = dict(op=f"pseudo-batch: {name}", shape=title, mode="pseudo-batch")
+        row |= dict(ours_ms=p50, ours_p20_ms=p20, ours_p80_ms=p80)
+        row["times_conventional"] = to_conventional
+        rows.append(row)
+    return rows
+
+
+def bench_steps(device, seconds, limits):
+    """All tables of whole steps: ImageNet, CIFAR and small ones on a GPU, small ones on a CPU."""
+    steps = [("resnet20", 32, 100)]
+    wide = dict(batch_size=16, width=32)  # a CPU would take minutes for the paper's sizes
+    if device == "cuda":
+        steps = [
+            ("resnet50", 224, 64),
+            ("resnet18", 224, 128),
+            ("resnet34_cifar", 32, 256),
+            ("resnet20", 32, 256),
+            ("resnet20", 32, 64),
+        ]
+        wide = dict(batch_size=128, width=128)
+    rows = []
+    for name, size, batch_size in steps:
+        rows += bench_step(device, seconds, limits, name, size, batch_size)
+    small = dict(batch_size=128, width=16)
+    rows += bench_pseudo_batch(device, seconds, "digits-lenet5", "lenet5_half", small)
+    rows += bench_pseudo_batch(device, seconds, "cifar10-wrn-16-1", "wrn_16_1", wide)
+    return rows
