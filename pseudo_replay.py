@@ -133,7 +133,7 @@ class Args(MethodOptions):
         return round(self.batch_size * self.memory_share / (1 - self.memory_share))
 
 
-PAPER = Args()  # as released for CIFAR-100; also of CIFAR-10 and Tiny-ImageNet
+PAPER = Args()  # as released for CIFAR-100; for all data sets but MNIST and digits
 OURS = replace(  # how we chose these values: results/README.md
     PAPER,
     student="lenet5_half",
@@ -262,7 +262,7 @@ class VaeMemory(nn.Module):
 
 
 class BankMemory(nn.Module):
-    """MB-DFKD's memory: the last `bank_capacity` of the batches that it was given."""
+    """MB-DFKD's memory: the last `bank_capacity` batches of images that it was given."""
 
     def __init__(self, args, info):
         super().__init__()
@@ -275,13 +275,13 @@ class BankMemory(nn.Module):
         self.register_buffer("newest", newest, persistent=False)
 
     def store(self, number):
-        """Put `newest` in as batch `number`, counted from 0, where the oldest one lies."""
+        """Keep `newest` as batch `number`, counted from 0; it overwrites the oldest one."""
         start = number % self.capacity * self.batch_size
         self.images[start : start + self.batch_size] = self.newest
         self.n_batches.fill_(min(number + 1, self.capacity))
 
     def draw_batch(self):
-        """One of the stored batches (n, C, H, W), each as likely."""
+        """A stored batch (n, C, H, W), drawn uniformly."""
         device = self.images.device
         number = (torch.rand(1, device=device) * self.n_batches).long()
         return self.images[number * self.batch_size + torch.arange(self.batch_size, device=device)]
@@ -305,7 +305,7 @@ def count_memory_bytes(memory):
 
 @dataclass
 class Networks:
-    """The networks of a run. Those that learn are in train mode but where we say otherwise."""
+    """The networks of a run. Those that learn are in train mode, but for a few marked lines."""
 
     teacher: nn.Module
     """Frozen, in eval mode."""
@@ -433,12 +433,12 @@ LATENT_LR = 0.02  # of the latents' one step (released code: lr_G)
 
 
 def latent_loss(z, t_logits, args):
-    """What a step on latents lowers: their images cover the classes, they keep mean 0, variance 1.
+    """Low where the images of latents z (n, latent) cover the classes and z is like N(0, I):
 
         alpha_onehot CE(t, argmax t) + alpha_entropy sum_k pbar_k log10 pbar_k
         + mean_d (var z_d - 1)^2 + mean_d (mean z_d)^2,    t = T(M(z))
 
-    with variance and mean of each latent dimension d over the batch.
+    with variance and mean of each latent dimension d over the n latents.
     """
     loss = args.alpha_onehot * onehot_loss(t_logits) + args.alpha_entropy * entropy_loss(t_logits)
     return loss + (z.var(0) - 1).square().mean() + z.mean(0).square().mean()
@@ -450,7 +450,7 @@ def infer_images(decoder, teacher, args, leaky=False):
     The latents take one step of a fresh Adam down `latent_loss`.
 
     Args:
-        decoder: M; it runs in the mode in which it is.
+        decoder: M; it stays in train or eval mode.
         teacher: network.
         args: Args.
         leaky: whether to leave the gradient of that loss in the decoder's weights, too.
@@ -536,7 +536,7 @@ def train_iteration(networks, optimizers, args, has_past=True):
             novel = generator(sample_noise(args.batch_size, args.latent, device))  # (N, C, H, W)
         x = novel
         if args.memory == "vae":
-            memory.decoder.eval()
+            memory.decoder.eval()  # as released: the student gets what running moments give
             x = torch.cat([novel, infer_images(memory.decoder, teacher, args)])  # (N + n, C, H, W)
             memory.decoder.train()
         elif args.memory == "bank" and has_past:
