@@ -1,9 +1,11 @@
 """bn_act_moments: the layers it replaces, known values, layouts, extremes."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn as nn
-from helpers import assert_matches_definition
+from helpers import assert_matches_definition, random_tensor
 from ops_table_batchnorm import BN_ACT_MOMENTS, make_layer_arguments
 
 import kernels
@@ -83,6 +85,36 @@ def test_large_batch_on_cpu(layout, monkeypatch):
     assert_matches_definition(BN_ACT_MOMENTS, args)
 
 
+@pytest.mark.parametrize("residual", [None, "contiguous"], ids=["alone", "residual"])
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        pytest.param((37, 2, 5, 7), "contiguous", id="contiguous"),
+        pytest.param((5, 64, 6, 7), "channels_last", id="channels_last"),
+    ],
+)
+def test_programs_that_loop_over_rows(shape, layout, residual, device, monkeypatch):
+    module = importlib.import_module("kernels.bn_act_moments")
+    monkeypatch.setattr(module, "FORWARD_PROGRAMS", 1)
+    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", 1)
+    args = make_layer_arguments(device, shape, residual, layout=layout)
+    assert_matches_definition(BN_ACT_MOMENTS, args)
+
+
+def test_gradients_of_the_moments_of_two_layers(backend, device):
+    """Those of torch.cat are slices of one tensor: their rows are not side by side."""
+    layers = [make_layer_arguments(device, (3, C, 4, 2)) for C in (3, 5)]
+    cotangent = random_tensor((2, 8), device)
+    gradients = {}
+    for name in ("bn_act_moments", "bn_act_moments_ref"):
+        inputs = [args["x"].detach().requires_grad_() for args in layers]
+        moments = []
+        for args, x in zip(layers, inputs, strict=True):
+            moments.append(getattr(kernels, name)(**{**args, "x": x})[1])
+        gradients[name] = torch.autograd.grad(torch.cat(moments, 1), inputs, cotangent)
+    torch.testing.assert_close(*gradients.values(), rtol=1e-5, atol=1e-6)
+
+
 # Extremes
 
 
@@ -107,6 +139,17 @@ def test_extremes(extreme, backend, device):
     assert moments.isfinite().all()
     assert (moments[1] >= 0).all()
     assert got.gradients["x"].isfinite().all()
+
+
+def test_no_gradient_where_y_rounds_to_zero(backend, device):
+    args = make_layer_arguments(device, (3, 4, 5, 2), dtype=torch.float16)
+    args["weight"] = torch.full((4,), 1e-9, device=device)
+    args["bias"] = torch.zeros(4, device=device)
+    x = args["x"].requires_grad_()
+    y, _ = kernels.bn_act_moments(**args)
+    (dx,) = torch.autograd.grad(y, x, torch.full_like(y, 6e4))
+    assert not y.any()
+    assert not dx.any()
 
 
 def test_nan_shows_in_its_pixel_and_channel(backend, device):

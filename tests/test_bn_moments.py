@@ -1,5 +1,6 @@
 """bn_moments and bn_moment_loss: known values, unusual strides, extremes, properties."""
 
+import importlib
 from dataclasses import replace
 
 import numpy as np
@@ -98,7 +99,7 @@ def test_statistics_get_no_gradient(backend, device):
         pytest.param((64, 16, 8, 8), 0.5, id="one-pass"),
         pytest.param((512, 8, 4, 4), 0.5, id="one-pass-over-two-parts-of-the-batch"),
         pytest.param((257, 16, 4, 4), 0.5, id="batch-without-equal-parts"),
-        pytest.param((64, 16, 8, 8), 20.0, id="too-far-from-zero-for-one-pass"),
+        pytest.param((64, 16, 8, 8), 1000.0, id="too-far-from-zero-for-one-pass"),
     ],
 )
 def test_large_batches_on_cpu(shape, mean, layout, monkeypatch):
@@ -107,6 +108,42 @@ def test_large_batches_on_cpu(shape, mean, layout, monkeypatch):
     x = make_x("cpu", shape, layout) + mean
     running_mean, running_var = make_running("cpu", shape)
     assert_both_match(x, running_mean + mean, running_var)
+
+
+# Many rows and many programs, which small inputs do not need
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [
+        pytest.param((37, 2, 5, 7), "contiguous", id="contiguous"),
+        pytest.param((5, 64, 6, 7), "channels_last", id="channels_last"),
+    ],
+)
+def test_programs_that_loop_over_rows(shape, layout, device, monkeypatch):
+    module = importlib.import_module("kernels.bn_moments")
+    monkeypatch.setattr(module, "FORWARD_PROGRAMS", 1)
+    monkeypatch.setattr(module, "BACKWARD_PROGRAMS", 1)
+    x = make_x(device, shape, layout)
+    assert_both_match(x, *make_running(device, shape))
+
+
+@pytest.mark.parametrize("n_partials", [3, 2500])
+def test_partial_moments_are_merged(n_partials, device):
+    """More partials than one program merges at once; some of them are of no values."""
+    channels = importlib.import_module("kernels._channels")
+    generator = torch.Generator().manual_seed(0)
+    count = torch.randint(0, 9, (n_partials, 5), generator=generator).to(device)
+    mean = random_tensor((n_partials, 5), device)
+    m2 = count * random_tensor((n_partials, 5), device, seed=1).square()
+    merged_mean, merged_var = channels.merge_partials(torch.stack((count, mean, m2)))
+
+    count, mean, m2 = count.double(), mean.double(), m2.double()
+    exact_mean = (count * mean).sum(0) / count.sum(0)
+    between = count * (mean - exact_mean).square()
+    exact_var = (m2 + between).sum(0) / count.sum(0)
+    torch.testing.assert_close(merged_mean.double(), exact_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged_var.double(), exact_var, rtol=1e-5, atol=0)
 
 
 # Extremes

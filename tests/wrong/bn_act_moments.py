@@ -1,0 +1,74 @@
+"""Mutants that the tests of bn_act_moments must catch."""
+
+from wrong import Mutant
+
+FILE = "bn_act_moments.py"
+
+MUTANTS = [
+    Mutant(
+        "gradient where the ReLU is zero",
+        FILE,
+        "g = tl.where(y <= 0.0, 0.0, g)",
+        "g = tl.where(y < 0.0, 0.0, g)",
+    ),
+    Mutant(
+        "mask of the ReLU before rounding",
+        FILE,
+        "y = (x * scale + bias).to(y_ptr.dtype.element_ty).to(tl.float32)",
+        "y = x * scale + bias",
+    ),
+    Mutant(
+        "ReLU swallows NaN",
+        FILE,
+        "y = tl.where(y < 0.0, 0.0, y)",
+        "y = tl.where(y > 0.0, y, 0.0)",
+    ),
+    Mutant(
+        "gradient of the mean ignored",
+        FILE,
+        "dx = g * scale + a + b * (x - mean)",
+        "dx = g * scale + b * (x - mean)",
+    ),
+    Mutant(
+        "rows of the gradient taken as adjacent",
+        FILE,
+        "row_grads.stride(0),",
+        "row_grads.size(1),",
+    ),
+    Mutant(
+        "lanes without a value enter the moments",
+        FILE,
+        "count += mask_row.to(tl.float32)",
+        "count += 1.0",
+    ),
+    Mutant(
+        "residual read with the strides of y",
+        FILE,
+        "*other_strides,",
+        "*y_strides,",
+    ),
+    Mutant(
+        "eps ignored",
+        FILE,
+        "torch.rsqrt(running_var.float() + eps)",
+        "torch.rsqrt(running_var.float() + 1e-5)",
+    ),
+    Mutant(
+        "residual gets the gradient before the ReLU on the CPU",
+        FILE,
+        "dresidual = g.to(x.dtype) if",
+        "dresidual = dy.to(x.dtype) if",
+    ),
+    Mutant(
+        "residual of another dtype taken",
+        FILE,
+        " or residual.dtype != x.dtype",
+        "",
+    ),
+    Mutant(
+        "output in another layout than x",
+        FILE,
+        "y = torch.empty_like(x)",
+        "y = torch.empty(x.shape, device=x.device, dtype=x.dtype)",
+    ),
+]
