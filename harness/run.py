@@ -198,8 +198,14 @@ def restore_optimizer(optimizer, saved):
         others = {shape for key, shape in shapes.items() if key != "step"}
         if set(shapes) != wanted or step_shape or others != {parameters[i].shape}:
             raise ValueError("its optimiser belongs to another network")
+    rates = [group["lr"] for group in optimizer.param_groups]
+    rates = [group["lr"] for group in optimizer.param_groups]
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # the same tensor as before, which its callers write
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate  # the tensor that the script fills, not load_state_dict's copy of it
 
 
 # Several processes
