@@ -1,633 +1,920 @@
-"""Generative ensemble: small generators, each of its own classes, learn from a teacher alone, then teach students.
+"""Generative ensemble: small generators learn from a teacher alone, then they teach students.
 
-Luo, Sandler, Lin, Zhmoginov, Howard, "Large-scale generative data-free distillation", 2020, arXiv:2012.05578. The
-teacher T must see in an image the class that it was made for, and know its moments; students S learn T's answers:
+Luo, Sandler, Lin, Zhmoginov, Howard, "Large-scale generative data-free distillation", 2020,
+arXiv:2012.05578. Each generator G_g makes images of its own classes, in which the teacher T must
+see the wanted class, and which must have the moments that T stored. A student S then learns T's
+answers to fresh images of the frozen generators:
 
-    L_G = CE(T(x), y) + alpha_bn R(x),   x = G_g(z, y), z ~ N(0, I), y uniform over the classes of generator g
-    L_S = T^2 KL(T(x) / T || S(x) / T),  x of the frozen ensemble, all generators alike, nothing stored
+    L_G = CE(T(x), y) + alpha_bn R(x),   x = G_g(z, y),  z ~ N(0, I),  y a class of generator g
+    L_S = tau^2 KL(softmax(T(x) / tau) || softmax(S(x) / tau)),   tau the temperature
 
-R: distance of the moments of T's BatchNorm inputs from those it stored. All generators train at once, as groups of one
-network, in one pass through T. The generator is the released one, without its depthwise variant. Neither losses,
-coefficients nor schedules were released: all else here is ours, chosen on training images (results/README.md):
-- `--pool`: of which layers moments are pooled over all generators. A class cannot have the moments of all classes, in
-  deep layers least. Pooled everywhere, generators divide the styles among them (blobs, bricks); own moments everywhere
-  make strokes of no class; the default pools the last 30 % of the layers;
-- `--bn batch`: generators teach in train mode; eval mode: 6 points worse (digits). Batches as in training help, too;
-- no total variation, no l2 prior (switches); `--shift`, `--cut` vary what students see; T^2 in L_S.
-Measured (results/ensemble-*; 1 CPU thread): digits 94.17 % (1 seed, 214 s); mnist-resnet8 to lenet5 96.44 ± 0.53 %
-(3 seeds, at most 842 s), with one generator 82.97 %, with one ten times its size 90.65 % (1 seed). Not on a GPU yet.
-Run `python generative_ensemble.py`. It writes into --out: ensemble.pt, student.pt, samples.png (a row per class),
-result.json, args.json, metrics.jsonl, checkpoint.pt. Metrics, means since the last row: `loss/ce`, `loss/bn`,
-`loss/tv`, `loss/l2` unweighted, `eval/hits` percent of images on target; `loss/student`, `eval/acc` percent of real
-test images. `--ensemble FILE` teaches another student, `--sample N` draws a grid, `--compare RUN RUN …` compares runs.
-`torchrun --nproc-per-node=R generative_ensemble.py` splits the generators over ranks; each pools over its own.
+R is the distance of the moments of T's BatchNorm inputs from the stored ones (`moment_loss`).
+Run `python generative_ensemble.py`. It writes ensemble.pt, student.pt, samples.png (a row per
+class), metrics.jsonl, result.json, args.json and checkpoint.pt into --out. Metrics, means since the
+row before: `loss/ce` and `loss/bn`, unweighted; `eval/hits`, percent of images in which T sees the
+wanted class; `loss/student`; `eval/acc`, percent of the real test images.
+Measured, one CPU thread: digits 94.17 % (1 seed, 214 s); MNIST, ResNet-8 to LeNet-5, 96.44 ± 0.53 %
+(3 seeds, 842 s each at most); with one generator in place of ten 82.97 %, with one of the size of
+all ten 90.65 % (1 seed each). It has not run on a GPU.
+The authors released the generator, but no losses, coefficients and schedules. Ours are:
+- all generators train at once, as the groups of one network, in one pass through the teacher;
+- the moments of the last layers are pooled over all generators (--pool);
+- generators teach in train mode (--bn); no image priors and no depthwise convolutions;
+- the values of `OURS`, chosen on training images (results/NOTES.md), and of `PAPER`, untested.
 """
 
+import contextlib
 import math
-import os
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 import kernels
-from kernels.augment import varied
-from kernels.contract import (
-    RunOptions,
-    check_options,
+from harness.data import evaluate, load_real_images, normalise
+from harness.images import augment, to_uint8
+from harness.load import find_dataset, load_student, load_teacher, make_info
+from harness.networks import compute_last_features
+from harness.pictures import draw_classes
+from harness.run import (
+    MethodOptions,
+    RunFolder,
+    autocast,
+    check_at_least,
+    choose_device,
     fail,
-    load_network,
-    load_student,
-    load_teacher,
-    load_weights,
+    fail_in_one_line,
+    join_processes,
     make_optimizer,
-    one_line,
+    open_atomically,
+    parse_args,
+    read_checkpoint,
+    restore_optimizer,
+    seed_everything,
 )
-from kernels.data import FILES, real_images
-from kernels.distributed import exchange, join, slices
-from kernels.figures import compare_arms, draw_grid
-from kernels.folder import RunFolder
-from kernels.quality import spread_of_classes
 
 
 @dataclass
-class Args(RunOptions):
-    # Run settings.
-    teacher: str = "digits-resnet8"
-    """Shipped name (teachers/index.json), a teacher.pt, or file.py:factory; its BatchNorms are what is matched."""
-    student: str = "auto"
-    """lenet5 or another network of teacher.py, a shipped name, file.py:factory; auto: as --setting has it."""
-    dataset: str = "auto"
-    """Real test images: digits | mnist | cifar10 | cifar100 | none; auto: the teacher's. Training never sees them."""
+class Args(MethodOptions):
+    # Run settings
+    setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
+    """Preset of the values below; without it the one of the teacher's data set."""
+    teacher: str = "cifar10-resnet20"
+    """Shipped name (teachers/index.json), a checkpoint of teacher.py (.pt), or file.py:factory. The
+    statistics of its BatchNorms are what is matched."""
+    student: str = "resnet18_cifar"
+    """Network to train: a name of harness/networks.py, a shipped name, or file.py:factory."""
     out: str = "runs/generative_ensemble/default"
     """Output folder."""
     ensemble: str = ""
-    """A saved ensemble.pt to distil another student from: no generator is trained."""
+    """A saved ensemble.pt that teaches another student: no generator is trained."""
     sample: int = 0
-    """Write a labelled grid of so many images of --ensemble (or of --out's) into --out, and stop."""
-    compare: tuple[str, ...] = ()
-    """Compare these finished runs (their --out folders) by number and size of generators instead of training."""
-    smoke: bool = False
-    """A run of seconds: 3 generator steps, 2 epochs of 2 student steps."""
-    fused: bool = True
-    """Use the fused ops of kernels/; --no-fused runs hooks and the plain references."""
-    graph: bool = True
-    """Replay a step as one CUDA graph on a GPU."""
+    """Only write samples.png into --out: about so many images of --ensemble (or of --out's)."""
 
-    # Method; see SETTINGS. None: as --setting has it; of a saved ensemble the sizes are its own.
-    setting: str = "auto"
-    """A row of SETTINGS: cifar10 | mnist | digits; auto: by the data set."""
-    generators: int | None = None
-    """Generators; the classes are split evenly among them (paper, ImageNet: one each)."""
-    steps: int | None = None
-    """Steps of all generators together; Adam's rate falls to zero over them by a cosine."""
-    batch_size: int | None = None
-    """Images of a step, in equal parts from each generator."""
-    latent: int | None = None
-    """Dimensions of the noise z."""
-    width: int | None = None
-    """Channels of a generator's first layer; stage i has width // (i + 1) (released: 128)."""
-    stages: int | None = None
-    """Up-samplings by 2 (released: 2); 0: halve the image size while it is even and above 8."""
-    lr_generator: float | None = None
-    """Adam's initial learning rate of the generators."""
-    moments: str | None = None
-    """l2 (norms, as DeepInversion) | squared | gaussian-kl (of batch from stored moments)."""
-    pool: float | None = None
-    """Share of the BatchNorms, the last, whose moments are of all (a rank's) generators' images; others: of each's."""
-    alpha_bn: float | None = None
-    """Weight of the moment loss, beside the cross-entropy's 1."""
-    alpha_tv: float | None = None
-    """Weight of the l1 total variation; 0: no such term."""
-    alpha_l2: float | None = None
-    """Weight of the images' mean l2 norm; 0: no such term."""
-    epochs: int | None = None
-    """Epochs of the student, which is tested after each."""
-    iterations: int | None = None
-    """Student steps of an epoch (no data pass exists)."""
-    student_batch: int | None = None
-    """Images of a student step, in equal parts from each generator."""
-    bn: str | None = None
-    """Moments in the generators' BatchNorms while they teach: batch (train mode) | running (eval mode)."""
-    shift: int | None = None
-    """Each image that a student sees is shifted by up to so many pixels each way, its edges repeated."""
-    cut: bool | None = None
-    """Replace a random band of rows or columns, in half of a student's images, by another's (CutMix): True | False."""
-    temperature: float | None = None
-    """Divides both logits of the student's KL, which is multiplied by its square."""
-    optimizer: str | None = None
-    """The student's: sgd (momentum 0.9, weight decay 5e-4) | adam."""
-    lr_student: float | None = None
-    """The student's initial learning rate; a cosine over the epochs ends it."""
+    # Generators
+    generators: int = 10
+    """Generators, at most one a class; the classes are split evenly among them (paper, ImageNet:
+    one a class)."""
+    steps: int = 20000
+    """Steps of all generators together; Adam's rate falls to zero over them by a cosine (ours)."""
+    batch_size: int = 500
+    """Images of a step, equally many from each generator (ours)."""
+    latent: int = 100
+    """Dimensions of the noise z (ours)."""
+    width: int = 128
+    """Channels of a generator's first layer; stage i has width // (i + 1) (released code)."""
+    stages: int = 0
+    """Up-samplings by 2 (released code: 2). 0: halve the image size while it is even and above 8,
+    which gives 2 at 28 and 32 px and 5 at 224 px."""
+    lr_generator: float = 1e-3
+    """Adam's initial learning rate of the generators (ours)."""
+    moments: Literal["l2", "squared", "gaussian-kl"] = "l2"
+    """Distance of two layers' moments: norms (as DeepInversion), their squares, or the KL
+    divergence of the batch's Gaussian from the stored one (ours)."""
+    pool: float = 0.3
+    """Share of the BatchNorms, the last ones, whose moments are of all generators' images (under
+    torchrun: of all that a process has). The others' are of each generator's images (ours)."""
+    alpha_bn: float = 10.0
+    """Weight of the moment loss beside the cross-entropy's 1 (ours)."""
+
+    # Student
+    epochs: int = 200
+    """Epochs of the student; each ends with a test (ours)."""
+    iterations: int = 500
+    """Student steps of an epoch (ours)."""
+    student_batch: int = 250
+    """Images of a student step, equally many from each generator (ours)."""
+    bn: Literal["batch", "running"] = "batch"
+    """Moments in the generators' BatchNorms while they teach: of the batch (train mode) or the
+    running ones (eval mode; 6 points worse on digits) (ours)."""
+    shift: int = 0
+    """Most pixels by which each image that the student sees is moved; edges are repeated (ours)."""
+    cut: bool = False
+    """Give half of the student's images a random band of another image, as CutMix does (ours)."""
+    temperature: float = 1.0
+    """T of the student's loss (ours)."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """The student's: sgd has momentum 0.9 and weight decay 5e-4 (ours)."""
+    lr_student: float = 0.1
+    """The student's initial learning rate; a cosine over the epochs ends it (ours)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(0, self, "sample", "stages", "shift", "alpha_bn", "pool")
+        check_at_least(1, self, "generators", "steps", "batch_size", "latent", "width")
+        check_at_least(1, self, "epochs", "iterations", "student_batch")
+        check_at_least(1e-6, self, "temperature")
+        check_at_least(1e-12, self, "lr_generator", "lr_student")
+        if self.pool > 1:
+            raise ValueError(f"--pool: expected a share of at most 1, got {self.pool}")
 
 
-# fmt: off
-PAPER = dict(student="resnet18_cifar", generators=10, steps=20000, batch_size=500, latent=100, width=128, stages=0,
-             lr_generator=1e-3, moments="l2", pool=0.3, alpha_bn=10.0, alpha_tv=0.0, alpha_l2=0.0, epochs=200,
-             iterations=500, student_batch=250, bn="batch", shift=0, cut=False, temperature=1.0, optimizer="sgd",
-             lr_student=0.1)
-OURS = dict(PAPER, student="lenet5", batch_size=40, latent=64, width=16, lr_generator=5e-3, iterations=125,
-            student_batch=40, shift=2, cut=True, optimizer="adam", lr_student=5e-3)  # chosen as results/README.md says
-SETTINGS = {
-    "cifar10": PAPER,  # untested: the released widths, the rest after related work
-    "mnist": dict(OURS, steps=4000, epochs=40),
-    "digits": dict(OURS, steps=1000, alpha_bn=5.0, epochs=20, student_batch=80, iterations=80),
+PAPER = Args()  # the released widths; the rest follows related work
+OURS = replace(
+    PAPER,
+    student="lenet5",
+    batch_size=40,
+    latent=64,
+    width=16,
+    lr_generator=5e-3,
+    student_batch=40,
+    iterations=125,
+    shift=2,
+    cut=True,
+    optimizer="adam",
+    lr_student=5e-3,
+)
+PRESETS = {
+    "cifar10": PAPER,
+    "mnist": replace(OURS, setting="mnist", teacher="mnist-resnet8", steps=4000, epochs=40),
+    "digits": replace(
+        OURS,
+        setting="digits",
+        teacher="digits-resnet8",
+        steps=1000,
+        alpha_bn=5.0,
+        epochs=20,
+        student_batch=80,
+        iterations=80,
+    ),
 }
-# fmt: on
-load = partial(load_network, networks={})  # all but the generators are factories, of teacher.py or of the user
-SHAPE = ("groups", "latent", "width", "stages", "channels", "image_size")  # what makes an ensemble's networks
-SIZES = ("generators", "width", "stages", "latent")  # in which arms of a comparison may differ
 
 
-# Copied from teacher.py
-def normalise(x, mean, std):
-    """uint8 (N, C, H, W) -> float32 in units of the data set's standard deviation; mean, std: C numbers in [0, 1]."""
-    mean, std = (torch.as_tensor(v, device=x.device).view(1, -1, 1, 1) for v in (mean, std))
-    return x.float() * (1 / (255 * std)) - mean / std
+def choose_preset(teacher, dataset):
+    """The preset of the real images, else of the teacher's data set; the default run is digits."""
+    if dataset in PRESETS:
+        return dataset
+    if not teacher:
+        return "digits"
+    name = find_dataset(teacher)
+    return name if name in PRESETS else "cifar10"
 
 
-# The generators. All other networks are factories, of teacher.py or of the user.
+def shrink(args):
+    """A run of seconds, for --smoke."""
+    return replace(
+        args,
+        steps=min(args.steps, 3),
+        epochs=min(args.epochs, 2),
+        iterations=2,
+        batch_size=2 * args.generators,
+        student_batch=2 * args.generators,
+    )
+
+
+# The generators
+@dataclass
+class Sizes:
+    """What makes an ensemble's networks, besides their weights."""
+
+    groups: list[list[int]]
+    """The classes of each generator."""
+    latent: int
+    width: int
+    stages: int
+    channels: int
+    image_size: int
+
+
+def split_evenly(n, n_parts):
+    """Split range(n) into contiguous slices; the first ones may be longer by 1.
+
+    >>> split_evenly(10, 3)
+    [slice(0, 4, None), slice(4, 7, None), slice(7, 10, None)]
+    """
+    parts = torch.arange(n).tensor_split(n_parts)
+    return [slice(int(part[0]), int(part[-1]) + 1) for part in parts]
+
+
 class Ensemble(nn.Module):
-    """G generators, each of its own group of classes, that run together.
+    """G generators that run together, each with its own group of classes.
 
-    Activations are (n, G C, H, W): a convolution in G groups and one BatchNorm over G C channels are exactly G
-    separate ones. Each tensor of the state holds the generators' tensors one after another along dimension 0.
+    Activations are (n, G C, H, W): a convolution in G groups and one BatchNorm over G C channels
+    compute exactly what G separate ones do. Each tensor of the state holds the generators' tensors
+    one after another along dimension 0.
 
     Args:
-        shape: SHAPE's values; groups: the classes of each generator.
-        own: slice of the generators that are here (a rank's); all of them draw noise, so a part's images do not depend
-            on what it is part of.
+        sizes: Sizes.
+        own: slice of the generators that this module holds (under torchrun, a process's own). All
+            of them draw noise, so that a generator's images do not depend on who else is here.
     """
 
-    def __init__(self, shape, own=slice(None)):
+    def __init__(self, sizes, own=slice(None)):
         super().__init__()
-        self.shape, self.own, self.all = shape, own, len(shape["groups"])
-        groups, channels, n_labels = shape["groups"], shape["channels"], max(map(len, shape["groups"]))
-        G, side = len(groups[own]), shape["image_size"] >> shape["stages"]
-        widths = [shape["width"] // (i + 1) for i in range(max(1, shape["stages"]))]
-        self.dense = nn.Parameter(torch.zeros(G, shape["latent"] + n_labels, widths[0] * side**2))
+        self.sizes = sizes
+        self.own = own
+        G = len(sizes.groups[own])
+        n_labels = max(len(group) for group in sizes.groups)
+        widths = [sizes.width // (i + 1) for i in range(max(1, sizes.stages))]
+        self.side = sizes.image_size >> sizes.stages  # height = width of the first maps
+
+        n_outputs = widths[0] * self.side**2
+        self.dense = nn.Parameter(torch.zeros(G, sizes.latent + n_labels, n_outputs))
         self.bn0 = nn.BatchNorm2d(G * widths[0])
-        self.convs, self.bns = nn.ParameterList(), nn.ModuleList()  # convolutions without bias
-        for before, after in zip([widths[0], *widths], widths[: shape["stages"]], strict=False):
+
+        self.convs = nn.ParameterList()  # without bias, as released
+        self.bns = nn.ModuleList()
+        before = widths[0]
+        for after in widths[: sizes.stages]:
             self.convs.append(torch.zeros(G * after, before, 3, 3))
-            self.bns.append(nn.BatchNorm2d(G * after, 0.8))  # eps as released, there an inherited accident
-        self.last, self.bias = (nn.Parameter(torch.zeros(G * channels, *rest)) for rest in ((widths[-1], 3, 3), ()))
-        self.bn_last = nn.BatchNorm2d(G * channels, 0.8, affine=False)
-        self.scale = nn.Parameter(torch.ones(G * channels))  # learnt, and no shift
-        classes = torch.tensor([[*group, *group[:1] * (n_labels - len(group))] for group in groups])
-        self.register_buffer("classes", classes, persistent=False)  # (all, n_labels); the filling is never drawn
-        self.register_buffer("n_classes", torch.tensor([len(group) for group in groups]), persistent=False)
+            self.bns.append(nn.BatchNorm2d(G * after, eps=0.8))  # as released, an accident of DAFL
+            before = after
+
+        self.last = nn.Parameter(torch.zeros(G * sizes.channels, before, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(G * sizes.channels))
+        self.bn_last = nn.BatchNorm2d(G * sizes.channels, eps=0.8, affine=False)
+        self.scale = nn.Parameter(torch.ones(G * sizes.channels))  # learnt; there is no shift
+
+        padded = [group + group[:1] * (n_labels - len(group)) for group in sizes.groups]
+        n_classes = [len(group) for group in sizes.groups]
+        self.register_buffer("classes", torch.tensor(padded), persistent=False)  # (all, n_labels)
+        self.register_buffer("n_classes", torch.tensor(n_classes), persistent=False)  # (all,)
 
     def initialise(self):
         """Xavier's uniform weights, each generator's from its own fans; zero bias, as released."""
-        for weights in (self.dense, *self.convs, self.last):
-            for weight in weights.detach().unflatten(0, (len(self.dense), -1)):
-                nn.init.xavier_uniform_(weight[0] if weight.ndim == 3 else weight)
+        for weight in self.dense.detach():
+            nn.init.xavier_uniform_(weight)
+        for weights in (*self.convs, self.last):
+            for weight in weights.detach().chunk(len(self.dense)):
+                nn.init.xavier_uniform_(weight)
         return self
 
-    def draw(self, n):
-        """Noise (n, G, z), and of each image's class the place (n, G) in its generator's group, uniform."""
-        z = torch.randn(n, self.all, self.shape["latent"], device=self.classes.device)
-        place = (torch.rand(n, self.all, device=z.device) * self.n_classes).long()
+    def sample_noise(self, n):
+        """n inputs for each generator here.
+
+        Returns:
+            z: (n, G, latent), standard normal.
+            place: (n, G), where the image's class stands in its generator's group, uniform.
+        """
+        n_all = len(self.n_classes)
+        z = torch.randn(n, n_all, self.sizes.latent, device=self.classes.device)
+        place = (torch.rand(n, n_all, device=z.device) * self.n_classes).long()
         return z[:, self.own], place[:, self.own]
 
     def forward(self, z, place):
-        """Images (n G, C, H, W) in normalised units and labels (n G,); image i G + g is the i-th of generator g."""
-        n, G, _ = z.shape
-        onehot = (place.unsqueeze(2) == torch.arange(self.classes.shape[1], device=z.device)).to(z.dtype)
-        x = torch.bmm(torch.cat([z, onehot], 2).transpose(0, 1), self.dense)  # (G, n, C0 H0 W0)
-        side = self.shape["image_size"] >> self.shape["stages"]
-        x = x.transpose(0, 1).reshape(n, -1, side, side).contiguous(memory_format=torch.channels_last)
-        x = F.leaky_relu(self.bn0(x), 0.2)
-        for weight, bn in zip(self.convs, self.bns, strict=True):
-            x = F.conv2d(F.interpolate(x, scale_factor=2), weight, padding=1, groups=G)  # (n, G C_i, H, W)
-            x = F.leaky_relu(bn(x), 0.2)
-        x = self.bn_last(torch.tanh(F.conv2d(x, self.last, self.bias, padding=1, groups=G)))
-        x = x * self.scale.view(-1, 1, 1)
-        labels = self.classes[self.own].T.gather(0, place)  # (n, G)
-        x = x.reshape(n * G, -1, *x.shape[2:]).contiguous(memory_format=torch.channels_last)
-        return x, labels.flatten()
+        """Images (n G, C, H, W) in normalised units, and their labels (n G,).
 
-    def part(self, own):
-        """The generators of a slice, as they are now."""
-        part, G = Ensemble(self.shape, own), len(self.dense)
-        state = {k: v.unflatten(0, (G, -1))[own].flatten(0, 1) if v.ndim else v for k, v in self.state_dict().items()}
+        Image i G + g is the i-th one of generator g.
+        """
+        n, G, _ = z.shape
+        labels = self.classes[self.own].T.gather(0, place).flatten()  # (n G,)
+
+        places = torch.arange(self.classes.shape[1], device=z.device)
+        onehot = (place.unsqueeze(2) == places).to(z.dtype)  # (n, G, n_labels)
+        x = torch.cat([z, onehot], 2).transpose(0, 1)  # (G, n, latent + n_labels)
+        x = torch.bmm(x, self.dense)  # (G, n, C_0 side^2)
+        x = x.transpose(0, 1).reshape(n, -1, self.side, self.side)  # (n, G C_0, side, side)
+        x = x.contiguous(memory_format=torch.channels_last)
+        x = F.leaky_relu(self.bn0(x), 0.2)
+
+        for weight, bn in zip(self.convs, self.bns, strict=True):
+            x = F.interpolate(x, scale_factor=2)
+            x = F.conv2d(x, weight, padding=1, groups=G)  # (n, G C_i, 2^i side, 2^i side)
+            x = F.leaky_relu(bn(x), 0.2)
+
+        x = torch.tanh(F.conv2d(x, self.last, self.bias, padding=1, groups=G))  # (n, G C, H, W)
+        x = self.bn_last(x) * self.scale.view(-1, 1, 1)
+        x = x.reshape(n * G, -1, *x.shape[2:])
+        return x.contiguous(memory_format=torch.channels_last), labels
+
+    def take_part(self, own):
+        """An ensemble of the generators of a slice, with a copy of their weights."""
+        state = {}
+        for name, tensor in self.state_dict().items():
+            if tensor.ndim:  # all but the BatchNorms' counters
+                tensor = torch.cat(tensor.chunk(len(self.dense))[own])
+            state[name] = tensor
+        part = Ensemble(self.sizes, own)
         part.load_state_dict(state)
         return part.to(self.dense.device, memory_format=torch.channels_last)
 
     def freeze(self, bn):
-        """For sampling: no gradients, BatchNorms use the batch's moments and keep their own, or use their own."""
+        """Prepare to sample only: no gradients, and no call changes the running moments.
+
+        Args:
+            bn: whose moments the BatchNorms use, "batch" or "running".
+        """
+        self.requires_grad_(False)
+        self.train(bn == "batch")
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
-                m.track_running_stats = bn == "running"
-        return self.requires_grad_(False).train(bn == "batch")
+                m.track_running_stats = bn == "running"  # False in train mode: do not update them
+        return self
+
+
+# Moments
+@contextlib.contextmanager
+def watch_batchnorm(teacher, n_generators, args):
+    """Context with a function that runs the teacher and measures its BatchNorms' inputs.
+
+    The function takes images (N, C, H, W), of which image i G + g is of generator g. It returns
+
+    - logits (N, K);
+    - moments (2, P, C): mean - running_mean (as a difference it is exact where both are large) and
+      biased variance, of each generator's images (P = G) or with --pool 1 of all (P = 1), one
+      layer's channels beside the other's;
+    - running_var (C,) of the layers;
+    - sizes: the layers' numbers of channels, which add up to C.
+    """
+    P = 1 if args.pool == 1 else n_generators
+    bn_moments = kernels.bn_moments if args.fused else kernels.bn_moments_ref
+
+    def measure(x, running_mean):
+        n = len(x) // P
+        x = x.reshape(n, P * x.shape[1], *x.shape[2:])  # (n, P C_l, H, W): parts as channels
+        mean, var = bn_moments(x, running_mean.repeat(P))
+        return mean.view(P, -1), var.view(P, -1)
+
+    def observe(x):
+        logits, layers = watched(x)
+        moments = torch.cat([moments.view(2, P, -1) for moments, _ in layers], 2)
+        running_var = torch.cat([running_var for _, running_var in layers])
+        sizes = tuple(len(running_var) for _, running_var in layers)
+        return logits.float(), moments, running_var, sizes
+
+    if args.fused and P == 1:  # measured in the pass of BatchNorm, addition and ReLU
+        watched = kernels.fuse_batchnorm(teacher)
+        yield observe
+    else:
+        watched = kernels.hook_batchnorm(teacher, moments=measure)
+        yield observe
+        watched.close()
+
+
+def pool_moments(moments):
+    """Moments (2, P, C) of equally large parts -> (2, 1, C) of all, by the law of total variance.
+
+    mean = avg_p mean_p,   var = avg_p var_p + Var_p mean_p
+    """
+    mean, var = moments.mean(1)
+    between = moments[0].var(0, unbiased=False)
+    return torch.stack([mean, var + between]).unsqueeze(1)
 
 
 # Losses
-class Observed:
-    """A frozen teacher, and the moments of what enters its BatchNorms.
+def inceptionism_loss(logits, labels):
+    """CE(T(x), y): the teacher must see the class that the generator was asked for."""
+    return F.cross_entropy(logits, labels)
+
+
+def compute_distance(moments, running_var, sizes, args, eps=1e-5):
+    """Sum over layers of d(moments, stored moments), mean over the P parts; 0 for no layers.
+
+    d by --moments, where mean, var are the batch's, running_mean, running_var the layer's:
+
+        l2:           ||mean - running_mean||_2 + ||var - running_var||_2
+        squared:      ||mean - running_mean||_2^2 + ||var - running_var||_2^2
+        gaussian-kl:  sum_c KL(N(mean, var) || N(running_mean, running_var))
+                      = 1/2 sum_c (ln(running_var / var)
+                                   + (var + (mean - running_mean)^2) / running_var - 1)
 
     Args:
-        model: in eval mode.
-        n_parts: 1: moments over all images; G: over those of each generator, image i G + g being of generator g.
-        fused: moments by `kernels`, of the whole batch in the pass of the BatchNorm and the ReLU; else hooks alone.
+        moments, running_var, sizes: of `watch_batchnorm`.
+        eps: what gaussian-kl adds to both variances.
     """
+    if not sizes:
+        return 0.0
+    P = moments.shape[1]
+    if args.moments == "l2":  # all layers' norms in one op
+        moment_distance = kernels.moment_distance if args.fused else kernels.moment_distance_ref
+        moments = moments.flatten(1).contiguous()  # (2, P C)
+        return moment_distance(moments, running_var.repeat(P), sizes * P) / P
 
-    def __init__(self, model, n_parts, fused):
-        self.model, self.n_parts, self.found, self.hooks = model, n_parts, [], []
-        self.moments = kernels.bn_moments if fused else kernels.bn_moments_ref
-        layers = [m for m in model.modules() if isinstance(m, kernels.fuse.BATCHNORMS) and m.running_mean is not None]
-        if fused and n_parts == 1:
-            self.model = kernels.fuse_batchnorm(model)
-        elif not layers:
-            raise ValueError("no BatchNorm with running statistics")
-        else:
-            self.hooks = [m.register_forward_pre_hook(self.hook) for m in layers]
+    mean_difference, var = moments  # (P, C) each
+    if args.moments == "squared":
+        return (mean_difference.square() + (var - running_var).square()).sum() / P
 
-    def close(self):
-        """Take the hooks off again."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def hook(self, bn, inputs):
-        """Folds the generators into the channels, as they do: then the moments of a channel are of one generator."""
-        x, P = inputs[0], self.n_parts
-        x = x.reshape(len(x) // P, P * x.shape[1], *x.shape[2:])  # (n, P C, H, W)
-        running_mean = bn.running_mean.repeat(P)
-        mean, var = self.moments(x, running_mean)
-        self.found.append((torch.stack([mean - running_mean, var]).unflatten(1, (P, -1)), bn.running_var))
-
-    def __call__(self, x):
-        """Logits (N, K); moments (2, P, C): mean less running mean, biased variance, of each part, layer beside layer;
-        running_var (C,); the layers' sizes, which add up to C."""
-        y = self.model(x)
-        logits, found = (y, list(self.found)) if self.hooks else y
-        self.found.clear()  # nothing may keep the graph of a step that is over
-        moments, sizes = [m.view(2, self.n_parts, -1) for m, _ in found], tuple(len(v) for _, v in found)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits, torch.cat(moments, 2), torch.cat([v for _, v in found]), sizes
+    var = var + eps
+    running_var = running_var + eps
+    ratios = (var + mean_difference.square()) / running_var
+    return ((running_var / var).log() + ratios - 1).sum() / (2 * P)
 
 
-def pooled(moments):
-    """Moments (2, P, C) of equal parts -> (2, 1, C) of all together, by the law of total variance."""
-    mean, var = moments.mean(1)
-    return torch.stack([mean, var + moments[0].var(0, unbiased=False)]).unsqueeze(1)
+def moment_loss(moments, running_var, sizes, args):
+    """R(x): distance of the moments of T's BatchNorm inputs from those that T stored.
 
+        R = 1/G sum_g sum_{l <= L - k} d(mean_gl, var_gl) + sum_{l > L - k} d(mean_l, var_l)
 
-def moment_loss(moments, running_var, sizes, form, fused, eps=1e-5):
-    """Distance of moments (2, P, C) from the stored ones: a sum over layers, a mean over parts; form: of --moments.
+    mean_gl, var_gl are the moments of generator g's images in layer l, mean_l, var_l those of all
+    generators' images, k = round(pool L), and d as in `compute_distance`. One class cannot have
+    the moments of all classes, in the last layers least: hence the second sum. With all layers
+    pooled, generators share out the styles (one makes blobs, one bricks); with none, they make
+    strokes of no class.
 
-    l2: ||mean - mu|| + ||var - s2|| of each layer, not squared; squared: its squares; gaussian-kl: the sum over
-    channels of KL(N(mean, var) || N(mu, s2)), eps added to both variances.
+    Args:
+        moments, running_var, sizes: of `watch_batchnorm`.
     """
-    P, (distance, var) = moments.shape[1], moments
-    if form == "l2":
-        norms = kernels.moment_distance if fused else kernels.moment_distance_ref
-        return norms(moments.flatten(1).contiguous(), running_var.repeat(P), sizes * P) / P
-    if form == "squared":
-        return (distance.square() + (var - running_var).square()).sum() / P
-    var, running_var = var + eps, running_var + eps
-    return ((running_var / var).log() + (var + distance.square()) / running_var - 1).sum() / (2 * P)
+    n_own = len(sizes) - round(args.pool * len(sizes))  # L - k
+    c = sum(sizes[:n_own])  # channels of these layers
+    pooled = pool_moments(moments)
+    own_loss = compute_distance(moments[:, :, :c], running_var[:c], sizes[:n_own], args)
+    pooled_loss = compute_distance(pooled[:, :, c:], running_var[c:], sizes[n_own:], args)
+    return own_loss + pooled_loss
 
 
-def generator_terms(x, labels, answers, setting):
-    """The unweighted terms of the generators' loss, means over generators: (4,) ce, bn, tv, l2; 0 where not wanted."""
-    (logits, moments, running_var, sizes), zero = answers, x.new_zeros(())
-    ce, bn, tv, l2 = F.cross_entropy(logits, labels), zero, zero, zero  # "inceptionism": of the class that was drawn
-    first = len(sizes) - round(setting["pool"] * len(sizes))  # layers of which each generator has its own moments
-    for part, layers in ((moments, slice(0, first)), (pooled(moments), slice(first, len(sizes)))):
-        if sizes[layers]:
-            at = slice(sum(sizes[: layers.start]), sum(sizes[: layers.stop]))
-            matched = part[:, :, at], running_var[at], sizes[layers]
-            bn = bn + moment_loss(*matched, setting["moments"], setting["fused"])
-    if setting["alpha_tv"]:
-        tv, _ = (kernels.total_variation if setting["fused"] else kernels.total_variation_ref)(x)
-    if setting["alpha_l2"]:
-        l2 = x.flatten(1).norm(dim=1).mean()
-    return torch.stack([ce, bn, tv, l2])
+def distillation_loss(t_logits, s_logits, args):
+    """L_S: T^2 KL(softmax(t_logits / T) || softmax(s_logits / T)), mean over the batch."""
+    kl_divergence = kernels.kl_divergence if args.fused else kernels.kl_divergence_ref
+    T = args.temperature
+    return T**2 * kl_divergence(t_logits, s_logits, T)
 
 
 # Steps
-class Distiller(nn.Module):
-    """Generators and student with their optimisers; all that training changes is a parameter or a buffer here."""
+def generator_step(ensemble, observe, optimizer, args):
+    """One step of all generators on L_G, on one pass through the teacher.
 
-    def __init__(self, teacher, student, ensemble, setting, args):
-        super().__init__()
-        self.teacher, self.setting, cuda = teacher, setting, args.device == "cuda"  # the teacher is not a submodule
-        self.student, self.ensemble = student.model, ensemble
-        self.n_parts = 1 if setting["pool"] == 1 else len(ensemble.dense)  # whose moments are taken apart
-        self.register_buffer("step", torch.zeros(()))  # of the generators
-        self.register_buffer("epoch", torch.zeros(()))  # of the student
-        self.register_buffer("sums", torch.zeros(6))  # ce, bn, tv, l2, images on target, loss of the student
-        self.to(args.device, memory_format=torch.channels_last)
-        weights = [1.0, *(setting[f"alpha_{name}"] for name in ("bn", "tv", "l2"))]
-        self.weights = torch.tensor(weights, device=args.device)
-        self.amp = partial(torch.autocast, args.device, torch.bfloat16, args.bf16 and cuda, cache_enabled=False)
-        self.optimizers = {"generator": make_optimizer("adam", ensemble, setting["lr_generator"])}
-        self.optimizers["student"] = make_optimizer(setting["optimizer"], self.student, setting["lr_student"])
+    With --pool 0 each generator learns exactly as if it were alone.
 
-    def update(self, name, loss, model):
-        """Step on the gradient of one network's weights, of no other."""
-        parameters, optimizer = list(model.parameters()), self.optimizers[name]
-        optimizer.zero_grad()
-        loss.backward(inputs=parameters)
-        optimizer.step()
+    Args:
+        ensemble: in train mode.
+        observe: of `watch_batchnorm`.
 
+    Returns:
+        (3,): cross-entropy, moment loss, share of images in which the teacher sees the wanted
+        class. Nothing waits for the device.
+    """
+    with autocast(ensemble.dense.device.type, args.bf16):
+        z, place = ensemble.sample_noise(args.batch_size // args.generators)
+        x, labels = ensemble(z, place)  # (N, C, H, W), (N,)
+        logits, moments, running_var, sizes = observe(x)
+    ce = inceptionism_loss(logits, labels)
+    bn = moment_loss(moments, running_var, sizes, args)
+    loss = ce + args.alpha_bn * bn
 
-def generator_step(state, observe):
-    """One step of all generators on one pass through the teacher; at --pool 0 each learns exactly as if alone."""
-    setting, n = state.setting, state.setting["batch_size"] // state.setting["generators"]
-    cosine = (1 + torch.cos(math.pi / setting["steps"] * state.step)) / 2
-    state.optimizers["generator"].param_groups[0]["lr"].copy_(setting["lr_generator"] * cosine)
-    with state.amp():
-        x, labels = state.ensemble(*state.ensemble.draw(n))  # (N, C, H, W)
-        answers = observe(x)
-    terms = generator_terms(x, labels, answers, setting)
-    state.update("generator", state.n_parts * (state.weights * terms).sum(), state.ensemble)  # not a mean: as alone
-    hits = (answers[0].argmax(1) == labels).float().mean()
-    state.sums[:5] += torch.stack([*terms.detach(), hits])
-    state.step += 1
+    # Own moments: each generator gets the gradient of its own loss, not of a mean over all.
+    P = moments.shape[1]
+    optimizer.zero_grad()
+    (P * loss).backward()
+    optimizer.step()
+
+    hits = (logits.argmax(1) == labels).float().mean()
+    return torch.stack([ce.detach(), bn.detach(), hits])
 
 
-def student_step(state, ensemble):
-    """One step towards the teacher's answers to fresh images; ensemble: frozen."""
-    setting, T = state.setting, state.setting["temperature"]
-    divergence = kernels.kl_divergence if setting["fused"] else kernels.kl_divergence_ref
-    with state.amp():
+def student_step(student, teacher, ensemble, optimizer, args):
+    """One step of the student on L_S, on fresh images of the frozen ensemble; returns L_S ()."""
+    with autocast(ensemble.dense.device.type, args.bf16):
         with torch.no_grad():
-            x, _ = ensemble(*ensemble.draw(setting["student_batch"] // setting["generators"]))
-            x = varied(x, setting)
-            t_logits = state.teacher.model(x)
-        loss = T**2 * divergence(t_logits, state.student(x), T)
-    state.update("student", loss, state.student)
-    state.sums[5] += loss.detach()
+            z, place = ensemble.sample_noise(args.student_batch // args.generators)
+            x, _ = ensemble(z, place)  # (N, C, H, W)
+            x = augment(x, shift=args.shift, cut=args.cut)
+            t_logits = teacher(x)  # (N, K)
+        loss = distillation_loss(t_logits, student(x), args)
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
-# Evaluation and files
-# Copied from teacher.py
-@torch.no_grad()
-def evaluate(model, images, labels, mean, std, batch_size=500):
-    """Top-1 accuracy in percent, eval mode. images: (N, C, H, W) uint8, labels: (N,)."""
-    was_training = model.training
-    model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for i in range(0, len(images), batch_size):
-        x = normalise(images[i : i + batch_size], mean, std).contiguous(memory_format=torch.channels_last)
-        correct += (model(x).argmax(1) == labels[i : i + batch_size]).sum()
-    model.train(was_training)
-    return 100 * correct.item() / len(images)
+# The two stages
+def train_generators(ensemble, teacher, optimizer, run, done):
+    """Stage 1: train this process's generators together.
+
+    The host waits for the device twenty times, for a row of metrics and a checkpoint.
+
+    Args:
+        ensemble, teacher: networks; the teacher is frozen.
+        optimizer: the ensemble's.
+        run: RunFolder.
+        done: steps that a continued run has behind it.
+    """
+    args = run.args
+    device = ensemble.dense.device
+    lr = optimizer.param_groups[0]["lr"]  # a tensor, which a captured step reads
+    steps = torch.arange(args.steps, dtype=torch.float32, device=device)
+    rates = args.lr_generator * (1 + torch.cos(math.pi / args.steps * steps)) / 2  # (steps,)
+    ends = {args.steps * (i + 1) // 20 for i in range(20)}
+    sums = torch.zeros(3, device=device)  # since the last row, which was written after step `start`
+    start = done
+    hidden = run.rank > 0 or None  # None: hidden where there is no terminal
+    bar = tqdm(total=args.steps, initial=done, disable=hidden, mininterval=0.5, desc="generators")
+
+    with watch_batchnorm(teacher, len(ensemble.dense), args) as observe:
+
+        def train_once():
+            sums.add_(generator_step(ensemble, observe, optimizer, args))
+
+        captured = kernels.CapturedStep(train_once, enabled=args.graph and device.type == "cuda")
+        for step in range(done, args.steps):
+            lr.copy_(rates[step])
+            captured()
+            bar.update()
+            if step + 1 not in ends:
+                continue
+
+            ce, bn, hits = (sums / (step + 1 - start)).tolist()
+            sums.zero_()
+            start = step + 1
+            run.show(bar, {"step": start, "loss/ce": ce, "loss/bn": bn, "eval/hits": 100 * hits})
+            run.save_checkpoint(
+                {
+                    "step": start,
+                    "ensemble": ensemble.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                }
+            )
+    bar.close()
 
 
+def train_student(student, teacher, ensemble, optimizer, test, run, done):
+    """Stage 2: distil the teacher on fresh images. The host waits for the device once an epoch.
+
+    Args:
+        student, teacher, ensemble: networks; teacher and ensemble are frozen.
+        optimizer: the student's.
+        test: (images, labels, NetworkInfo) for `evaluate`, or None.
+        run: RunFolder.
+        done: epochs that a continued run has behind it.
+    """
+    args = run.args
+    device = ensemble.dense.device
+    lr = optimizer.param_groups[0]["lr"]
+    loss_sum = torch.zeros((), device=device)  # of an epoch
+
+    def train_once():
+        loss_sum.add_(student_step(student, teacher, ensemble, optimizer, args))
+
+    captured = kernels.CapturedStep(train_once, enabled=args.graph and device.type == "cuda")
+    total = args.epochs * args.iterations
+    initial = done * args.iterations
+    bar = tqdm(total=total, initial=initial, disable=None, mininterval=0.5, desc="student")
+
+    for epoch in range(done, args.epochs):
+        lr.fill_(args.lr_student * (1 + math.cos(math.pi * epoch / args.epochs)) / 2)
+        for _ in range(args.iterations):
+            captured()
+            bar.update()
+
+        row = {"epoch": epoch + 1, "loss/student": loss_sum.item() / args.iterations}
+        loss_sum.zero_()
+        if test is not None:
+            row["eval/acc"] = evaluate(student, *test)
+        run.show(bar, row)
+        run.save_checkpoint(
+            {
+                "epoch": epoch + 1,
+                "student": student.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
+        )
+    bar.close()
+
+
+# Several processes
+def gather_ensemble(part, owns, rank):
+    """The whole ensemble, on every process, out of the parts that the processes hold.
+
+    It is the last thing that the processes do together.
+
+    Args:
+        part: this process's generators.
+        owns: slices of the generators that each process holds.
+        rank: of this process.
+    """
+    if len(owns) == 1:
+        return part
+
+    device = part.dense.device
+    states = []
+    for r, own in enumerate(owns):
+        held = part if r == rank else Ensemble(part.sizes, own).to(device)
+        state = {name: tensor.contiguous() for name, tensor in held.state_dict().items()}
+        for tensor in state.values():
+            dist.broadcast(tensor, r)
+        states.append(state)
+    dist.destroy_process_group()
+
+    joined = {}
+    for name, tensor in states[0].items():
+        if tensor.ndim:  # all but the BatchNorms' counters
+            tensor = torch.cat([state[name] for state in states])
+        joined[name] = tensor
+    whole = Ensemble(part.sizes)
+    whole.load_state_dict(joined)
+    return whole.to(device, memory_format=torch.channels_last)
+
+
+# Evaluation
 @torch.no_grad()
 def sample_classes(ensemble, n_images, n):
-    """n_images in all, of (the first) classes alike: (classes, each, C, H, W) on the CPU; n: batch of a generator."""
+    """Equally many images of each class, or of the first n_images classes one.
+
+    Args:
+        ensemble: frozen.
+        n_images: in all, at most.
+        n: images that each generator makes at once; in train mode they share their moments.
+
+    Returns:
+        (classes, images of a class, C, H, W) on the CPU.
+    """
     n_classes = min(n_images, int(ensemble.classes.max()) + 1)
-    each, kept = n_images // n_classes, [[] for _ in range(n_classes)]
-    while min(map(len, kept)) < each:
-        images, labels = ensemble(*ensemble.draw(n))
+    n_each = n_images // n_classes
+    kept = [[] for _ in range(n_classes)]
+    while min(len(images) for images in kept) < n_each:
+        z, place = ensemble.sample_noise(n)
+        images, labels = ensemble(z, place)
         for x, k in zip(images.float().cpu(), labels.tolist(), strict=True):
-            if k < n_classes and len(kept[k]) < each:
+            if k < n_classes and len(kept[k]) < n_each:
                 kept[k].append(x)
     return torch.stack([torch.stack(images) for images in kept])
 
 
-def ensemble_measures(state, ensemble, test, n):
-    """hits: percent of images that the teacher sees as wanted; diversity, beside that of as many real images; accuracy
-    of each class."""
-    K, model, device = state.teacher.num_classes, state.teacher.model, state.step.device
-    images = sample_classes(ensemble, max(2 * K, min(20 * K, 1000)), n).to(device)  # (K, each, C, H, W)
-    with torch.no_grad():
-        hits = [(model(x).argmax(1) == k).float().mean().item() for k, x in enumerate(images)]
-    found = dict(hits=100 * float(np.mean(hits)), diversity=spread_of_classes(model, images))
-    if test:
-        real, labels, *normalisation = test
-        found["class_accuracies"] = [
-            evaluate(state.student, real[labels == k], labels[labels == k], *normalisation)
-            for k in labels.unique().tolist()
-        ]
-        of_class = [real[labels == k][: images.shape[1]] for k in labels.unique().tolist()]
-        found["real_diversity"] = spread_of_classes(model, [normalise(x, *normalisation) for x in of_class])
-    return found
+@torch.no_grad()
+def measure_spread(network, classes):
+    """Mean distance of two images of one class: of their pixels, and of their last features.
+
+    Args:
+        network: in eval mode. Features are what enters its last linear layer, or its logits if it
+            has none.
+        classes: [(n, C, H, W), …], images of one class each, at least two, in normalised units.
+
+    >>> pair = torch.stack([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)])
+    >>> measure_spread(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), [pair, pair])
+    {'pixels': 2.0, 'features': 2.0}
+    """
+    features = compute_last_features(network, classes)
+    if features is None:
+        features = [network(x) for x in classes]
+    spread = {}
+    for name, groups in (("pixels", classes), ("features", features)):
+        means = [torch.pdist(x.flatten(1).cpu()).mean() for x in groups]
+        spread[name] = torch.stack(means).double().mean().item()
+    return spread
 
 
-def save_ensemble(ensemble, teacher, setting, n, path):
-    """Write ensemble.pt: tensors, numbers and strings that describe themselves; n: images of a generator to sample."""
-    saved = dict(format=1, method="generative_ensemble", teacher=teacher.name, shape=ensemble.shape, bn=setting["bn"])
-    saved |= dict(n=n, **{k: list(getattr(teacher, k)) for k in ("mean", "std")})
-    torch.save(saved | {"state_dict": ensemble.state_dict()}, f"{path}.part")  # then renamed: never half a file
-    os.replace(f"{path}.part", path)
+@torch.no_grad()
+def measure_images(teacher, images):
+    """How good the generators' images (K, n, C, H, W) of `sample_classes` are.
+
+    Returns:
+        hits: percent of images in which the teacher sees the wanted class; diversity: see
+        `measure_spread`.
+    """
+    n_hits = 0
+    for k, x in enumerate(images):
+        n_hits += (teacher(x).argmax(1) == k).sum().item()
+    hits = 100 * n_hits / (images.shape[0] * images.shape[1])
+    return dict(hits=hits, diversity=measure_spread(teacher, images))
 
 
-def load_ensemble(path, device, teacher=None):
-    """An Ensemble, ready to sample, and what its file says of it; teacher: whose images and classes it must have."""
-    with one_line(f"{path}: no ensemble of this script", "pass the ensemble.pt that a run wrote"):
-        saved = load_weights(path)
-        shape = {k: saved["shape"][k] for k in SHAPE}
-        classes = sorted(k for group in shape["groups"] for k in group)
-        its = dict(num_classes=len(classes), image_size=shape["image_size"], mean=saved["mean"], std=saved["std"])
-        right = classes == list(range(len(classes))) and saved["n"] >= 1 and saved["bn"] in ("batch", "running")
-        if not right or not shape["channels"] == len(saved["mean"]) == len(saved["std"]):
-            raise ValueError("its description does not belong together")
-        ensemble = Ensemble(shape)
+def measure_real_classes(student, teacher, test, n):
+    """How the student and real images do by class; test: as for `train_student`.
+
+    Returns:
+        class_accuracies: percent of each class; real_diversity: `measure_spread` of n real images
+        of each class.
+    """
+    images, labels, info = test
+    accuracies = []
+    classes = []
+    for k in labels.unique().tolist():
+        of_class = images[labels == k]
+        accuracies.append(evaluate(student, of_class, labels[labels == k], info))
+        classes.append(normalise(of_class[:n], info))
+    return dict(class_accuracies=accuracies, real_diversity=measure_spread(teacher, classes))
+
+
+# Files
+def draw_samples(images, info, file):
+    """Write a PNG with a row for each class of images (classes, n, C, H, W), normalised."""
+    n_classes, n = images.shape[:2]
+    pixels = to_uint8(images.flatten(0, 1), info)
+    labels = torch.arange(n_classes).repeat_interleave(n)
+    draw_classes(pixels, labels, [], file, columns=n, rows=n_classes)
+
+
+def save_ensemble(ensemble, info, run):
+    """Write ensemble.pt: the weights, and what it takes to sample; info: NetworkInfo of T."""
+    saved = dict(format=1, method="generative_ensemble", teacher=info.name)
+    saved["shape"] = asdict(ensemble.sizes)
+    saved["mean"] = list(info.mean)
+    saved["std"] = list(info.std)
+    saved["bn"] = run.args.bn
+    saved["n"] = run.args.student_batch // run.args.generators  # images of a generator at once
+    saved["state_dict"] = ensemble.state_dict()
+    with run.write_file("ensemble.pt") as file:
+        torch.save(saved, file)
+
+
+def load_ensemble(path, device):
+    """Read an ensemble.pt; refuse what does not belong together.
+
+    Returns:
+        The Ensemble, the NetworkInfo of the teacher whose images it makes, and the file's dict.
+    """
+    saved = read_checkpoint(path)
+    advice = "pass the ensemble.pt that a run wrote"
+    with fail_in_one_line(f"{path}: no ensemble of this script", advice):
+        sizes = Sizes(**saved["shape"])
+        classes = sorted(k for group in sizes.groups for k in group)
+        if classes != list(range(len(classes))):
+            raise ValueError("its generators do not make each class once")
+        if not sizes.channels == len(saved["mean"]) == len(saved["std"]):
+            raise ValueError("its channels do not fit its mean and std")
+        if saved["bn"] not in ("batch", "running") or saved["n"] < 1:
+            raise ValueError("it does not say how to sample from it")
+        ensemble = Ensemble(sizes)
         ensemble.load_state_dict(saved["state_dict"])
-        if not all(v.isfinite().all() for v in ensemble.state_dict().values()):
+        if not all(tensor.isfinite().all() for tensor in ensemble.state_dict().values()):
             raise ValueError("its weights are not finite")
-    for name, value in its.items() if teacher else ():
-        ours = getattr(teacher, name)
-        if value != (list(ours) if isinstance(value, list) else ours):
-            fail(f"--ensemble {path}: its {name} is {value}, the teacher's {ours}; train one for this teacher")
-    return ensemble.freeze(saved["bn"]).to(device, memory_format=torch.channels_last), saved
-
-
-class Run(RunFolder):
-    """One run's folder; of torchrun's ranks but the first a folder rankN in it, with checkpoint and rows."""
-
-    def __init__(self, args, state, rank):
-        self.distiller = state
-        clears = ("student.pt", "samples.png", *(() if args.ensemble else ("ensemble.pt",)))
-        super().__init__(args, state.setting, free=("graph", "compare", "sample"), clears=clears, rank=rank)
-
-    def state(self):
-        optimizers = {name: optimizer.state_dict() for name, optimizer in self.distiller.optimizers.items()}
-        used = {name: saved for name, saved in optimizers.items() if saved["state"]}  # not yet the student's
-        return dict(networks=self.distiller.state_dict(), optimizers=used)
-
-    def restore(self, saved):
-        state = self.distiller
-        state.load_state_dict(saved["networks"])
-        used = [name for name, done in (("generator", state.step), ("student", state.epoch)) if done]
-        if sorted(saved["optimizers"]) != used or not self.lines:
-            raise ValueError("its state does not belong together")
-        for name in used:
-            kernels.contract.restore_optimizer(state.optimizers[name], saved["optimizers"][name])
-
-    def after(self, bar, row):
-        """The host's only wait: a row of metrics, a checkpoint."""
-        if not all(math.isfinite(v) for v in row.values()):
-            fail(f"the losses are not finite: {row}; lower --lr-generator or --lr-student")
-        self.distiller.sums.zero_()
-        self.show(bar, row)
-        self.save()
-
-
-def gathered(part, owns, rank):
-    """The whole ensemble, on every rank, out of the parts that the ranks hold."""
-    held = [part if r == rank else Ensemble(part.shape, own).to(part.dense.device) for r, own in enumerate(owns)]
-    states = [{k: v.contiguous() for k, v in one.state_dict().items()} for one in held]
-    exchange(states)
-    whole = Ensemble(part.shape)
-    whole.load_state_dict({k: torch.cat([s[k] for s in states]) if v.ndim else v for k, v in states[0].items()})
-    return whole.to(part.dense.device, memory_format=torch.channels_last)
-
-
-# Main
-def train_ensemble(state, run, args, quiet):
-    """Stage 1, in twenty windows between which the host looks at it."""
-    total, done, setting = state.setting["steps"], int(state.step), state.setting
-    if done >= total:
-        return
-    with one_line(f"--teacher {args.teacher}", "its BatchNorms are what is matched; take a network that has some"):
-        observe = Observed(state.teacher.model, state.n_parts, setting["fused"])
-    step = kernels.Captured(partial(generator_step, state, observe), args.graph and args.device == "cuda")
-    bar = tqdm(total=total, initial=done, disable=quiet or None, mininterval=0.5, desc="generators")
-    for end in sorted({n for i in range(20) if (n := total * (i + 1) // 20) > done}):
-        for _ in range(done, end):
-            step()
-            bar.update()
-        ce, bn, tv, l2, hits = (state.sums[:5] / (end - done)).tolist()
-        row = {"step": end, "loss/ce": ce, "loss/bn": bn, "eval/hits": 100 * hits}
-        row |= {f"loss/{k}": v for k, v in (("tv", tv), ("l2", l2)) if setting[f"alpha_{k}"]}
-        run.after(bar, row)
-        done = end
-    bar.close()
-    observe.close()
-
-
-def train_student(state, ensemble, run, args, test):
-    """Stage 2: epochs on fresh images of the frozen ensemble; the host looks at the device between them only."""
-    setting, done = state.setting, int(state.epoch)
-    epochs, iterations = setting["epochs"], setting["iterations"]
-    step = kernels.Captured(partial(student_step, state, ensemble), args.graph and args.device == "cuda")
-    bar = tqdm(total=epochs * iterations, initial=done * iterations, disable=None, mininterval=0.5, desc="student")
-    for epoch in range(done, epochs):
-        cosine = (1 + math.cos(math.pi * epoch / epochs)) / 2
-        state.optimizers["student"].param_groups[0]["lr"].fill_(setting["lr_student"] * cosine)
-        for _ in range(iterations):
-            step()
-            bar.update()
-        state.epoch += 1
-        row = {"epoch": epoch + 1, "loss/student": state.sums[5].item() / iterations}
-        run.after(bar, row | ({"eval/acc": evaluate(state.student, *test)} if test else {}))
-    bar.close()
-
-
-def choose_setting(args, dataset, teacher, n_ranks=1, saved=None):
-    """The row of SETTINGS with the command line's values over it, and what follows of them; saved: an ensemble."""
-    name = args.setting if args.setting != "auto" else dataset if dataset in SETTINGS else "cifar10"
-    given = {k: v for k in PAPER if (v := getattr(args, k)) not in (None, "auto")}
-    K, size, setting = teacher.num_classes, teacher.image_size, SETTINGS[name] | given
-    if args.generators is None:
-        setting["generators"] = min(setting["generators"], K)
-    if not setting["stages"]:  # at 28 and 32 px the released two
-        setting["stages"] = next(m for m in range(32) if size >> m <= 8 or (size >> m) % 2)
-    if saved:
-        setting |= {k: saved["shape"][k] for k in ("latent", "width", "stages")} | dict(steps=0)
-        setting |= dict(generators=len(saved["shape"]["groups"]), bn=args.bn or saved["bn"])
-    if args.smoke:
-        setting.update(steps=min(setting["steps"], 3), epochs=min(setting["epochs"], 2), iterations=2)
-        setting.update(dict.fromkeys(("batch_size", "student_batch"), 2 * setting["generators"]))
-    if not n_ranks <= setting["generators"] <= K or (saved and n_ranks > 1):
-        least = f"{n_ranks} (ranks, and no --ensemble)" if n_ranks > 1 else "1"
-        fail(f"--generators {setting['generators']}: expected {least} to {K} (classes of the teacher)")
-    if size % 2 ** setting["stages"] or setting["width"] < max(1, setting["stages"]):
-        fail(f"--stages {setting['stages']}: {size} pixels or a width of {setting['width']} do not divide so often")
-    for name_ in ("batch_size", "student_batch"):
-        if setting[name_] < setting["generators"]:
-            fail(f"--{name_.replace('_', '-')} {setting[name_]}: fewer than {setting['generators']} generators")
-    return setting | dict(name=name, fused=args.fused)
-
-
-def check_args(args):
-    """Refuse impossible settings before anything is loaded or written."""
-    least = dict(lr_generator=1e-12, lr_student=1e-12, temperature=1e-6, steps=1)
-    least |= dict.fromkeys(("generators", "batch_size", "student_batch", "epochs", "iterations", "latent", "width"), 1)
-    least |= dict.fromkeys(("seed", "image_size", "num_classes", "sample", "stages", "shift"), 0)
-    least |= dict.fromkeys(("alpha_bn", "alpha_tv", "alpha_l2"), 0)
-    choices = dict(
-        dataset=("auto", "digits", *FILES, "none"), setting=("auto", *SETTINGS), bn=(None, "batch", "running")
-    )
-    choices |= dict(moments=(None, "l2", "squared", "gaussian-kl"), optimizer=(None, "sgd", "adam"))
-    check_options(args, least | dict(pool=0), choices)
-    if (args.pool or 0) > 1:
-        fail(f"--pool {args.pool}: a share of at most 1 is pooled")
+        known = dict(num_classes=len(classes), image_size=sizes.image_size)
+        info = make_info(saved["teacher"], known, dict(mean=saved["mean"], std=saved["std"]))
+    return ensemble.to(device, memory_format=torch.channels_last), info, saved
 
 
 def write_samples(args):
-    """--sample: a labelled grid of a saved ensemble, which needs no teacher for it."""
-    kernels.contract.seed_everything(args.seed)
-    ensemble, saved = load_ensemble(args.ensemble or str(Path(args.out) / "ensemble.pt"), args.device)
-    with one_line(f"--out {args.out} cannot be used", "pass another folder"):
-        Path(args.out).mkdir(parents=True, exist_ok=True)
-        images = sample_classes(ensemble, args.sample, saved["n"])
-        draw_grid(images, saved["mean"], saved["std"], Path(args.out) / "samples.png")
-    print(f"wrote samples.png into {args.out}")
+    """--sample: a picture of a saved ensemble, which needs no teacher for it."""
+    seed_everything(args.seed)
+    out = Path(args.out)
+    path = args.ensemble or out / "ensemble.pt"
+    ensemble, info, saved = load_ensemble(path, choose_device(args.device))
+    ensemble.freeze(saved["bn"])
+    images = sample_classes(ensemble, args.sample, saved["n"])
+    with fail_in_one_line(f"--out {out} cannot be used", "pass another folder"):
+        out.mkdir(parents=True, exist_ok=True)
+        with open_atomically(out / "samples.png") as file:
+            draw_samples(images, info, file)
+    print(f"wrote samples.png into {out}")
+
+
+# Main
+def fit_sizes(args, info):
+    """args with the number of generators and up-samplings that the teacher's images allow."""
+    stages = args.stages
+    if not stages:
+        while info.image_size % 2 ** (stages + 1) == 0 and info.image_size >> stages > 8:
+            stages += 1
+    return replace(args, generators=min(args.generators, info.num_classes), stages=stages)
+
+
+def load_trained_ensemble(args, info, device):
+    """The Ensemble of --ensemble, and args with its sizes; info is of the teacher."""
+    ensemble, its_info, _ = load_ensemble(args.ensemble, device)
+    for name in ("num_classes", "image_size", "mean", "std"):
+        its = getattr(its_info, name)
+        ours = getattr(info, name)
+        if its != ours:
+            problem = f"its {name} is {its}, the teacher's {ours}"
+            fail(f"--ensemble {args.ensemble}: {problem}; train one for this teacher")
+    sizes = ensemble.sizes
+    args = replace(
+        args,
+        generators=len(sizes.groups),
+        latent=sizes.latent,
+        width=sizes.width,
+        stages=sizes.stages,
+    )
+    return ensemble, args
+
+
+def build_ensemble(args, info):
+    """Fresh generators for the teacher that info describes; each has its share of the classes."""
+    slices = split_evenly(info.num_classes, args.generators)
+    sizes = Sizes(
+        groups=[list(range(part.start, part.stop)) for part in slices],
+        latent=args.latent,
+        width=args.width,
+        stages=args.stages,
+        channels=info.channels,
+        image_size=info.image_size,
+    )
+    return Ensemble(sizes).initialise()
+
+
+def check_fit(args, teacher, info, world):
+    """Refuse options that do not fit the teacher or the number of processes, `world`."""
+    batchnorms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    has_moments = any(
+        isinstance(m, batchnorms) and m.running_mean is not None for m in teacher.modules()
+    )
+    if not args.ensemble and not has_moments:
+        problem = "no BatchNorm with running statistics, and these are what is matched"
+        fail(f"--teacher {args.teacher}: {problem}; take another network")
+
+    if args.ensemble and world > 1:
+        fail("--ensemble: there is nothing to share out; run it without torchrun")
+    if args.generators < world:
+        fail(f"--generators {args.generators}: fewer than {world} processes; start fewer")
+    if info.image_size % 2**args.stages or args.width < max(1, args.stages):
+        problem = f"{info.image_size} pixels or a width of {args.width} do not divide so often"
+        fail(f"--stages {args.stages}: {problem}")
+    if args.batch_size < args.generators:
+        fail(f"--batch-size {args.batch_size}: fewer than {args.generators} generators")
+    if args.student_batch < args.generators:
+        fail(f"--student-batch {args.student_batch}: fewer than {args.generators} generators")
 
 
 def main(args):
-    check_args(args)
-    if args.compare:
-        return compare_arms(args.compare, SIZES, args.out)
+    """One run: generators of a teacher, then a student of theirs."""
     if args.sample:
-        return write_samples(args)
-    rank, n_ranks = join(args.device)
-    kernels.contract.seed_everything(args.seed)
-
-    # The teacher, the real images that measure (never train) the student, the student.
-    teacher = load_teacher(load, args)
-    dataset, test = real_images(teacher, args)
-    measures = dict(teacher_accuracy=teacher.accuracy, student_accuracy=None)
-    if test:
-        test = *test, teacher.mean, teacher.std
-        measures["teacher_accuracy"] = evaluate(teacher.model, *test)
-    ensemble, saved = load_ensemble(args.ensemble, args.device, teacher) if args.ensemble else (None, None)
-    setting = choose_setting(args, teacher.dataset if dataset == "none" else dataset, teacher, n_ranks, saved)
-    student = load_student(load, setting["student"], args, teacher)
-
-    # Stage 1, each rank its own generators, or none for a saved ensemble; then the first rank has them all.
-    owns, n = slices(setting["generators"], n_ranks), setting["student_batch"] // setting["generators"]
-    if not saved:
-        groups = [list(range(own.start, own.stop)) for own in slices(teacher.num_classes, setting["generators"])]
-        shape = dict(groups=groups, channels=teacher.shape[0], image_size=teacher.image_size)
-        ensemble = (
-            Ensemble(shape | {k: setting[k] for k in ("latent", "width", "stages")}).initialise().part(owns[rank])
-        )
-    state = Distiller(teacher, student, ensemble, setting, args)
-    run = Run(args, state, rank)
-    print(f"{teacher.name}, {student.name}: {setting['generators']} generators, {args.device}, fused={args.fused}")
-    train_ensemble(state, run, args, quiet=rank > 0)
-    ensemble = gathered(ensemble, owns, rank).freeze(setting["bn"])
-    if rank > 0:
+        write_samples(args)
         return
-    if not saved:
-        save_ensemble(ensemble, teacher, setting, n, run.out / "ensemble.pt")
+    device = choose_device(args.device)
+    rank, world = join_processes(device)
+    seed_everything(args.seed)
 
-    # Stage 2, and what came of both.
-    train_student(state, ensemble, run, args, test)
-    draw_grid(sample_classes(ensemble, 100, n), teacher.mean, teacher.std, run.out / "samples.png")
-    measures["generator_parameters"] = sum(p.numel() for p in ensemble.parameters()) // setting["generators"]
-    measures |= ensemble_measures(state, ensemble, test, n)
-    if test:
-        measures["student_accuracy"] = evaluate(student.model, *test)
-        print(f"teacher {measures['teacher_accuracy']:.2f} %, student {measures['student_accuracy']:.2f} %")
-    run.save_student(student, teacher, "generative_ensemble", dataset, measures["student_accuracy"])
-    run.finish(dict(teacher=teacher.name, student=student.name, dataset=dataset) | measures)
+    # The teacher, and the real images that measure (never train) the student.
+    teacher, info = load_teacher(args, device)
+    dataset, real = load_real_images(info, args, device)
+    test = None
+    result = dict(teacher_accuracy=info.accuracy, student_accuracy=None)
+    if real is not None:
+        test = (*real, info)
+        result["teacher_accuracy"] = evaluate(teacher, *test)
+
+    # The final options, the student, and the generators, of which each process trains its own.
+    if args.ensemble:
+        ensemble, args = load_trained_ensemble(args, info, device)
+    else:
+        args = fit_sizes(args, info)
+    if args.smoke:
+        args = shrink(args)
+    check_fit(args, teacher, info, world)
+    student, student_info = load_student(args.student, info, device)
+    owns = split_evenly(args.generators, world)
+    if not args.ensemble:
+        ensemble = build_ensemble(args, info).take_part(owns[rank])
+        ensemble.to(device, memory_format=torch.channels_last)
+    generator_optimizer = make_optimizer("adam", ensemble, args.lr_generator)
+    student_optimizer = make_optimizer(args.optimizer, student, args.lr_student)
+
+    clears = () if args.ensemble else ("ensemble.pt",)
+    run = RunFolder(args, device, may_change=("sample",), clears=clears, rank=rank)
+    if rank == 0:
+        networks = f"{info.name}, {student_info.name}"
+        print(f"{networks}: {args.generators} generators, {device}, fused={args.fused}")
+    steps_done = 0
+    epochs_done = 0
+    with run.open_checkpoint() as saved:
+        if saved is not None and "step" in saved:  # in stage 1
+            steps_done = saved["step"]
+            ensemble.load_state_dict(saved["ensemble"])
+            restore_optimizer(generator_optimizer, saved["optimizer"])
+        elif saved is not None:  # in stage 2: stage 1 left ensemble.pt
+            steps_done = args.steps
+            epochs_done = saved["epoch"]
+            student.load_state_dict(saved["student"])
+            restore_optimizer(student_optimizer, saved["optimizer"])
+            if not args.ensemble:
+                whole, _, _ = load_ensemble(run.out / "ensemble.pt", device)
+                ensemble = whole.take_part(owns[rank])
+
+    if not args.ensemble:
+        train_generators(ensemble, teacher, generator_optimizer, run, steps_done)
+        ensemble = gather_ensemble(ensemble, owns, rank)
+        if rank > 0:
+            run.finish({"teacher": info.name})  # says that this process's folder is complete
+            return
+        save_ensemble(ensemble, info, run)
+    ensemble.freeze(args.bn)
+    train_student(student, teacher, ensemble, student_optimizer, test, run, epochs_done)
+
+    # What came of both.
+    n = args.student_batch // args.generators
+    with run.write_file("samples.png") as file:
+        draw_samples(sample_classes(ensemble, 100, n), info, file)
+    n_parameters = sum(p.numel() for p in ensemble.parameters())
+    result["generator_parameters"] = n_parameters // args.generators
+    K = info.num_classes
+    n_images = max(2 * K, min(20 * K, 1000))
+    images = sample_classes(ensemble, n_images, n).to(device)  # (K, n_images // K, C, H, W)
+    result.update(measure_images(teacher, images))
+    if test is not None:
+        result.update(measure_real_classes(student, teacher, test, images.shape[1]))
+        result["student_accuracy"] = evaluate(student, *test)
+        accuracies = [result["teacher_accuracy"], result["student_accuracy"]]
+        print("teacher {:.2f} %, student {:.2f} %".format(*accuracies))
+    arch = student_info.arch
+    accuracy = result["student_accuracy"]
+    run.save_student(student, arch, info, "generative_ensemble", dataset, accuracy)
+    names = dict(teacher=info.name, student=student_info.name, dataset=dataset)
+    run.finish(names | result)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args(PRESETS, choose_preset))
