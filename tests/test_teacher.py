@@ -239,15 +239,6 @@ def test_a_cifar_file_of_a_wrong_size_is_named(tmp_path, capsys, dataset, size):
     assert f"got {size} bytes" in message
 
 
-def test_a_byte_that_moved_into_the_next_cifar_file_is_noticed(tmp_path, capsys):
-    folder = write_cifar(tmp_path, "cifar10")
-    first, second = folder / "data_batch_1.bin", folder / "data_batch_2.bin"
-    first.write_bytes(first.read_bytes()[:-1])
-    second.write_bytes(b"x" + second.read_bytes())
-    message = read_refusal(capsys, load_dataset, "cifar10", str(tmp_path), "train")
-    assert "data_batch_1.bin" in message
-
-
 @pytest.mark.parametrize(("dataset", "last"), [("mnist", 9), ("cifar10", 9), ("cifar100", 99)])
 def test_labels_that_are_no_class_are_refused(tmp_path, capsys, dataset, last):
     if dataset == "mnist":
@@ -261,15 +252,6 @@ def test_labels_that_are_no_class_are_refused(tmp_path, capsys, dataset, last):
         (folder / FILES[dataset]["test"][0]).write_bytes(record)
     message = read_refusal(capsys, load_dataset, dataset, str(tmp_path), "test")
     assert f"expected labels from 0 to {last}, got {last + 1}" in message
-
-
-def test_damaged_data_stop_a_run_before_it_writes(tmp_path, capsys):
-    folder = write_cifar(tmp_path, "cifar10")
-    (folder / "data_batch_4.bin").write_bytes(b"<html>")
-    options = dict(dataset="cifar10", data_dir=str(tmp_path), out=str(tmp_path / "run"))
-    message = read_refusal(capsys, teacher.main, Args(device="cpu", **options))
-    assert "data_batch_4.bin" in message
-    assert not (tmp_path / "run").exists()
 
 
 # Downloads
@@ -341,16 +323,6 @@ def test_cifars_archive_is_downloaded_and_only_its_known_members_unpacked(tmp_pa
     assert urls == ["https://www.cs.toronto.edu/~kriz/" + archive]
 
 
-def test_unpacking_leaves_files_alone_that_are_there(tmp_path):
-    folder = write_cifar(tmp_path, "cifar10")
-    (folder / "data_batch_3.bin").unlink()
-    (folder / "test_batch.bin").write_bytes(b"mine")
-    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(pack_cifar("cifar10"))
-    fetch_dataset("cifar10", str(tmp_path))
-    assert len(load_dataset("cifar10", str(tmp_path), "train")[0]) == 10
-    assert (folder / "test_batch.bin").read_bytes() == b"mine"
-
-
 def test_a_download_with_another_md5_is_refused_and_not_kept(tmp_path, capsys, serve):
     serve({"cifar-10-binary.tar.gz": pack_cifar("cifar10")}, damaged=True)
     message = read_refusal(capsys, fetch_dataset, "cifar10", str(tmp_path))
@@ -366,11 +338,8 @@ def test_without_a_network_the_refusal_names_address_and_place(tmp_path, capsys)
     assert f"download it by hand to {tmp_path}/mnist/train-images" in message
 
 
-@pytest.mark.parametrize(
-    "content", [pack_cifar("cifar10")[:-4000], b"<html>", pack_cifar("cifar100")]
-)
-def test_a_damaged_archive_is_refused(tmp_path, capsys, content):
-    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(content)
+def test_a_damaged_archive_is_refused(tmp_path, capsys):
+    (tmp_path / "cifar-10-binary.tar.gz").write_bytes(pack_cifar("cifar10")[:-4000])
     message = read_refusal(capsys, fetch_dataset, "cifar10", str(tmp_path))
     assert "cifar-10-binary.tar.gz cannot be unpacked" in message
 
@@ -489,35 +458,6 @@ def test_training_lowers_the_loss_and_teaches_digits(tmp_path):
     assert abs(rows[-1]["eval/acc"] - result["accuracy"]) < 1  # before rounding and after
 
 
-class PowerCut(BaseException):
-    pass
-
-
-def test_a_run_that_is_cut_before_a_checkpoint_resumes_bit_equal(tmp_path, monkeypatch, few_digits):
-    options = dict(arch="resnet8", epochs=2, batch_size=64)
-    whole = train_briefly(tmp_path / "whole", **options)
-    save_checkpoint = teacher.RunFolder.save_checkpoint
-
-    def save_or_cut(run, state):
-        if state["epoch"] == 2:
-            raise PowerCut
-        save_checkpoint(run, state)
-
-    with monkeypatch.context() as patch, pytest.raises(PowerCut):
-        patch.setattr(teacher.RunFolder, "save_checkpoint", save_or_cut)
-        train_briefly(tmp_path / "cut", **options)
-    assert not (tmp_path / "cut/teacher.pt").exists()
-    torch.rand(5)
-    resumed = train_briefly(tmp_path / "cut", resume=True, **options)
-
-    assert resumed["accuracy"] == whole["accuracy"]
-    assert read_rows(tmp_path / "cut") == read_rows(tmp_path / "whole")
-    expected = torch.load(tmp_path / "whole/teacher.pt", weights_only=True)["state_dict"]
-    found = torch.load(tmp_path / "cut/teacher.pt", weights_only=True)["state_dict"]
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
-
-
 def test_the_host_waits_for_the_device_once_an_epoch_not_once_a_step(
     tmp_path, monkeypatch, few_digits
 ):
@@ -561,6 +501,18 @@ def test_a_teacher_describes_itself_and_has_the_accuracy_of_its_rounded_weights(
     assert len(read_rows(tmp_path)) == 1  # --smoke
 
 
+def test_the_accuracy_is_that_of_the_weights_in_the_file(tmp_path, monkeypatch, few_digits):
+    def round_to_zero(network):
+        return {name: torch.zeros_like(value) for name, value in network.state_dict().items()}
+
+    monkeypatch.setattr(teacher, "round_weights", round_to_zero)
+    result = train_briefly(tmp_path, epochs=2, batch_size=16)
+    labels = teacher.load_dataset("digits", "", "test")[1]
+    n_zeros = (labels == 0).sum().item()  # equal logits mean class 0
+    assert result["accuracy"] == 100 * n_zeros / len(labels)
+    assert read_rows(tmp_path)[-1]["train/acc"] > result["accuracy"] + 10
+
+
 @pytest.mark.parametrize("arch", ["lenet5_half", "resnet8", "resnet18_cifar", "wrn_16_1"])
 def test_rounding_leaves_batchnorm_as_it_is(arch):
     network = NETWORKS[arch](num_classes=10, in_channels=3)
@@ -572,14 +524,12 @@ def test_rounding_leaves_batchnorm_as_it_is(arch):
     assert list(rounded) == list(state)
 
     batchnorms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    untouched = [
-        name for name in state if torch.equal(rounded[name].double(), state[name].double())
-    ]
-    n_fp32 = sum(value.dtype == torch.float32 for value in rounded.values())
-    assert n_fp32 == 4 * len(batchnorms)  # scale, shift and both moments
-    for name, value in rounded.items():
-        if value.dtype != torch.float16:
-            assert name in untouched, name
+    unrounded = [name for name in state if rounded[name].dtype == torch.float32]
+    assert len(unrounded) == 4 * len(batchnorms)  # scale, shift and both moments
+    for name, value in state.items():
+        if value.is_floating_point() and name not in unrounded:
+            value = value.half()
+        assert torch.equal(rounded[name], value), name
     network.load_state_dict(rounded)
 
 
