@@ -171,6 +171,8 @@ class Args(MethodOptions):
         check_at_least(0, self, "alpha_bn", "alpha_tv_l2", "alpha_tv_l1", "alpha_l2")
         check_at_least(0, self, "alpha_competition", "initial_batches", "batches_per_epoch")
         check_at_least(0, self, "warmup_student", "shift", "start_margin")
+        if self.start_blur % 2 == 0:
+            raise ValueError(f"--start-blur: expected an odd number, got {self.start_blur}")
         if not self.student and (self.images or self.competition != "none"):
             raise ValueError("--images, --competition: for a student; name one with --student")
         if self.batches_per_epoch > self.steps_per_epoch:
@@ -475,6 +477,8 @@ class Synthesis:
         advice = "try a smaller --batch-size or --no-fused; on a GPU --no-graph or --no-bf16"
         with fail_in_one_line(f"batch {number} failed", advice):
             x = self.synthesise(number, opponent)
+        if not x.isfinite().all():  # the loss before the last step may still have been finite
+            fail(f"batch {number} is not finite; lower --lr or the weights of the terms")
         images = to_uint8(x, self.info).cpu()
         save_images(path, images, self.labels[number])
         self.run.save_seconds()
@@ -533,9 +537,10 @@ def choose_labels(n_classes, n_batches, args):
     Where a batch cannot hold them all, each takes the next ones of a random order. Batches are
     whole, because their size is part of the method.
     """
-    classes = torch.tensor(args.classes or range(n_classes))
-    if classes.min() < 0 or classes.max() >= n_classes:
+    wanted = args.classes or range(n_classes)
+    if min(wanted) < 0 or max(wanted) >= n_classes:
         fail(f"--classes: expected numbers from 0 to {n_classes - 1}, got {args.classes}")
+    classes = torch.tensor(wanted)
     if len(classes) > args.batch_size:
         generator = torch.Generator().manual_seed(args.seed)
         classes = classes[torch.randperm(len(classes), generator=generator)]
@@ -602,9 +607,10 @@ class Pool:
 
     def draw(self, n):
         """n images drawn with replacement, (n, C, H, W) fp32 in normalised units."""
-        # in double precision: fp32 could round up to one image too far
+        # in double precision: fp32 would not draw all images of a large pool alike
         position = torch.rand(n, dtype=torch.double, device=self.images.device)
-        images = self.images[(self.first + position * self.count).long()]
+        # rounded down before the addition, which could round up to one image too far
+        images = self.images[self.first + (position * self.count).long()]
         return torch.lerp(self.low, self.high, images.float() / 255)
 
 
@@ -653,12 +659,16 @@ def train_student(student, teacher, synthesis, given, test):
     first_epoch = 0
     if run.has_checkpoint():
         first_epoch = restore_student(run, student, optimizer)
-        # batches of the epoch that was not finished are made again
-        for path in list_image_files(args.out)[n_initial + first_epoch * n_new :]:
-            path.unlink()
+    n_finished = n_initial + first_epoch * n_new
+    paths = [get_image_path(args.out, number) for number in range(len(synthesis.labels))]
+    for path in paths[:n_finished]:
+        if first_epoch > 0 and not path.exists():  # the student that it competed with is no more
+            fail(f"{path} is missing; put it back, or begin again in another --out")
+    for path in paths[n_finished:]:
+        path.unlink(missing_ok=True)  # of an epoch that was not finished: made again
     keep_finished_rows(run, first_epoch)
     pool = Pool(synthesis, given)
-    for number in range(n_initial + first_epoch * n_new):
+    for number in range(n_finished):
         pool.add(synthesis.make_batch(number))
 
     def update_student():
