@@ -199,11 +199,8 @@ def restore_optimizer(optimizer, saved):
         if set(shapes) != wanted or step_shape or others != {parameters[i].shape}:
             raise ValueError("its optimiser belongs to another network")
     rates = [group["lr"] for group in optimizer.param_groups]
-    rates = [group["lr"] for group in optimizer.param_groups]
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate  # the same tensor as before, which its callers write
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate  # the tensor that the script fills, not load_state_dict's copy of it
 
@@ -403,7 +400,13 @@ class RunFolder:
         path = self.out / "metrics.jsonl"
         with fail_in_one_line(f"{path} cannot be written", DISK_ADVICE), open(path, "a") as file:
             file.write(json.dumps(row) + "\n")
-        return {name.split("/")[-1]: f"{value:.4g}" for name, value in row.items()}
+        figures = {}
+        for name, value in row.items():
+            short_name = name.split("/")[-1]
+            if short_name in figures:  # eval/acc behind train/acc
+                short_name = name
+            figures[short_name] = f"{value:.4g}"
+        return figures
 
     def show(self, bar, row):
         """Log a row and show it: beside the bar on a terminal, as an aligned line elsewhere."""
