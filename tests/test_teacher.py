@@ -164,38 +164,6 @@ def test_digits_are_split_once_and_have_the_moments_that_they_are_normalised_wit
     assert abs(x.std() - 1) < 1e-3
 
 
-def test_normalising_subtracts_the_mean_and_divides_by_the_deviation():
-    info = make_info("cifar10", teacher.DESCRIPTIONS["cifar10"])
-    pixels = random_pixels(4, 3, 5, 7)
-    mean = np.reshape(info.mean, (1, 3, 1, 1))
-    std = np.reshape(info.std, (1, 3, 1, 1))
-    exact = (pixels.numpy() / 255 - mean) / std
-    x = normalise(pixels, info)
-    assert x.dtype == torch.float32
-    assert np.abs(x.numpy() - exact).max() < 1e-6
-
-
-def test_accuracy_is_measured_in_eval_mode_over_all_batches():
-    class Brightest(nn.Module):
-        """Class 1 for light images, 0 for dark ones; in train mode the other way round."""
-
-        def __init__(self):
-            super().__init__()
-            self.unused = nn.Parameter(torch.zeros(()))
-
-        def forward(self, x):
-            light = x.mean((1, 2, 3)) > 0
-            return F.one_hot((light ^ self.training).long(), 2).float()
-
-    values = torch.tensor([0, 255, 0, 255, 250], dtype=torch.uint8)
-    images = values.view(5, 1, 1, 1).expand(5, 1, 4, 4)
-    info = make_info("brightest", dict(mean=(0.5,), std=(0.5,)))
-    network = Brightest()
-    for labels, accuracy in (([0, 1, 0, 1, 1], 100), ([1, 1, 0, 1, 0], 60)):
-        assert evaluate(network, images, torch.tensor(labels), info, batch_size=2) == accuracy
-    assert network.training
-
-
 @pytest.mark.parametrize("dataset", ["mnist", "cifar10", "cifar100"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_missing_file_is_named_with_the_command_that_fetches_it(tmp_path, capsys, dataset, split):
