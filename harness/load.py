@@ -3,7 +3,10 @@
 Whatever does not fit ends the program in one line that says what to do.
 """
 
+import contextlib
+import copy
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import json
@@ -44,7 +47,7 @@ class NetworkInfo:
     name: str
     """As the command line names it."""
     arch: str
-    """Name in harness/networks.py, or file.py:factory."""
+    """Name in harness/networks.py, file.py:factory or package.module:factory."""
     dataset: str
     """What it was trained on; "" if unknown."""
     num_classes: int
@@ -98,7 +101,10 @@ def list_imagenet():
 
 
 def is_factory(spec):
-    return ".py:" in spec
+    """Whether `spec` is file.py:factory or package.module:factory."""
+    where, colon, name = spec.rpartition(":")
+    names_module = all(part.isidentifier() for part in where.split("."))
+    return bool(colon) and name.isidentifier() and (where.endswith(".py") or names_module)
 
 
 def describe(spec):
@@ -139,6 +145,12 @@ def make_info(spec, *descriptions):
     if len(mean) != len(std) or not finite or min(std) <= 0:
         expected = "expected as many finite values each, std positive"
         fail(f"--mean and --std: {expected}, got {mean} and {std}")
+    if max(*mean, *std) > 1:
+        expected = "expected values for pixels in [0, 1]"
+        fail(f"--mean and --std: {expected}, got {mean} and {std}; divide by 255")
+    if known["num_classes"] < 2:
+        advice = "give a network of one output a second one, 0 beside its logit"
+        fail(f"--num-classes: expected at least 2, got {known['num_classes']} classes; {advice}")
     accuracy = known.get("accuracy")
     return NetworkInfo(
         name=spec,
@@ -152,32 +164,179 @@ def make_info(spec, *descriptions):
     )
 
 
-# Networks and weights
-def load_factory(spec, **options):
-    """Call the factory file.py:name with those of the options that it takes."""
-    path, name = spec.rsplit(":", 1)
-    module_spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules.setdefault(module_spec.name, module)  # dataclasses of that file look themselves up
-    sys.path.insert(0, str(Path(path).resolve().parent))  # as if run: it may import its neighbours
+# Networks of a user's own code
+@contextlib.contextmanager
+def import_first_from(folders):
+    """Context in which imports look into these folders first.
+
+    Modules that came from there are forgotten afterwards, and ours of the same name come back: two
+    repositories may have neighbours of one name. The folders stay at the end of the path, for what
+    a network imports only when it runs.
+    """
+    folders = [str(Path(folder).resolve()) for folder in folders]
+    before = dict(sys.modules)
+    for name, module in before.items():
+        file = getattr(module, "__file__", None) or ""
+        if Path(file).is_relative_to(ROOT) and not name.startswith("harness"):
+            del sys.modules[name]  # a user's kernels.py or teacher.py is not ours
+    sys.path[:0] = folders
+    importlib.invalidate_caches()
     try:
-        module_spec.loader.exec_module(module)
-        factory = getattr(module, name)
-        accepted = inspect.signature(factory).parameters
-        network = factory(**{k: v for k, v in options.items() if k in accepted})
+        yield
+    finally:
+        del sys.path[: len(folders)]
+        sys.path += [folder for folder in folders if folder not in sys.path]
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, "__file__", None) or ""
+            is_new = before.get(name) is not module
+            if is_new and any(Path(file).is_relative_to(folder) for folder in folders):
+                del sys.modules[name]
+        sys.modules.update(before)
+
+
+def find_package(path):
+    """(root folder, dotted name) of a module's file: packages are folders with __init__.py."""
+    names = [path.stem]
+    folder = path.parent
+    while (folder / "__init__.py").exists():
+        names.insert(0, folder.name)
+        folder = folder.parent
+    return folder, ".".join(names)
+
+
+def import_file(path):
+    """Import a python file: as part of its package, if it is in one or imports as if it were."""
+    root, name = find_package(path)
+    if "." in name:
+        return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses of that file look themselves up
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        if "relative import" not in str(error):
+            raise
+        sys.path.insert(0, str(path.parent.parent))  # a package without __init__.py
+        try:
+            module = importlib.import_module(f"{path.parent.name}.{path.stem}")
+        finally:
+            sys.path.remove(str(path.parent.parent))
+    return module
+
+
+def call_factory(factory, num_classes, in_channels, image_size):
+    """Call a factory with those of the options that it takes.
+
+    **kwargs are taken to want num_classes, as the builders of torchvision and timm do.
+    """
+    options = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+    parameters = inspect.signature(factory).parameters
+    accepted = {k: v for k, v in options.items() if k in parameters}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        accepted["num_classes"] = num_classes
+    try:
+        return factory(**accepted)
+    except TypeError as error:
+        if "num_classes" in parameters or "'num_classes'" not in str(error):
+            raise
+        del accepted["num_classes"]  # **kwargs go to something that does not know the word
+        return factory(**accepted)
+
+
+def load_factory(spec, num_classes, in_channels, image_size):
+    """The network that file.py:factory or package.module:factory builds."""
+    where, _, name = spec.rpartition(":")
+    folders = [Path.cwd()]
+    if where.endswith(".py"):
+        path = Path(where).resolve()
+        folders = [find_package(path)[0], Path.cwd()]
+    try:
+        with import_first_from(folders):
+            module = import_file(path) if where.endswith(".py") else importlib.import_module(where)
+            network = call_factory(getattr(module, name), num_classes, in_channels, image_size)
     except SystemExit as stop:
-        raise RuntimeError(f"{path} ends the program") from stop
+        raise RuntimeError(f"{where} ends the program") from stop
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
         raise TypeError(f"{name} returned a {kind}, expected a torch.nn.Module")
+    if isinstance(network, nn.DataParallel):
+        return network.module
     return network
 
 
+# Logits of a network that returns more
+class LogitsOnly(nn.Module):
+    """A network whose output holds the logits among other things; returns the logits alone.
+
+    Args:
+        network: any module.
+        eval_place, train_place: where the logits stand in its output in each mode: (), an index or
+            a key. The weights keep the network's own names.
+    """
+
+    def __init__(self, network, eval_place, train_place):
+        super().__init__()
+        self.network = network
+        self.eval_place = eval_place
+        self.train_place = train_place
+
+    def forward(self, x):
+        output = self.network(x)
+        place = self.train_place if self.training else self.eval_place
+        return output if place == () else output[place]
+
+    def state_dict(self, *args, **kwargs):
+        return self.network.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args, **kwargs):
+        return self.network.load_state_dict(*args, **kwargs)
+
+
+def find_logits(output, shape):
+    """Where in an output the first tensor of this shape stands: (), an index or a key.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if isinstance(output, torch.Tensor):
+        return ()
+    entries = []
+    if isinstance(output, dict):
+        entries = list(output.items())
+    elif isinstance(output, (tuple, list)):
+        entries = list(enumerate(output))
+    for place, entry in entries:
+        if isinstance(entry, torch.Tensor) and entry.shape == shape:
+            return place
+    kind = type(output).__name__
+    raise ValueError(
+        f"returned a {kind} without logits of shape {tuple(shape)}; return logits alone"
+    )
+
+
+@torch.no_grad()
+def select_logits(network, info):
+    """The network, or LogitsOnly of it where it returns a tuple, a list or a dict."""
+    shape = torch.Size((2, info.num_classes))
+    blank = torch.zeros(2, *info.image_shape)
+    places = {}
+    with torch.random.fork_rng():  # dropout draws, and nothing else may notice
+        for training in (False, True):
+            trial = copy.deepcopy(network).train(training)  # running moments stay as they are
+            places[training] = find_logits(trial(blank), shape)
+    if places[False] == () and places[True] == ():
+        return network
+    return LogitsOnly(network, places[False], places[True])
+
+
+# Networks and weights
 def build_network(info):
     """The network that info.arch names, as initialised."""
     options = dict(num_classes=info.num_classes, in_channels=info.channels)
     if is_factory(info.arch):
-        return load_factory(info.arch, image_size=info.image_size, **options)
+        network = load_factory(info.arch, image_size=info.image_size, **options)
+        return select_logits(network, info)
     if info.arch not in NETWORKS:
         fail(f"{info.name}: unknown network {info.arch!r}; choose one of {', '.join(NETWORKS)}")
     return NETWORKS[info.arch](**options)
@@ -202,16 +361,51 @@ def load_weights(path, sha256="", url=""):
     if not digest.startswith(sha256):
         problem = f"its SHA-256 does not begin with {sha256}: damaged or altered"
         fail(f"{path}: {problem}; delete it and fetch it again")
-    return read_checkpoint(path)
+    return read_weights(path)
 
 
-def unwrap_state(saved):
-    """The tensors of a state dict, also of a wrapped one or of DataParallel ("module.…")."""
-    for key in ("state_dict", "model", "net"):
-        if isinstance(saved.get(key), dict):
-            saved = saved[key]
-    tensors = {k: v for k, v in saved.items() if isinstance(v, torch.Tensor)}
-    return {str(k).removeprefix("module."): v for k, v in tensors.items()}
+def read_weights(path):
+    """A checkpoint of torch.save or a safetensors file."""
+    if Path(path).suffix != ".safetensors":
+        return read_checkpoint(path)
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        fail(f"{path}: safetensors files need their package; pip install safetensors")
+    with fail_in_one_line(f"{path} cannot be read", "pass a whole safetensors file"):
+        return load_file(path)
+
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of wrappers around a network
+COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")  # no weights
+
+
+def find_state_dicts(saved, depth=4):
+    """All dicts of tensors in nested dicts, with the names of the entries that lead to them."""
+    tensors = {str(k): v for k, v in saved.items() if isinstance(v, torch.Tensor)}
+    found = [((), tensors)] if tensors else []
+    for name, value in saved.items():
+        if isinstance(value, dict) and depth > 1:
+            for names, state in find_state_dicts(value, depth - 1):
+                found.append(((str(name), *names), state))
+    return found
+
+
+def drop_counters(state):
+    """The entries that are weights."""
+    return {k: v for k, v in state.items() if k.rpartition(".")[2] not in COUNTERS}
+
+
+def peel_prefixes(state):
+    """The same tensors, then without the prefix of a wrapper, then of the next one, …"""
+    states = [state]
+    while True:
+        names = list(state)
+        prefix = next((p for p in PREFIXES if names and all(k.startswith(p) for k in names)), "")
+        if not prefix:
+            return states
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
+        states.append(state)
 
 
 def rename_public_keys(state, wanted):
@@ -225,14 +419,48 @@ def rename_public_keys(state, wanted):
     return renamed
 
 
+def find_fitting_state(network, saved):
+    """The dict of tensors in a checkpoint whose names are the network's.
+
+    Names are used as they are if they fit; otherwise the prefixes of wrappers are peeled. An
+    average of the weights (…ema…) is taken only where nothing else fits.
+
+    Returns:
+        (names that lead to it, state), and of the nearest miss if none fits: (None, state).
+    """
+    wanted = drop_counters(network.state_dict())
+    found = find_state_dicts(saved)
+    found.sort(key=lambda item: any("ema" in name for name in item[0]))
+    nearest = {}
+    for names, tensors in found:
+        for state in peel_prefixes(drop_counters(tensors)):
+            state = rename_public_keys(state, wanted)
+            if state.keys() == wanted.keys():
+                return names, state
+            if len(state.keys() & wanted.keys()) >= len(nearest.keys() & wanted.keys()):
+                nearest = state
+    return None, nearest
+
+
 def load_state(network, saved, path):
     """Copy the weights of a checkpoint that was read from `path` into a network."""
-    state = rename_public_keys(unwrap_state(saved), network.state_dict())
-    missing, unknown = network.load_state_dict(state, strict=False)
-    missing = [key for key in missing if not key.endswith("num_batches_tracked")]
-    if missing or unknown:
-        problem = f"lacks {missing[:2]}, has unknown {unknown[:2]}"
-        fail(f"{path}: keys do not fit the network ({problem}); check --teacher")
+    names, state = find_fitting_state(network, saved)
+    wanted = drop_counters(network.state_dict())
+    if names is None:
+        missing = [key for key in wanted if key not in state][:2]
+        unknown = [key for key in state if key not in wanted][:2]
+        problem = f"lacks {missing}, has unknown {unknown}"
+        entries = ", ".join(str(key) for key in list(saved)[:6])
+        fail(
+            f"{path}: keys do not fit the network ({problem}); the file's own are {entries}; "
+            "check --teacher"
+        )
+    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
+    if wrong:
+        key = wrong[0]
+        shapes = f"{tuple(state[key].shape)}, the network's {tuple(wanted[key].shape)}"
+        fail(f"{path}: {key} has shape {shapes}; check --teacher and --num-classes")
+    network.load_state_dict(state, strict=False)
 
 
 def check_network(network, info, device, image_size=None):
@@ -257,8 +485,8 @@ def load_trained(spec, device, data_dir, weights="", like=None, overrides=None):
     """A trained network, frozen, in eval mode, in channels_last memory.
 
     Args:
-        spec: name of a shipped or ImageNet network, a checkpoint of teacher.py, file.py:factory, or
-            with `weights` a name of harness/networks.py.
+        spec: name of a shipped or ImageNet network, a checkpoint of teacher.py, a factory, or with
+            `weights` a name of harness/networks.py.
         device: "cpu" or "cuda".
         data_dir: folder of downloaded weights.
         weights: a state dict to load in place of the named one.

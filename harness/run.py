@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -116,18 +117,20 @@ def fail(message):
     raise SystemExit(2)
 
 
+def shorten_error(error):
+    """An exception's kind and first sentence: PyTorch goes on to advise loading unsafely."""
+    words = " ".join(str(error).split())
+    sentence = words.split(". ")[0][:300]
+    return f"{type(error).__name__}: {sentence}"
+
+
 @contextlib.contextmanager
 def fail_in_one_line(subject, advice):
-    """Report what fails inside in one line: `subject`, the error's first sentence, `advice`.
-
-    The first sentence alone, because PyTorch goes on to advise loading unsafely.
-    """
+    """Report what fails inside in one line: `subject`, the error's first sentence, `advice`."""
     try:
         yield
     except Exception as error:
-        words = " ".join(str(error).split())
-        sentence = words.split(". ")[0][:300]
-        fail(f"{subject}: {type(error).__name__}: {sentence}; {advice}")
+        fail(f"{subject}: {shorten_error(error)}; {advice}")
 
 
 def exit_quietly_on_interrupt(kind, error, trace):
@@ -225,6 +228,14 @@ def join_processes(device):
 
 
 # Files
+def list_harmless_globals():
+    """What a checkpoint may hold besides tensors and plain python: options and numpy numbers."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "?")]
+    old_name = (scalar, "numpy.core.multiarray.scalar")  # as numpy 1 wrote it
+    return [argparse.Namespace, np.dtype, scalar, old_name, *dtypes]
+
+
 def read_checkpoint(path, advice="save a state dict"):
     """Read a file of torch.save without running anything in it; refuse what is not a dict.
 
@@ -235,11 +246,18 @@ def read_checkpoint(path, advice="save a state dict"):
     path = Path(path)
     if not path.exists():
         fail(f"{path} cannot be read: there is no such file; pass an existing checkpoint")
-    with (
-        warnings.catch_warnings(action="ignore"),
-        fail_in_one_line(f"{path}: no safe checkpoint", advice),
-    ):
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with (
+            warnings.catch_warnings(action="ignore"),
+            torch.serialization.safe_globals(list_harmless_globals()),
+        ):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        problem = shorten_error(error)
+        stranger = re.search(r"GLOBAL ([\w.]+)", str(error))
+        if stranger:
+            problem = f"it holds a {stranger[1]}, which could run code"
+        fail(f"{path}: no safe checkpoint: {problem}; {advice}")
     if not isinstance(saved, dict):
         fail(f"{path}: expected a dict, got {type(saved).__name__}; save model.state_dict()")
     return saved
