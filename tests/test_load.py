@@ -343,7 +343,7 @@ def test_weights_of_other_sizes_are_refused(capsys, tmp_path):
     network = NETWORKS["lenet5"](num_classes=7, in_channels=1)
     torch.save(network.state_dict(), tmp_path / "w.pt")
     line = refuse_teacher(capsys, "digits-lenet5", weights=str(tmp_path / "w.pt"))
-    assert "size mismatch" in line and "check --weights, --num-classes" in line
+    assert "(7, 84), the network's (10, 84)" in line and "check --teacher and --num-classes" in line
     assert "size mismatch" in refuse_teacher(capsys, "digits-lenet5", num_classes=100)
 
 
@@ -480,7 +480,7 @@ def test_a_users_own_network_is_loaded_with_its_weights(nets, tmp_path):
 
 
 def test_a_factory_gets_the_options_that_it_takes(nets):
-    network = load.load_factory(nets("flat"), num_classes=7, in_channels=2, image_size=8, width=9)
+    network = load.load_factory(nets("flat"), num_classes=7, in_channels=2, image_size=8)
     assert network[1].weight.shape == (7, 128)
 
 
