@@ -1,474 +1,465 @@
-"""deepinversion.py --student: the pool, when new batches come, competition, resume, refusals."""
+"""deepinversion.py --student: when batches come, competition, the student's updates, resume."""
 
+import json
 import math
+import shutil
 import sys
+from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from helpers import n_parameters, rows_of, script_runs
+from helpers import rows_of
+from scripts import read_refusal
+from tqdm import tqdm
 
 import deepinversion as di
 import kernels
-from kernels import _common, augment, contract
-from kernels.distributed import Place
-from kernels.folder import not_finite
-from kernels.js_divergence import js_released
-from kernels.pool import Pool
-from kernels.shards import Shards
+from harness.data import evaluate, load_digits, normalise
+from harness.images import augment, get_image_path, list_image_files, save_images
+from harness.load import load_student, load_teacher, load_trained
+from harness.run import RunFolder, seed_everything
+from kernels import _common
 
-FAST = dict(dataset="digits", student="lenet5", verifier="none", iterations=4, batch_size=10, num_images=20, epochs=2,
-            steps_per_epoch=4, batches_per_epoch=2, student_batch=8, checkpoint_every=3, log_every=1)  # fmt: skip
-run, refused = script_runs(di, FAST)
+# Two batches of six images, then one before each second of eight updates.
+FAST = replace(
+    di.DIGITS,
+    device="cpu",
+    verifier="none",
+    student="lenet5",
+    competition="js",
+    iterations=2,
+    batch_size=6,
+    initial_batches=2,
+    batches_per_epoch=2,
+    epochs=2,
+    steps_per_epoch=4,
+    student_batch=8,
+    log_every=1,
+)
+# A student with BatchNorm and momentum, whose state a checkpoint must hold whole.
+ADAPTIVE = replace(FAST, student="resnet8", optimizer="sgd", lr_student=0.05, mirror=True)
 
 
-@pytest.fixture(autouse=True)
-def cpu_path(monkeypatch):
-    """Scripts run the CPU path; one line of stderr is checked: fix the name."""
-    monkeypatch.setattr(_common, "INTERPRET", False)
-    monkeypatch.setattr(sys, "argv", ["deepinversion.py"])
+@pytest.fixture(autouse=True, scope="module")
+def cpu_path():
+    """Scripts run the CPU path, as the interpreter would take minutes, and know their name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_common, "INTERPRET", False)
+        patch.setattr(sys, "argv", ["deepinversion.py"])
+        yield
 
 
-def digits_teacher(**options):
-    args = di.Args(teacher="digits-resnet8", dataset="digits", student="lenet5", device="cpu", **options)
-    teacher = di.load(args.teacher, args)
-    return teacher, contract.load_student(di.load, "lenet5", args, teacher), args
+@pytest.fixture(scope="module")
+def whole(cpu_path, tmp_path_factory):
+    """The folder of a finished adaptive run."""
+    return run(tmp_path_factory.mktemp("whole"), ADAPTIVE)
+
+
+def run(out, args, **options):
+    di.main(replace(args, out=str(out), **options))
+    return out
+
+
+def read_result(out):
+    return json.loads((out / "result.json").read_text())
+
+
+def save_set(folder, images, labels, split=100):
+    """Write the images of a finished run; returns the folder's name."""
+    folder.mkdir()
+    (folder / "result.json").write_text("{}")
+    batches = zip(images.split(split), labels.split(split), strict=True)
+    for number, (x, y) in enumerate(batches):
+        save_images(get_image_path(folder, number), x, y)
+    return str(folder)
+
+
+def make_synthesis(out, args, n_batches=1):
+    args = replace(args, out=str(out))
+    teacher, info = load_teacher(args, "cpu", 1)
+    watched = di.watch_batchnorms(teacher, args, "cpu")
+    labels = di.choose_labels(10, n_batches, args)
+    return di.Synthesis(watched, info, labels, RunFolder(args, "cpu"), tqdm(disable=True))
+
+
+# The pool, and when batches come
+
+
+def test_batches_come_at_even_distances_and_the_next_update_sees_the_new_one_alone(
+    tmp_path, monkeypatch
+):
+    """Batch k of an epoch of S updates and m batches is made before update ceil(k S / m)."""
+    events = []
+
+    def make_batch(synthesis, number, opponent=None):
+        """All pixels of batch `number` are number + 1; room that is still empty is 0."""
+        events.append(("batch", number, opponent is not None))
+        return torch.full((6, 1, 32, 32), number + 1, dtype=torch.uint8)
+
+    def keep_batch_numbers(x, *rest):
+        pixels = (x * x_std + x_mean) * 255
+        events.append({int(value) - 1 for value in pixels[:, 0, 0, 0].round().tolist()})
+        return augment(x)
+
+    _, info = load_teacher(FAST, "cpu", 1)
+    x_mean = info.mean[0]
+    x_std = info.std[0]
+    monkeypatch.setattr(di.Synthesis, "make_batch", make_batch)
+    monkeypatch.setattr(di, "augment", keep_batch_numbers)
+    monkeypatch.setattr(di, "report_images", lambda *rest: {})
+    run(tmp_path, FAST, steps_per_epoch=7, batches_per_epoch=3, student_batch=120, dataset="none")
+
+    expected = [("batch", 0, False), ("batch", 1, False)]
+    number = 2
+    for _ in range(2):
+        due = [math.ceil(k * 7 / 3) for k in range(3)]
+        for n in range(7):
+            seen = set(range(number))
+            if n in due:
+                expected.append(("batch", number, True))
+                seen = {number}
+                number += 1
+            expected.append(seen)
+    assert events == expected
+
+
+def test_a_pool_draws_every_image_alike_and_never_beyond_the_last(tmp_path, monkeypatch):
+    synthesis = make_synthesis(tmp_path, FAST, n_batches=3)  # room for 18 images
+    pool = di.Pool(synthesis, [])
+    pool.add(torch.zeros(8, 1, 32, 32, dtype=torch.uint8))
+    pool.add(torch.full((4, 1, 32, 32), 255, dtype=torch.uint8))
+    low, high = di.get_pixel_range(synthesis.info, "cpu")
+    pool.sample_from(newest=False)
+    x = pool.draw(3000)
+    assert x.shape == (3000, 1, 32, 32) and x.dtype == torch.float32
+    assert x.unique().tolist() == pytest.approx([low.item(), high.item()])
+    assert (x[:, 0, 0, 0] > 0).float().mean().item() == pytest.approx(1 / 3, abs=0.03)
+
+    def give_the_largest(n, dtype, device):
+        return torch.full((n,), 1 - torch.finfo(dtype).eps / 2, dtype=dtype)
+
+    monkeypatch.setattr(torch, "rand", give_the_largest)
+    for newest in (False, True):
+        pool.sample_from(newest)
+        assert pool.draw(2).unique().tolist() == pytest.approx([high.item()])
 
 
 # Competition
 
 
-def test_js_released_by_hand():
-    """Two sure networks that disagree on two classes: P and Q clamped to 0.99 and 0.01, M = 1/2 each."""
-    p, q = torch.tensor([[60.0, 0.0]]), torch.tensor([[0.0, 60.0]])
-    by_hand = 0.5 * (2 * math.log(0.5) - math.log(0.99) - math.log(0.01))
-    assert js_released(p, q, 3.0).item() == pytest.approx(by_hand, rel=1e-5)
-    assert by_hand == pytest.approx(1.614, abs=1e-3)
-    assert js_released(p, p, 3.0).item() == pytest.approx(0.0, abs=1e-6)
-    ten = torch.zeros(1, 10)  # M is made before the clamp: with 1000 classes nearly all of it lies on the floor
-    ten[0, 0] = 60.0
-    m = torch.tensor([0.99, *[0.01] * 9])
-    assert js_released(ten, ten, 3.0).item() == pytest.approx(0.0, abs=1e-6)
-    q = torch.zeros(1, 10)
-    p_, q_ = m, torch.full((10,), 0.1)
-    mid = ((torch.tensor([1.0, *[0.0] * 9]) + 0.1) / 2).clamp(0.01, 0.99)
-    by_hand = 0.5 * (mid * (2 * mid.log() - p_.log() - q_.log())).sum()
-    assert js_released(ten, q, 3.0).item() == pytest.approx(by_hand.item(), rel=1e-4)
+@pytest.mark.parametrize("competition", ["js", "none"])
+def test_an_opponent_is_frozen_in_eval_mode_and_left_as_it_was(tmp_path, competition):
+    synthesis = make_synthesis(tmp_path, replace(FAST, competition=competition), n_batches=2)
+    student, _ = load_student("resnet8", synthesis.info, "cpu")
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    modes = []
+
+    def keep_mode(module, inputs):
+        is_frozen = not any(parameter.requires_grad for parameter in module.parameters())
+        modes.append((module.training, is_frozen))
+
+    student.register_forward_pre_hook(keep_mode)
+    synthesis.make_competing_batch(1, student)
+    assert modes == ([(False, True)] * 2 if competition == "js" else [])
+    for name, value in student.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert student.training
+    assert all(p.requires_grad and p.grad is None for p in student.parameters())
 
 
-@pytest.mark.parametrize("form", ["js", "released"])
-def test_competition_falls_as_the_networks_disagree_until_the_released_one_saturates(form):
-    setting = dict(competition=form, temperature=3.0, fused=True)
-    t_logits = torch.tensor([[30.0, 0.0, 0.0]])
-
-    def loss_and_gradient(gap):
-        s_logits = torch.tensor([[30.0 - gap, gap, 0.0]], requires_grad=True)
-        loss = di.competition_loss(t_logits, s_logits, setting)
-        return loss.item(), torch.autograd.grad(loss, s_logits)[0].abs().max().item()
-
-    both = di.competition_loss(t_logits.repeat(2, 1), torch.tensor([[0.0, 30.0, 0.0], [30.0, 0.0, 0.0]]), setting)
-    assert 0 < both.item() < 1  # one row that saturates does not end the gradient of a batch, its mean would
-    values = [loss_and_gradient(gap) for gap in (0.0, 10.0, 15.0, 30.0)]
-    assert values[0][0] == pytest.approx(1.0, abs=1e-5)
-    assert all(a[0] >= b[0] - 1e-6 for a, b in zip(values, values[1:], strict=False))
-    assert values[2][1] > 0
-    if form == "js":
-        assert values[3][0] == pytest.approx(1 - math.log(2), abs=1e-3)
-    else:
-        assert values[3] == (0.0, 0.0)  # the outer clamp: no gradient where both are sure and disagree
+def test_adaptive_images_fool_the_student_more(tmp_path):
+    """The student is a trained LeNet-5; disagreement is JS of its and the teacher's answers."""
+    args = replace(FAST, iterations=25, batch_size=20)
+    opponent, info = load_trained("digits-lenet5", "cpu", "data")
+    teacher, _ = load_teacher(args, "cpu", 1)
+    disagreement = {}
+    for name, rival in (("plain", None), ("adaptive", opponent)):
+        synthesis = make_synthesis(tmp_path / name, args)
+        x = normalise(synthesis.make_batch(0, opponent=rival), info)
+        divergence = kernels.js_divergence_ref(teacher(x), opponent(x), args.temperature)
+        disagreement[name] = divergence.item()
+        hits = teacher(x).argmax(1) == synthesis.labels[0]
+        assert hits.float().mean() >= 0.8, name
+    assert disagreement["adaptive"] > 1.2 * disagreement["plain"]
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_competition_term_reaches_the_images_and_not_the_student(fused):
-    torch.manual_seed(0)
-    teacher, student, args = digits_teacher(fused=fused, competition="js", alpha_competition=2.0)
-    setting = di.choose_setting(args, "digits")
-    teacher.low, teacher.high = di.pixel_range(teacher, "cpu")
-    teacher.measured = di.measured(teacher.model, setting, "cpu")
-    state = di.Distiller(teacher, student, setting, 10)
-    x, draw = torch.randn(4, 1, 32, 32, requires_grad=True), torch.zeros(3, dtype=torch.long)
-    labels = torch.arange(4)
-    with state.at_rest() as opponent:
-        assert not opponent.training and not any(p.requires_grad for p in opponent.parameters())
-        total, terms = di.synthesis_loss(x, draw, labels, teacher, setting, student=opponent)
-        with_it = torch.autograd.grad(total, x)[0]
-        by_hand = 2 * (1 - kernels.js_divergence_ref(teacher.model(x), opponent(x), setting["temperature"]))
-        of_term = torch.autograd.grad(by_hand, x)[0]
-    alone, _ = di.synthesis_loss(x, draw, labels, teacher, setting)
-    without = torch.autograd.grad(alone, x)[0]
-    assert terms[di.TERMS.index("competition")].item() == pytest.approx(by_hand.item() / 2, rel=1e-5)
-    assert (total - alone).item() == pytest.approx(by_hand.item(), rel=1e-3)
-    assert torch.allclose(with_it - without, of_term, atol=1e-3 * without.abs().max())
-    assert of_term.abs().max() > 0
-    assert student.model.training and all(p.requires_grad and p.grad is None for p in student.model.parameters())
+# The student's updates
 
 
-# Pool and files
+def test_the_rate_warms_up_and_falls_by_a_cosine_or_tenfold():
+    args = replace(FAST, epochs=4, steps_per_epoch=2, lr_student=0.1, warmup_student=0)
+
+    def compute_rates(**options):
+        changed = replace(args, **options)
+        return [di.compute_student_rate(step // 2, step % 2, changed) for step in range(8)]
+
+    cosine = [0.05 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
+    assert compute_rates() == pytest.approx(cosine)
+    cosine = [0.05 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert compute_rates(warmup_student=2) == pytest.approx([0.05, 0.1, *cosine])
+    rates = compute_rates(schedule_student="steps", drop_every=2)
+    assert rates == pytest.approx([0.1] * 4 + [0.01] * 4)
 
 
-def test_a_pool_draws_from_all_its_images_or_from_the_newest_batch_alone():
-    teacher, _, _ = digits_teacher()
-    pool, batches = (
-        Pool(teacher, 12),
-        [torch.full((n, 1, 32, 32), v, dtype=torch.uint8) for n, v in ((8, 0), (4, 255))],
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_updates_are_plain_sgd_on_t_squared_kl(tmp_path, fused):
+    """All images of the pool are one image, so that it does not matter which are drawn."""
+    image = torch.randint(256, (1, 1, 32, 32), dtype=torch.uint8)
+    labels = torch.zeros(8, dtype=torch.long)
+    args = replace(
+        FAST,
+        images=save_set(tmp_path / "set", image.expand(8, -1, -1, -1), labels),
+        competition="none",
+        batches_per_epoch=0,
+        steps_per_epoch=1,
+        optimizer="sgd",
+        lr_student=0.5,
+        schedule_student="steps",
+        drop_every=1,
+        temperature=4.0,
+        shift=0,
+        cut=False,
+        fused=fused,
     )
-    low, high = (v.item() for v in di.pixel_range(teacher, "cpu"))
-    pool.add(batches[0])
-    pool.draw_from(newest=False)
-    assert pool.draw(50).unique().tolist() == pytest.approx([low])  # not the room that is still empty
-    pool.add(batches[1])
-    pool.draw_from(newest=True)
-    assert pool.draw(50).unique().tolist() == pytest.approx([high])
-    pool.draw_from(newest=False)
-    x = pool.draw(3000)
-    assert x.shape == (3000, 1, 32, 32) and x.unique().tolist() == pytest.approx([low, high])
-    assert (x[:, 0, 0, 0] == high).float().mean().item() == pytest.approx(1 / 3, abs=0.05)  # every image alike
-    assert "images" not in pool.state_dict()
+    out = run(tmp_path / "run", args)
+
+    seed_everything(0)
+    teacher, info = load_teacher(args, "cpu", 1)
+    student, _ = load_student("lenet5", info, "cpu")
+    x = normalise(image, info).expand(8, -1, -1, -1)
+    optimizer = torch.optim.SGD(student.parameters(), 0.5, momentum=0.9, weight_decay=5e-4)
+    losses = []
+    for lr in (0.5, 0.05):
+        optimizer.param_groups[0]["lr"] = lr
+        p = torch.softmax(teacher(x) / 4, 1)
+        log_q = torch.log_softmax(student(x) / 4, 1)
+        loss = 16 * (p * (p.log() - log_q)).sum(1).mean()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    rows = rows_of(out)
+    assert [row["loss/student"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    weights = torch.load(out / "student.pt", weights_only=True)["state_dict"]
+    for name, value in student.state_dict().items():
+        assert torch.allclose(weights[name], value, atol=1e-5), name
 
 
-def test_shards_keep_bytes_and_labels(tmp_path):
-    shards = Shards(tmp_path)
-    assert len(shards) == shards.n_images() == 0
-    made = [(torch.randint(256, (3, 1, 4, 4), dtype=torch.uint8), torch.tensor([0, 11, k])) for k in range(3)]
-    for i, batch in enumerate(made):
-        shards.write(i, *batch, digits=2 if i == 0 else 0)
-    assert len(shards) == 3 and shards.n_images() == 9
-    for (images, labels), (x, y) in zip(made, shards.read(), strict=True):
-        assert torch.equal(images, x) and torch.equal(labels, y)
-    assert len(list(shards.read(shards.paths()[:2]))) == 2
-    images, labels = shards.last(4)
-    assert torch.equal(labels, torch.tensor([0, 11, 1, 0, 11, 2]))  # whole batches, the newest, in their order
-    assert torch.equal(images[3:], made[2][0])
-    shards.expect(range(3))
-    assert {path.parent.name for path in tmp_path.glob("images/*/*.png")} == {"00", "11"}
-    (tmp_path / "result.json").write_text("{}")
-    shards.clear()
-    assert not list(tmp_path.glob("images-*")) and not list(tmp_path.glob("images/*/*.png"))
+def test_a_student_learns_from_images_alone(tmp_path):
+    args = replace(FAST, competition="none", batches_per_epoch=0, initial_batches=3, batch_size=20)
+    args = replace(args, iterations=20, steps_per_epoch=60, student_batch=32)
+    result = read_result(run(tmp_path, args, log_every=100))
+    assert result["student_accuracy"] > 30  # of 60 images; 10 is chance
+    assert result["teacher_accuracy"] == 100.0
 
 
-def test_augmentation_moves_mirrors_and_cuts_within_the_batch():
-    x = torch.arange(2 * 16, dtype=torch.float32).view(2, 1, 4, 4)
-    rows = torch.stack([augment.mirrored(x) for _ in range(40)])
-    for i in (0, 1):  # each image by itself, about half of the times
-        flips = [torch.equal(row[i], x[i].flip(2)) for row in rows]
-        assert all(torch.equal(row[i], x[i]) or flip for row, flip in zip(rows, flips, strict=True))
-        assert 8 < sum(flips) < 32
-    assert torch.equal(augment.varied(x, dict(shift=0, mirror=False, cut=False)), x)
-    seen = augment.varied(x.repeat(8, 1, 1, 1), dict(shift=1, mirror=True, cut=True))
-    assert seen.shape == (16, 1, 4, 4) and set(seen.unique().tolist()) <= set(x.unique().tolist())
+# What a run leaves behind, and resume
 
 
-def test_a_batch_starts_from_white_noise_or_from_a_blur_in_the_middle():
-    info = contract.load_network("mnist-resnet8", di.Args(device="cpu"), di.NETWORKS)
-    low, high = (v.item() for v in di.pixel_range(info, "cpu"))
-    noise = torch.randn(200, 1, 32, 32)
-    for name in ("cifar10", "cifar10-released", "imagenet-0"):
-        assert torch.equal(augment.start(noise, di.SETTINGS[name], info), noise)
-    setting = dict(blur=5, margin=6, gain=0.05)
-    x = augment.start(noise, setting, info)
-    inside = x[:, :, 6:26, 6:26]
-    assert (x != low).sum() == inside.numel()  # nothing of the margin
-    assert inside.std().item() == pytest.approx(0.05, rel=0.05)
-    neighbours = torch.corrcoef(torch.stack([inside[..., 1:].flatten(), inside[..., :-1].flatten()]))[0, 1]
-    assert neighbours.item() == pytest.approx(0.8, abs=0.03)  # 4 of 5 columns in common
-    x = augment.start(noise, setting | dict(gain=20.0), info)
-    assert x.min().item() == pytest.approx(low) and x.max().item() == pytest.approx(high)
+def test_an_adaptive_run_logs_and_saves_its_student(whole):
+    rows = rows_of(whole)
+    result = read_result(whole)
+    assert [row["step"] for row in rows if "step" in row] == list(range(1, 13))
+    competing = [row["batch"] for row in rows if "loss/competition" in row]
+    assert competing == [2, 2, 3, 3, 4, 4, 5, 5]
+    epochs = [row for row in rows if "epoch" in row]
+    assert [row["epoch"] for row in epochs] == [1, 2]
+    assert rows.index(epochs[0]) == 8  # after the rows of four batches
+    assert result["student_accuracy"] == pytest.approx(epochs[-1]["eval/acc"], abs=1e-6)
+    assert result["n_images"] == 36
+    assert (result["student"], result["dataset"]) == ("resnet8", "digits")
+    assert (whole / "curve.png").stat().st_size > 0
+
+    saved = torch.load(whole / "student.pt", weights_only=True)
+    assert saved["method"] == "adaptive deepinversion"
+    student, info = load_trained(str(whole / "student.pt"), "cpu", "data")
+    assert (info.arch, info.accuracy) == ("resnet8", result["student_accuracy"])
+    assert evaluate(student, *load_digits("test"), info) == result["student_accuracy"]
 
 
-# Protocol
+@pytest.mark.parametrize("update", [2, 6], ids=["first epoch", "second epoch"])
+def test_an_unfinished_epoch_is_done_again_with_its_images(whole, tmp_path, monkeypatch, update):
+    """The batches that it had made competed with a student that is no more; one is spoilt here."""
+    calls = []
+
+    def interrupt(*rest):
+        calls.append(1)
+        if len(calls) > update:
+            raise KeyboardInterrupt
+        return augment(*rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(di, "augment", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, ADAPTIVE)
+    paths = list_image_files(tmp_path)
+    assert len(paths) == 2 + update // 2 + 1
+    paths[-1].write_bytes(paths[0].read_bytes())
+    run(tmp_path, ADAPTIVE, resume=True)
+    names = [path.name for path in list_image_files(whole)]
+    assert len(names) == 6
+    for name in (*names, "metrics.jsonl", "student.pt", "samples.png", "curve.png"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_batches_come_at_even_distances():
-    """The paper's VGG-11-BN protocol: 195 updates an epoch, four new batches in each."""
-    setting = dict(initial=50, steps_per_epoch=195, batches_per_epoch=4)
-    due = [n for n in range(390) if di.batches_before(n, setting) > di.batches_before(n - 1, setting)]
-    assert due == [0, 49, 98, 147, 195, 244, 293, 342]
-    assert di.batches_before(389, setting) == 58
-    none = setting | dict(batches_per_epoch=0)
-    assert {di.batches_before(n, none) for n in range(-1, 390)} == {50}
+def test_a_lost_batch_of_a_finished_epoch_is_not_made_up(capsys, whole, tmp_path):
+    """It competed with a student that is no more; with the file back the run goes on."""
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / "images-00003.npz").unlink()
+    args = replace(ADAPTIVE, out=str(out), resume=True)
+    assert "images-00003.npz is missing; put it back" in read_refusal(capsys, di.main, args)
+    shutil.copy(whole / "images-00003.npz", out)
+    di.main(args)
+    for name in ("metrics.jsonl", "student.pt", "images-00005.npz"):
+        assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_a_student_is_trained_as_the_protocol_says(tmp_path, monkeypatch):
-    """What each step draws from, which batches compete, what the run leaves behind."""
-    drawn, opponents, synthesise, draw_from = [], [], di.synthesise, Pool.draw_from
+def test_a_student_that_is_not_finite_stops_the_run_and_the_last_good_one_stays(
+    capsys, whole, tmp_path, monkeypatch
+):
+    student_loss = di.student_loss
+    calls = []
 
-    def watched(run, labels, teacher, setting, student=None):
-        opponents.append((run.batch, run.n_student, student is not None))
-        return synthesise(run, labels, teacher, setting, student)
+    def poison_second_epoch(*rest):
+        calls.append(1)
+        loss = student_loss(*rest)
+        return loss * math.nan if len(calls) > 4 else loss
 
-    def noted(pool, newest):
-        draw_from(pool, newest)
-        drawn.append((newest, *pool.window.tolist()))
-
-    monkeypatch.setattr(di, "synthesise", watched)
-    monkeypatch.setattr(Pool, "draw_from", noted)
-    result = run(tmp_path, competition="js")
-    # two batches first; then one before steps 0, 2, 4 and 6
-    assert opponents == [(0, 0, False), (1, 0, False), (2, 0, True), (3, 2, True), (4, 4, True), (5, 6, True)]
-    assert drawn == [(True, 20, 10), (False, 0, 30), (True, 30, 10), (False, 0, 40)] + [
-        (True, 40, 10), (False, 0, 50), (True, 50, 10), (False, 0, 60)]  # fmt: skip
-    rows = rows_of(tmp_path)
-    assert [row["epoch"] for row in rows if "epoch" in row] == [1, 2]
-    assert [row["step"] for row in rows if "step" in row] == list(range(1, 25))
-    assert [row["batch"] for row in rows if "loss/competition" in row] == [2] * 4 + [3] * 4 + [4] * 4 + [5] * 4
-    assert rows[-1]["eval/acc"] == result["student_accuracy"]  # the final iterate
-    assert result["n_images"] == 60 and result["student"] == "lenet5" and result["teacher_accuracy"] == 100.0
-    assert (tmp_path / "curve.png").stat().st_size > 0
-    student = di.load(str(tmp_path / "student.pt"), di.Args(device="cpu"))
-    assert student.accuracy == result["student_accuracy"] and student.arch == "lenet5"
-    images, labels = di.real_images(student, di.Args(dataset="digits", device="cpu"))[1]
-    assert di.agreement(student, [(images, labels)])[0] == result["student_accuracy"]
-    saved = torch.load(tmp_path / "student.pt", weights_only=True)
-    assert saved["method"] == "adaptive deepinversion" and n_parameters(student.model) > 0
+    args = replace(ADAPTIVE, out=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(di, "student_loss", poison_second_epoch)
+        assert "lower" in read_refusal(capsys, di.main, args)
+    assert not (tmp_path / "student.pt").exists()
+    assert not (tmp_path / "result.json").exists()
+    run(tmp_path, ADAPTIVE, resume=True)
+    for name in ("metrics.jsonl", "student.pt", "images-00005.npz"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes(), name
 
 
-def test_only_its_own_steps_change_a_students_moments(monkeypatch):
-    """Neither images that compete with it nor the measure of its accuracy do."""
-    teacher, _, args = digits_teacher(student_batch=6, competition="js")
-    setting, student = di.choose_setting(args, "digits"), contract.load_student(di.load, "resnet8", args, teacher)
-    teacher.low, teacher.high = di.pixel_range(teacher, "cpu")
-    teacher.measured = di.measured(teacher.model, setting, "cpu")
-    state, x = di.Distiller(teacher, student, setting, 6), torch.randn(6, 1, 32, 32)
-
-    def moments():
-        return torch.cat([b.detach().clone().flatten().float() for b in student.model.buffers()])
-
-    before = moments()
-    with state.at_rest() as opponent:
-        work = di.begin(x, torch.arange(6), torch.zeros(1, 3).long(), (1, 1, 0), teacher, setting, None, opponent)
-        di.synthesis_step(work)
-        di.agreement(student, [(torch.zeros(6, 1, 32, 32, dtype=torch.uint8), torch.arange(6))])
-    assert torch.equal(before, moments()) and student.model.training
-    state.pool.add(torch.randint(256, (6, 1, 32, 32), dtype=torch.uint8))
-    state.pool.draw_from(newest=True)
-    di.student_step(state)
-    assert not torch.equal(before, moments())
-
-
-def test_the_students_loss_is_t_squared_kl_at_the_setting_s_rate(monkeypatch):
-    teacher, student, args = digits_teacher(student_batch=6, shift=0, lr_student=0.5, temperature=4.0)
-    setting = di.choose_setting(args, "digits") | dict(optimizer="sgd", cut=False, mirror=False)
-    teacher.low, teacher.high = di.pixel_range(teacher, "cpu")
-    state = di.Distiller(teacher, student, setting, 6)
-    state.pool.add(torch.randint(256, (6, 1, 32, 32), dtype=torch.uint8))
-    x = state.pool.images.float() / 255
-    x = (x - teacher.mean[0]) / teacher.std[0]
-    monkeypatch.setattr(Pool, "draw", lambda pool, n: x)
-    before = [p.detach().clone() for p in student.model.parameters()]
-    p, log_q = torch.softmax(teacher.model(x) / 4, 1), torch.log_softmax(student.model(x) / 4, 1)
-    loss = 16 * (p * (p.log() - log_q)).sum(1).mean()
-    gradients = torch.autograd.grad(loss, list(student.model.parameters()))
-    di.student_step(state)
-    assert state.sum.item() == pytest.approx(loss.item(), rel=1e-4)
-    for old, new, g in zip(before, student.model.parameters(), gradients, strict=True):
-        assert torch.allclose(new, old - 0.5 * (g + 5e-4 * old), atol=1e-5)
-
-
-def test_the_rate_warms_up_and_falls_by_a_cosine_or_tenfold(tmp_path, monkeypatch):
-    rates, student_step = [], di.student_step
-
-    def watched(state):
-        rates.append(state.optimizer.param_groups[0]["lr"].item())
-        student_step(state)
-
-    monkeypatch.setattr(di, "student_step", watched)
-    options = dict(num_images=10, batches_per_epoch=0, steps_per_epoch=2, epochs=4, lr_student=0.1)
-    for drop, warmup, expected in (
-        (10**6, 0, [0.05 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]),
-        (10**6, 2, [0.05, 0.1, *[0.05 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]]),
-        (2, None, [0.1] * 4 + [0.01] * 4),
-    ):
-        changed = dict(drop=drop, student_warmup=warmup)
-        monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | changed)
-        rates.clear()
-        run(tmp_path / f"{drop} {warmup}", **options)
-        assert rates == pytest.approx(expected), changed
-    assert di.SETTINGS["cifar10-released"]["alpha_competition"] == 10.0  # the paper's; 0.2 on ImageNet
-    assert di.SETTINGS["imagenet-0"]["alpha_competition"] == 0.2
-    assert di.SETTINGS["cifar10-released"]["drop"] == 100 and di.SETTINGS["cifar10-released"]["student_warmup"] is None
-
-
-# student steps are the updates 13, 14, 19, 20, 25, 26, 31 and 32 of the bar
-@pytest.mark.parametrize(
-    ("stop_at", "options"),
-    [
-        pytest.param(5, {}, id="initial pool"),
-        pytest.param(13, {}, id="the student's first step, on a new batch"),
-        pytest.param(23, {}, id="images that compete with a student"),
-        pytest.param(26, {}, id="second epoch"),
-        pytest.param(27, dict(student="resnet8"), id="SGD and BatchNorm"),
-    ],
-)
-def test_a_run_with_a_student_resumes_bit_exactly(tmp_path, monkeypatch, stop_at, options):
-    if options:
-        monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | dict(optimizer="sgd", mirror=True))
-    options |= dict(competition="js")
-    run(tmp_path / "whole", **options)
-    calls, update = [0], di.tqdm.update
-
-    def dies(self, *rest):
-        calls[0] += 1
-        if calls[0] == stop_at:
-            raise InterruptedError
-        return update(self, *rest)
-
-    monkeypatch.setattr(di.tqdm, "update", dies)
-    with pytest.raises(InterruptedError):
-        run(tmp_path / "cut", **options)
-    monkeypatch.setattr(di.tqdm, "update", update)
-    run(tmp_path / "cut", resume=True, **options)
-    files = [*(f"images-{i:05d}.npz" for i in range(6)), "metrics.jsonl", "samples.png", "curve.png", "student.pt"]
-    for name in files:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes(), name
+# Given images
 
 
 def test_an_earlier_runs_images_are_the_pool(tmp_path):
-    """No image is made again; the same bytes and the same student as from a pool made on the spot."""
-    made = run(tmp_path / "made", batches_per_epoch=0)
-    options = dict(images=str(tmp_path / "made"), num_images=0, batches_per_epoch=0)
-    given = run(tmp_path / "given", **options)
-    assert not list((tmp_path / "given").glob("images-*"))
-    assert given["n_images"] == made["n_images"] == 20
+    """No image is made again; the student is that of a pool made on the spot."""
+    args = replace(FAST, competition="none", batches_per_epoch=0)
+    made = run(tmp_path / "made", args)
+    given = run(tmp_path / "given", args, images=str(made))
+    assert not list_image_files(given)
+    assert read_result(given)["n_images"] == read_result(made)["n_images"] == 12
     for name in ("student.pt", "samples.png"):
-        assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "given" / name).read_bytes()
-    more = run(tmp_path / "more", images=str(tmp_path / "made"), num_images=0, batches_per_epoch=1, competition="js")
-    assert more["n_images"] == 20  # of its own: one batch an epoch
+        assert (given / name).read_bytes() == (made / name).read_bytes()
 
 
-def test_a_user_s_student_and_no_test_images(tmp_path):
+def test_given_batches_of_any_sizes_find_room_beside_new_ones(tmp_path):
+    images = torch.zeros(10, 1, 32, 32, dtype=torch.uint8)
+    folder = save_set(tmp_path / "set", images, torch.zeros(10, dtype=torch.long), split=7)
+    out = run(tmp_path / "run", FAST, images=folder, epochs=1)
+    assert read_result(out)["n_images"] == 2 * 6  # those of its own
+
+
+def test_images_of_no_finished_run_or_of_this_one_are_refused(capsys, tmp_path):
+    folder = tmp_path / "set"
+    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    save_set(folder, images, torch.zeros(2, dtype=torch.long))
+    args = replace(FAST, out=str(tmp_path / "run"))
+    for resume in (False, True):
+        own = replace(args, images=str(folder), out=str(folder), resume=resume)
+        assert "pass another --out" in read_refusal(capsys, di.main, own)
+    assert get_image_path(folder, 0).exists()
+
+    (folder / "result.json").unlink()
+    for name in (str(folder), str(tmp_path / "nowhere")):
+        says = read_refusal(capsys, di.main, replace(args, images=name))
+        assert "pass the --out of a finished run" in says
+    assert not (tmp_path / "run").exists()
+
+
+# Other students, and refusals
+
+
+def test_without_test_images_there_is_a_student_but_no_accuracy(tmp_path):
     (tmp_path / "nets.py").write_text(
         "import torch.nn as nn\n"
         "def tiny(num_classes, in_channels):\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(1024 * in_channels, num_classes))\n"
     )
-    result = run(tmp_path / "run", student=f"{tmp_path / 'nets.py'}:tiny", dataset="none", teacher="digits-resnet8")
-    assert result["student_accuracy"] is None and result["setting"]["name"] == "digits"
-    assert not (tmp_path / "run/curve.png").exists() and (tmp_path / "run/student.pt").exists()
-
-
-def test_without_a_student_no_setting_of_one_is_kept(tmp_path):
-    of_a_student = dict.fromkeys(("epochs", "steps_per_epoch", "batches_per_epoch", "student_batch"))
-    result = run(tmp_path, student="", num_images=10, **of_a_student)
-    assert not set(result["setting"]) & set(di.STUDENT)
-    assert not (tmp_path / "student.pt").exists() and result["n_images"] == 10
-
-
-# Refusals
+    own = f"{tmp_path / 'nets.py'}:tiny"
+    out = run(tmp_path / "run", FAST, student=own, dataset="none")
+    result = read_result(out)
+    assert result["student_accuracy"] is None
+    assert result["student"] == own
+    assert not (out / "curve.png").exists()
+    assert (out / "student.pt").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        pytest.param(dict(student="", epochs=None, competition="js"), "name one with --student", id="no student"),
-        pytest.param(dict(student="", images="x"), "name one with --student", id="images of nobody"),
-        pytest.param(dict(student="lenet6"), "--student lenet6", id="unknown student"),
-        pytest.param(dict(competition="kl"), "--competition: expected one of none, js, released", id="unknown form"),
-        pytest.param(dict(images="nowhere"), "--images nowhere: no images-*.npz", id="no images there"),
-        pytest.param(dict(student="", num_images=9, shift=1), "--epochs: of a student", id="option of nobody"),
-        pytest.param(dict(student="", alpha_competition=1.0), "name one with --student", id="weight of nothing"),
-        pytest.param(dict(competition="js", batches_per_epoch=0), "--batches-per-epoch: expected 1", id="no rival"),
-        pytest.param(dict(batches_per_epoch=5), "--batches-per-epoch: expected 0 to 4", id="more batches than steps"),
+        pytest.param(dict(student=""), "name one with --student", id="competition with nobody"),
+        pytest.param(
+            dict(student="", competition="none", images="x"), "name one with", id="images of nobody"
+        ),
+        pytest.param(dict(batches_per_epoch=0), "at least 1 with --competition", id="no rival"),
+        pytest.param(dict(batches_per_epoch=5), "at most --steps-per-epoch", id="too many batches"),
+        pytest.param(dict(batch_size=1), "--batch-size: expected at least 2", id="no moments"),
         pytest.param(dict(epochs=0), "--epochs: expected at least 1", id="no epoch"),
-        pytest.param(dict(temperature=0.0), "--temperature: expected at least", id="temperature zero"),
-        pytest.param(dict(lr_student=math.nan), "--lr-student: expected at least", id="rate NaN"),
-        pytest.param(dict(dataset="mnist", data_dir="nowhere"), "check --data-dir", id="no test images"),
-        pytest.param(dict(teacher="cifar10-resnet20"), "do not fit the teacher", id="other test images"),
+        pytest.param(dict(temperature=0.0), "--temperature: expected at least", id="temperature"),
+        pytest.param(dict(alpha_bn=math.inf), "--alpha-bn: expected at least 0", id="infinite"),
+        pytest.param(dict(lr_student=math.nan), "--lr-student: expected at least", id="NaN"),
     ],
 )
-def test_bad_options_are_refused(capsys, tmp_path, options, says):
-    assert says in refused(capsys, out=str(tmp_path / "run"), **options)
+def test_options_that_make_no_sense_are_refused(options, says):
+    with pytest.raises(ValueError, match=says):
+        replace(FAST, **options)
+
+
+def test_a_student_without_images_is_refused(capsys, tmp_path):
+    args = replace(FAST, out=str(tmp_path), competition="none")
+    args = replace(args, initial_batches=0, batches_per_epoch=0)
+    assert "the student has no images" in read_refusal(capsys, di.main, args)
+
+
+def test_several_processes_train_no_student(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(di, "join_processes", lambda device: (0, 2))
+    args = replace(FAST, out=str(tmp_path / "run"))
+    assert "--student: one process trains it" in read_refusal(capsys, di.main, args)
     assert not (tmp_path / "run").exists()
 
 
-def test_one_process_trains_a_student(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(di, "join", lambda device: Place(0, 2))
-    assert "--student: one process trains it" in refused(capsys, out=str(tmp_path / "run"))
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("images", "labels", "says"),
-    [
-        pytest.param(np.zeros((4, 8, 8, 3), np.uint8), [0] * 4, "(1, 32, 32), as the teacher's", id="shape"),
-        pytest.param(np.zeros((4, 32, 32, 1), np.float32), [0] * 4, "expected uint8", id="dtype"),
-        pytest.param(np.zeros((4, 32, 32, 1), np.uint8), [0, 1, 2, 10], "labels, below 10", id="class"),
-        pytest.param(np.zeros((4, 32, 32, 1), np.uint8), [0] * 3, "as many labels", id="too few labels"),
-    ],
-)
-def test_images_that_do_not_fit_are_refused(capsys, tmp_path, images, labels, says):
-    (tmp_path / "result.json").write_text("{}")
-    np.savez(tmp_path / "images-00000.npz", images=images, labels=np.array(labels, np.int64))
-    assert says in refused(capsys, out=str(tmp_path / "run"), images=str(tmp_path))
-    (tmp_path / "result.json").unlink()
-    assert "pass the --out of a finished run" in refused(capsys, out=str(tmp_path / "run"), images=str(tmp_path))
-    assert not (tmp_path / "run").exists()
-
-
-def test_images_are_not_deleted_by_the_run_that_takes_them(capsys, tmp_path):
-    run(tmp_path, num_images=10, batches_per_epoch=0)
-    for resume in (False, True):
-        assert "pass another --out" in refused(capsys, out=str(tmp_path), images=str(tmp_path), resume=resume)
-    assert (tmp_path / "images-00000.npz").exists()
-
-
-def test_batches_of_two_sizes_all_find_room(tmp_path):
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set/result.json").write_text("{}")
-    for i, n in enumerate((3, 7)):
-        Shards(tmp_path / "set").write(i, torch.zeros(n, 1, 32, 32, dtype=torch.uint8), torch.zeros(n).long())
-    result = run(tmp_path / "run", images=str(tmp_path / "set"), num_images=0, batches_per_epoch=0)
-    assert result["n_images"] == result["setting"]["given"] == 10
-
-
-def test_no_image_at_all_is_refused(capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(di.SETTINGS, "digits", di.SETTINGS["digits"] | dict(initial=0))
-    assert "the student has no images" in refused(capsys, out=str(tmp_path), num_images=0, batches_per_epoch=0)
-
-
-def test_a_broken_student_stops_the_run_and_the_last_good_one_stays(capsys, tmp_path):
-    options = dict(lr_student=1e9, checkpoint_every=1)
-    assert "not finite: student" in refused(capsys, out=str(tmp_path), **options)
-    assert not (tmp_path / "student.pt").exists() and not (tmp_path / "result.json").exists()
-    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
-        state = torch.load(tmp_path / name, weights_only=True)["state"]
-        assert not not_finite(state), name
-    assert not_finite({"a": [torch.ones(2)], "b": ({"c": torch.tensor([1.0, math.nan])},)}) == "b 0 c"
-    assert not_finite({"a": "text", "b": 1, "c": None, "d": torch.tensor([1, 2])}) == ""
-
-
-def test_a_step_that_fails_is_one_line(capsys, tmp_path):
-    """One value has no moments of its own: such a student refuses it in train mode."""
+def test_an_update_that_fails_is_one_line(capsys, tmp_path):
+    """BatchNorm1d refuses one value a channel in train mode."""
     (tmp_path / "nets.py").write_text(
         "import torch.nn as nn\n"
         "def normed(num_classes):\n"
-        "    return nn.Sequential(nn.Flatten(), nn.BatchNorm1d(1024), nn.Linear(1024, num_classes))\n"
+        "    norm = nn.BatchNorm1d(1024)\n"
+        "    return nn.Sequential(nn.Flatten(), norm, nn.Linear(1024, num_classes))\n"
     )
-    says = refused(capsys, out=str(tmp_path / "run"), student=f"{tmp_path / 'nets.py'}:normed", student_batch=1)
-    assert "the student's step 1 failed: ValueError" in says
+    own = f"{tmp_path / 'nets.py'}:normed"
+    args = replace(FAST, out=str(tmp_path / "run"), student=own, student_batch=1)
+    says = read_refusal(capsys, di.main, args)
+    assert "the student's training failed: ValueError" in says
+
+
+# On a GPU
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
-def test_a_captured_student_step_is_the_eager_one_and_never_syncs(optimizer):
-    args = di.Args(teacher="digits-resnet8", student="resnet8", device="cuda", student_batch=8)
+def test_captured_steps_train_the_same_student_and_never_wait(tmp_path, monkeypatch):
+    run_step = kernels.CapturedStep.__call__
+
+    def refuse_to_wait(step):
+        torch.cuda.set_sync_debug_mode("error" if step.n_calls > 4 else "default")
+        run_step(step)
+        torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(kernels.CapturedStep, "__call__", refuse_to_wait)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     weights = []
-    for captured in (False, True):
-        torch.manual_seed(0)
-        teacher = di.load(args.teacher, args)
-        setting = di.choose_setting(args, "digits") | dict(optimizer=optimizer, mirror=True, bf16=False)
-        state = di.Distiller(teacher, contract.load_student(di.load, "resnet8", args, teacher), setting, 16)
-        state.pool.add(torch.randint(256, (16, 1, 32, 32), dtype=torch.uint8))
-        state.pool.draw_from(newest=False)
-        torch.manual_seed(1)
-        step = kernels.Captured(lambda state=state: di.student_step(state), enabled=captured)
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for n in range(8):
-                state.optimizer.param_groups[0]["lr"].fill_(0.01 / (n + 1))
-                state.pool.draw_from(newest=n % 2 == 0)
-                step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        weights.append(torch.cat([p.detach().flatten() for p in state.model.parameters()]))
+    for graph in (False, True):
+        args = replace(ADAPTIVE, device="cuda", bf16=False, graph=graph, iterations=8)
+        out = run(tmp_path / str(graph), args)
+        state = torch.load(out / "student.pt", weights_only=True)["state_dict"]
+        weights.append(torch.cat([value.flatten().float().cpu() for value in state.values()]))
     assert torch.allclose(*weights, rtol=1e-3, atol=1e-4)
