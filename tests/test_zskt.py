@@ -395,7 +395,7 @@ def test_toy_points_that_seek_disagreement_teach_more_than_points_at_rest():
 
 
 def test_a_student_learns_and_its_file_gives_the_accuracy_of_the_final_iterate(tmp_path):
-    options = dict(pseudo_batches=40, batch_size=64, evaluations=4, width=16)
+    options = dict(pseudo_batches=40, batch_size=32, evaluations=4, width=8)
     result = run(tmp_path, **options)
     rows = rows_of(tmp_path)
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
@@ -526,7 +526,7 @@ def test_shots_fine_tune_on_so_many_images_a_class(tmp_path, monkeypatch):
         return normalise(images, info)
 
     monkeypatch.setattr(zskt, "normalise", watch)
-    result = run(tmp_path, shots=3, shot_steps=400, evaluations=1)
+    result = run(tmp_path, shots=3, shot_steps=250, evaluations=1)
     assert len(torch.cat(seen).flatten(1).unique(dim=0)) == 30
     assert result["student_accuracy"] > result["zero_shot_accuracy"] + 10
     losses = [row["loss/shots"] for row in rows_of(tmp_path) if "loss/shots" in row]
@@ -575,7 +575,7 @@ def test_shots_leave_the_running_moments_of_a_zero_shot_student_alone(
 
 
 def test_all_shots_without_pseudo_batches_is_distillation_with_data(tmp_path):
-    result = run(tmp_path, pseudo_batches=0, shots=-1, shot_steps=150)
+    result = run(tmp_path, pseudo_batches=0, shots=-1, shot_steps=100)
     assert result["zero_shot_accuracy"] < 40
     assert result["student_accuracy"] > 80
     assert not (tmp_path / "samples.png").exists()
