@@ -147,10 +147,13 @@ MD5 = {
 def download_file(url, path):
     """Fetch an official file to `path` and check its MD5. It appears there whole or not at all."""
     advice = f"try again, download it by hand to {path}, or pass another --data-dir"
-    with fail_in_one_line(f"{url} cannot be fetched", advice):
+    with (
+        fail_in_one_line(f"{url} cannot be fetched", advice),
+        urllib.request.urlopen(url, timeout=30) as reply,
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         md5 = hashlib.md5()
-        with urllib.request.urlopen(url, timeout=30) as reply, open_atomically(path) as file:
+        with open_atomically(path) as file:
             for chunk in iter(lambda: reply.read(1 << 20), b""):
                 file.write(chunk)
                 md5.update(chunk)
