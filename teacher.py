@@ -1,7 +1,7 @@
 """Train, evaluate and export the classifiers that the methods take as teachers and verifiers.
 
 The recipe is plain: cross-entropy on labelled images, SGD with Nesterov momentum, a learning rate
-that rises and falls linearly, random crops, and mirrored images where nature allows it. There is
+that rises and falls linearly, random crops, and random mirroring of natural images. There is
 neither label smoothing nor mixup, because both change what the logits say about the wrong classes,
 and that is what distillation reads.
 
@@ -86,15 +86,15 @@ class Args(RunOptions):
     epochs: int = 20
     """Passes over the training split (ours)."""
     batch_size: int = 128
-    """Images a step (released code of DAFL)."""
+    """Images a step (DAFL's recipe)."""
     lr: float = 0.2
     """Peak learning rate (ours: short schedules like more than DAFL's 0.1)."""
     warmup: float = 0.2
     """Share of all steps over which the learning rate rises; then it falls to zero (ours)."""
     momentum: float = 0.9
-    """Nesterov momentum (released code of DAFL)."""
+    """Nesterov momentum (DAFL's recipe)."""
     weight_decay: float = 5e-4
-    """L2 penalty on all weights (released code of DAFL)."""
+    """L2 penalty on all weights (DAFL's recipe)."""
 
     def __post_init__(self):
         super().__post_init__()
