@@ -134,7 +134,7 @@ class Args(MethodOptions):
 
 
 PAPER = Args()  # as released for CIFAR-100; for all data sets but MNIST and digits
-OURS = replace(  # how we chose these values: results/README.md
+OURS = replace(  # how we chose these values: results/NOTES.md
     PAPER,
     student="lenet5_half",
     batch_size=128,
