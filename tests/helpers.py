@@ -1,4 +1,4 @@
-"""Random inputs, memory layouts and the measured-tolerance rule for the ops; runs of the scripts."""
+"""Random inputs, memory layouts and the measured-tolerance rule for ops; runs of the scripts."""
 
 import json
 from typing import NamedTuple
@@ -94,8 +94,9 @@ def extreme_images(x, extreme):
 
 
 def assert_as_exact_as_eager(kernel, exact, eager, name="value"):
-    """|kernel - exact| <= 2 |eager - exact| + 4 eps max|exact|, in the max norm; NaN equals nothing.
+    """|kernel - exact| <= 2 |eager - exact| + 4 eps max|exact|, in the max norm.
 
+    NaN equals nothing.
     exact: the definition in float64 on the rounded inputs.
     eager: the definition in float32, cast to the kernel's dtype.
     """
@@ -123,20 +124,25 @@ class Evaluation(NamedTuple):
     """The gradient that was handed to each result."""
 
 
+def make_leaves(args, names):
+    """The named arguments, as tensors that require grad; those that are None are left out."""
+    given = {name: args[name] for name in names if args[name] is not None}
+    return {name: x.detach().requires_grad_() for name, x in given.items()}
+
+
+def results_of(function, args):
+    """What `function` returns, as a tuple."""
+    results = function(**args)
+    return results if isinstance(results, tuple) else (results,)
+
+
 def evaluate(function, args, differentiable, cotangents=None):
-    """Call `function` on args, a dict by name, and differentiate all results in the arguments named.
+    """Call `function` on args, a dict by name; differentiate all results in the named arguments.
 
-    Without cotangents they are random. An argument that is None has no gradient.
+    Without cotangents they are random.
     """
-    leaves = {
-        name: args[name].detach().requires_grad_()
-        for name in differentiable
-        if args[name] is not None
-    }
-    results = function(**{**args, **leaves})
-    if not isinstance(results, tuple):
-        results = (results,)
-
+    leaves = make_leaves(args, differentiable)
+    results = results_of(function, {**args, **leaves})
     if cotangents is None:
         cotangents = [random_tensor(x.shape, x.device, seed=7 + i) for i, x in enumerate(results)]
     cotangents = tuple(c.to(x.dtype) for c, x in zip(cotangents, results, strict=True))
@@ -186,6 +192,7 @@ def assert_matches_definition(op, args, cotangents=None):
 def assert_equal_bits(first, second):
     """Two Evaluations have the same results and gradients, bit for bit."""
     for a, b in zip(first.results, second.results, strict=True):
+        assert a.dtype == b.dtype
         assert torch.equal(a, b)
     for name, gradient in first.gradients.items():
         assert torch.equal(gradient, second.gradients[name]), name

@@ -1,7 +1,8 @@
-"""Every Triton kernel ahead of time for GPUs that need not be there: compiles, does not spill, loads 16 bytes.
+"""Every Triton kernel compiles for GPUs that need not be there, spills nothing, loads 16 bytes.
 
-The ops run on CPU tensors with recorders in place of their kernels, in a process without the interpreter; each
-distinct launch is then specialised as Triton's own launcher would and compiled. By hand, as a table of registers:
+The ops run on CPU tensors with recorders in place of their kernels, in a process without the
+interpreter. Each distinct launch is then specialised as Triton's own launcher would do it, and
+compiled ahead of time. By hand, as a table of registers:
 
     python tests/test_compile.py cuda:90
 """
@@ -21,89 +22,144 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
-WIDE_LOADS = re.compile(r"ld\.global\S*\.(v4\.[a-z]32|v2\.[a-z]64|v8\.[a-z]16|b128)")  # 16 bytes a lane, in PTX
+WIDE_LOADS = re.compile(  # PTX instructions that load 16 bytes a lane
+    r"ld\.global\S*\.(v4\.[a-z]32|v2\.[a-z]64|v8\.[a-z]16|b128)"
+)
+
+BFLOAT = torch.bfloat16
+NCHW = torch.contiguous_format
+NHWC = torch.channels_last
 
 
 class Recorder:
-    """Stands where a kernel stood: keeps what it would have been launched with and launches nothing."""
+    """Stands in place of a kernel: keeps the arguments of each launch and launches nothing."""
 
     def __init__(self, name, kernel):
-        self.name, self.kernel, self.launches = name, kernel, []
+        self.name = name
+        self.kernel = kernel
+        self.launches = []
 
     def __getitem__(self, grid):
         return lambda *args, **kwargs: self.launches.append((args, kwargs))
 
 
 def record_kernels():
-    """Replace every `_*_kernel` of every module of the package, so that kernels added later are found as well."""
+    """Replace every `_*_kernel` of every module of the package. New kernels are found as well."""
     import kernels
 
     recorders = []
     for found in pkgutil.iter_modules(kernels.__path__, "kernels."):
         module = importlib.import_module(found.name)
         for name, kernel in list(vars(module).items()):
-            if name.startswith("_") and name.endswith("_kernel") and kernel.__module__ == found.name:
-                recorders.append(Recorder(name, kernel))
-                setattr(module, name, recorders[-1])
+            is_kernel = name.startswith("_") and name.endswith("_kernel")
+            if is_kernel and kernel.__module__ == found.name:
+                recorder = Recorder(name, kernel)
+                setattr(module, name, recorder)
+                recorders.append(recorder)
     return recorders
 
 
-def run_ops():
-    """Forward and backward of every op on inputs as the scripts have them; the numbers mean nothing."""
+def images(shape, dtype, memory_format):
+    x = torch.ones(shape, dtype=dtype).contiguous(memory_format=memory_format)
+    return x.requires_grad_()
+
+
+def run_batchnorm_ops():
     import kernels
 
-    def images(shape, dtype, memory_format):
-        return torch.ones(shape, dtype=dtype).contiguous(memory_format=memory_format).requires_grad_()
+    kernels.bn_moments(images((256, 64, 32, 32), BFLOAT, NHWC))[1].sum().backward()
 
-    nchw, nhwc = torch.contiguous_format, torch.channels_last
-    kernels.bn_moments(images((256, 64, 32, 32), torch.bfloat16, nhwc))[1].sum().backward()
     for shape, dtype, memory_format in (
-        ((256, 64, 32, 32), torch.bfloat16, nhwc),
-        ((256, 16, 32, 32), torch.float32, nchw),
-        ((64, 2048, 7, 7), torch.float16, nhwc),
+        ((256, 64, 32, 32), BFLOAT, NHWC),
+        ((256, 16, 32, 32), torch.float32, NCHW),
+        ((64, 2048, 7, 7), torch.float16, NHWC),
     ):
-        moments = torch.ones(shape[1]), torch.ones(shape[1])
-        kernels.bn_moment_loss(images(shape, dtype, memory_format), *moments).backward()
-    for shape, dtype, memory_format, add in (
-        ((256, 64, 32, 32), torch.bfloat16, nhwc, False),
-        ((64, 256, 56, 56), torch.bfloat16, nhwc, True),
-        ((256, 16, 32, 32), torch.float32, nchw, True),
-        ((64, 2048, 7, 7), torch.float16, nhwc, False),
+        x = images(shape, dtype, memory_format)
+        C = shape[1]
+        kernels.bn_moment_loss(x, torch.ones(C), torch.ones(C)).backward()
+
+    for shape, dtype, memory_format, has_residual in (
+        ((256, 64, 32, 32), BFLOAT, NHWC, False),
+        ((64, 256, 56, 56), BFLOAT, NHWC, True),
+        ((256, 16, 32, 32), torch.float32, NCHW, True),
+        ((64, 2048, 7, 7), torch.float16, NHWC, False),
     ):
-        x, vectors = images(shape, dtype, memory_format), [torch.ones(shape[1])] * 4
-        y, moments = kernels.bn_act_moments(x, *vectors, residual=x.detach().requires_grad_() if add else None)
-        (y.sum() + kernels.moment_distance(moments, torch.ones(shape[1]), (shape[1],))).backward()
+        x = images(shape, dtype, memory_format)
+        residual = images(shape, dtype, memory_format) if has_residual else None
+        C = shape[1]
+        vectors = [torch.ones(C)] * 4
+        y, moments = kernels.bn_act_moments(x, *vectors, residual=residual)
+        (y.sum() + kernels.moment_distance(moments, torch.ones(C), (C,))).backward()
+
+
+def run_image_ops():
+    import kernels
+
+    draw = torch.tensor([1, 2, 0])
     for shape, dtype, memory_format in (
-        ((16, 16, 32, 32), torch.bfloat16, nhwc),
-        ((16, 3, 224, 224), torch.float32, nchw),
-        ((256, 3, 32, 32), torch.float16, nhwc),
+        ((16, 16, 32, 32), BFLOAT, NHWC),
+        ((16, 3, 224, 224), torch.float32, NCHW),
+        ((256, 3, 32, 32), torch.float16, NHWC),
     ):
         sum(kernels.total_variation(images(shape, dtype, memory_format))).backward()
-        view, *priors = kernels.jittered_view(images(shape, dtype, memory_format), torch.tensor([1, 2, 0]))
+        view, *priors = kernels.jittered_view(images(shape, dtype, memory_format), draw)
         (view.sum() + sum(priors)).backward()
-    wide = images((64, 3, 224, 224), torch.float32, nhwc)
-    kernels.jittered_view(wide, torch.tensor([1, 2, 0]), torch.bfloat16)[0].sum().backward()
-    for K, dtype, needs_q in ((10, torch.float32, True), (1000, torch.bfloat16, False), (21841, torch.float32, True)):
-        p_logits, q_logits = (torch.ones(256, K, dtype=dtype, requires_grad=needs) for needs in (True, needs_q))
+
+    x = images((64, 3, 224, 224), torch.float32, NHWC)
+    kernels.jittered_view(x, draw, BFLOAT)[0].sum().backward()
+
+
+def run_divergences():
+    import kernels
+
+    for K, dtype, needs_q in (
+        (10, torch.float32, True),
+        (1000, BFLOAT, False),
+        (21841, torch.float32, True),
+    ):
+        p_logits = torch.ones(256, K, dtype=dtype, requires_grad=True)
+        q_logits = torch.ones(256, K, dtype=dtype, requires_grad=needs_q)
         kernels.js_divergence(p_logits, q_logits, 3.0).backward()
         kernels.kl_divergence(p_logits, q_logits).backward()
-    kernels.kl_divergence(torch.ones(128, 10), torch.ones(128, 10, requires_grad=True)).backward()  # constant teacher
+
+    teacher_logits = torch.ones(128, 10)
+    student_logits = torch.ones(128, 10, requires_grad=True)
+    kernels.kl_divergence(teacher_logits, student_logits).backward()
+
+
+def run_attention_ops():
+    import kernels
+
     for shape, dtype, memory_format in (
-        ((128, 16, 32, 32), torch.bfloat16, nhwc),
-        ((128, 64, 8, 8), torch.bfloat16, nhwc),
-        ((128, 24, 8, 8), torch.bfloat16, nhwc),  # strides that 8 divides and 16 does not
-        ((128, 6, 28, 28), torch.float32, nhwc),
-        ((8, 16, 96, 96), torch.float32, nchw),
+        ((128, 16, 32, 32), BFLOAT, NHWC),
+        ((128, 64, 8, 8), BFLOAT, NHWC),
+        ((128, 24, 8, 8), BFLOAT, NHWC),  # strides that 8 divides and 16 does not
+        ((128, 6, 28, 28), torch.float32, NHWC),
+        ((8, 16, 96, 96), torch.float32, NCHW),
     ):
         target = torch.ones(shape[0], shape[2] * shape[3])
         kernels.attention_transfer(images(shape, dtype, memory_format), target).backward()
-    kernels.attention_map(images((128, 16, 32, 32), torch.bfloat16, nhwc)).sum().backward()
-    kernels.attention_map(images((4, 8, 10, 12), torch.float32, nchw)[:, :, ::2, 1:]).sum().backward()
+
+    kernels.attention_map(images((128, 16, 32, 32), BFLOAT, NHWC)).sum().backward()
+    sliced = images((4, 8, 10, 12), torch.float32, NCHW)[:, :, ::2, 1:]
+    kernels.attention_map(sliced).sum().backward()
+
+
+def run_ops():
+    """Forward and backward of every op on inputs as the scripts have them.
+
+    The numbers mean nothing, as no kernel runs.
+    """
+    run_batchnorm_ops()
+    run_image_ops()
+    run_divergences()
+    run_attention_ops()
 
 
 def is_wide(args):
-    """Whether a launch reads bf16 images whose channels lie side by side in multiples of 16 bytes."""
-    images = [x for x in args if isinstance(x, torch.Tensor) and x.ndim == 4 and x.dtype == torch.bfloat16]
+    """Whether a launch reads bf16 images whose channels lie side by side, in groups of 16 bytes."""
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    images = [x for x in tensors if x.ndim == 4 and x.dtype == BFLOAT]
     return any(x.stride(1) == 1 and x.shape[1] % 8 == 0 for x in images)
 
 
@@ -115,22 +171,24 @@ def nvidia_usage(compiled):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+        command = [tools / "cuobjdump", "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", done.stdout)}
     return usage["REG"], usage["STACK"] + usage["LOCAL"]
 
 
 def amd_usage(compiled):
-    """(vector registers, registers spilled plus bytes of scratch) from the metadata of the assembly."""
-    keys = "vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"
-    usage = [int(re.search(rf"\.{key}:\s*(\d+)", compiled.asm["amdgcn"]).group(1)) for key in keys]
-    return usage[0], sum(usage[1:])
+    """(vector registers, registers spilled plus bytes of scratch), from the assembly's metadata."""
+
+    def read(key):
+        return int(re.search(rf"\.{key}:\s*(\d+)", compiled.asm["amdgcn"]).group(1))
+
+    spilled = read("vgpr_spill_count") + read("sgpr_spill_count")
+    return read("vgpr_count"), spilled + read("private_segment_fixed_size")
 
 
 def compile_all(target):
-    """Compile each distinct launch for `target`, "cuda:90" or "hip:gfx942"; one row per compilation."""
+    """Compile each distinct launch for `target`, "cuda:90" or "hip:gfx942"; a row for each."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
@@ -145,30 +203,39 @@ def compile_all(target):
     kind, arch = target.split(":")
     gpu = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
     backend = make_backend(gpu)
+
     rows = {}
     for recorder in recorders:
         kernel = recorder.kernel
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         for args, kwargs in recorder.launches:
-            # The launcher's own steps: divisibility by 16 and the integer 1 become part of the specialisation.
+            # As the launcher does: divisibility by 16 and the integer 1 become part of the key.
             bound, specialization, _ = bind(*args, **kwargs)
-            options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, None)
+            options, signature, constants, attributes = kernel._pack_args(
+                backend, kwargs, bound, specialization, None
+            )
             key = str((recorder.name, specialization, options))
             if key in rows:
                 rows[key]["must_be_wide"] |= is_wide(args)
                 continue
-            compiled = triton.compile(
-                ASTSource(kernel, signature, constants, attributes), target=gpu, options=options.__dict__
-            )
-            registers, spilled = nvidia_usage(compiled) if kind == "cuda" else amd_usage(compiled)
-            largest = max((x for x in args if isinstance(x, torch.Tensor)), key=torch.Tensor.numel)
+
+            source = ASTSource(kernel, signature, constants, attributes)
+            compiled = triton.compile(source, target=gpu, options=options.__dict__)
+            if kind == "cuda":
+                registers, spilled = nvidia_usage(compiled)
+                wide_loads = len(WIDE_LOADS.findall(compiled.asm["ptx"]))
+            else:
+                registers, spilled = amd_usage(compiled)
+                wide_loads = None
+            tensors = [x for x in args if isinstance(x, torch.Tensor)]
+            largest = max(tensors, key=torch.Tensor.numel)
             rows[key] = {
                 "kernel": recorder.name,
                 "largest_input": f"{tuple(largest.shape)} {largest.dtype}".replace("torch.", ""),
                 "num_warps": options.num_warps,
                 "registers": registers,
                 "spilled": spilled,
-                "wide_loads": len(WIDE_LOADS.findall(compiled.asm["ptx"])) if kind == "cuda" else None,
+                "wide_loads": wide_loads,
                 "must_be_wide": is_wide(args),
             }
     return {"kernels": sorted(r.name for r in recorders), "rows": list(rows.values())}
@@ -176,20 +243,20 @@ def compile_all(target):
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
-    """One process per target, side by side, all without the interpreter and without sight of a GPU."""
+    """One process per target, side by side, all without the interpreter and without a GPU."""
     started = {}
     for target in TARGETS:
         folder = tmp_path_factory.mktemp("triton")
         env = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
-        env |= {
-            "TRITON_CACHE_DIR": str(folder / "cache"),
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-        }
+        env["TRITON_CACHE_DIR"] = str(folder / "cache")
+        env["CUDA_VISIBLE_DEVICES"] = ""
+        env["PYTHONPATH"] = str(ROOT)
+        env["OMP_NUM_THREADS"] = "1"
         with open(folder / "report.json", "w") as report, open(folder / "errors", "w") as errors:
             command = [sys.executable, __file__, target, "--json"]
-            started[target] = subprocess.Popen(command, env=env, stdout=report, stderr=errors), folder
+            process = subprocess.Popen(command, env=env, stdout=report, stderr=errors)
+        started[target] = process, folder
+
     yield started
     for process, _ in started.values():
         process.kill()
@@ -200,9 +267,10 @@ def test_kernels_compile(target, reports):
     process, folder = reports[target]
     assert process.wait(timeout=600) == 0, (folder / "errors").read_text()[-3000:]
     report = json.loads((folder / "report.json").read_text())
-    assert report["kernels"], "no kernel found: the rule by which they are named has changed"
+    assert report["kernels"], "no kernel found: their names do not end in _kernel any more"
     unused = set(report["kernels"]) - {row["kernel"] for row in report["rows"]}
     assert not unused, f"never launched by run_ops, so never compiled: {unused}"
+
     assert not [row for row in report["rows"] if row["spilled"]]
     if target.startswith("cuda"):
         must_be_wide = [row for row in report["rows"] if row["must_be_wide"]]

@@ -1,7 +1,7 @@
 """The tests of the ops notice small errors: each mutant of wrong/ fails at least one of them.
 
 A mutant is one changed file of kernels/, loaded in place of the real one. Its tests are those of
-test_every_op.py for the op and those of the op's own file, called one by one until one fails. The
+the op's own file and those of test_every_op.py for the op, called one by one until one fails. The
 test that failed must then pass on the unchanged file, loaded in the same way.
 """
 
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import test_divergences
 import test_every_op
 import torch
 import wrong
@@ -22,15 +23,21 @@ from torch.autograd.gradcheck import GradcheckError
 import kernels
 
 KERNELS = Path(kernels.__file__).parent
+FILES = [found.name for found in pkgutil.iter_modules(wrong.__path__)]
+OWN_TESTS = {file: importlib.import_module(f"test_{file}") for file in FILES}
+COMMON_TESTS = [test_divergences, test_every_op]
 NOTICED = (AssertionError, pytest.fail.Exception, GradcheckError)
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="mutants run in the interpreter, which a GPU switches off"
+)
 
 
 def all_mutants():
     rows = []
-    for found in pkgutil.iter_modules(wrong.__path__):
-        for mutant in importlib.import_module(f"wrong.{found.name}").MUTANTS:
-            name = f"{found.name}-{mutant.name}".replace(" ", "-")
-            rows.append(pytest.param(found.name, mutant, id=name))
+    for file in FILES:
+        for mutant in importlib.import_module(f"wrong.{file}").MUTANTS:
+            rows.append(pytest.param(file, mutant, id=f"{file}-{mutant.name}".replace(" ", "-")))
     return rows
 
 
@@ -113,11 +120,14 @@ def functions_in(module):
 
 
 def checks_of(file):
-    """The suite's checks of the ops in kernels/<file>.py: their own tests, then the common ones."""
-    own = importlib.import_module(f"test_{file}")
-    checks = [call for test in functions_in(own) for call in calls_of(test)]
-    for test in functions_in(test_every_op):
-        checks += [call for call in calls_of(test) if call.parameters["op"].file == file]
+    """The suite's checks of the ops in kernels/<file>.py: their own tests and the common ones."""
+    checks = []
+    for test in functions_in(OWN_TESTS[file]):
+        checks += calls_of(test)
+    for module in COMMON_TESTS:
+        for test in functions_in(module):
+            checks += [call for call in calls_of(test) if call.parameters["op"].file == file]
+    checks.sort(key=lambda call: call.backend == "triton")  # the interpreter is slow, so last
     return checks
 
 
@@ -130,13 +140,19 @@ def first_to_fail(checks):
     return None
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("module", [*OWN_TESTS.values(), *COMMON_TESTS], ids=lambda m: m.__name__)
+def test_tests_take_the_ops_from_the_package(module):
+    """As kernels.<name>, when they run: what they import by name is never the mutant's."""
+    homes = {name: getattr(value, "__module__", None) for name, value in vars(module).items()}
+    by_name = [name for name, home in homes.items() if str(home).startswith("kernels.")]
+    assert not by_name
+
+
 @pytest.mark.parametrize(("file", "mutant"), all_mutants())
 def test_mutant_is_noticed(file, mutant, tmp_path):
     source = (KERNELS / mutant.file).read_text()
-    assert source.count(mutant.old) == 1, (
-        f"{mutant.file} holds the old text {source.count(mutant.old)} times"
-    )
+    n_places = source.count(mutant.old)
+    assert n_places == 1, f"kernels/{mutant.file} holds the old text {n_places} times"
 
     changed = tmp_path / "changed"
     changed.mkdir()
