@@ -215,7 +215,9 @@ def test_a_student_that_never_agrees_is_refused(tmp_path, capsys):
     assert "agree on no test image" in line
 
 
-@pytest.mark.parametrize("options", [dict(n_images=0), dict(n_steps=0), dict(step_size=0.0)])
+@pytest.mark.parametrize(
+    "options", [dict(students=()), dict(n_images=0), dict(n_steps=0), dict(step_size=0.0)]
+)
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(ValueError, match="expected at least"):
         replace(ARGS, **options)
