@@ -84,7 +84,7 @@ def extreme_images(x, extreme):
 
     if extreme == "one-pixel":
         x = torch.zeros_like(x)
-        x[1, 2, 3, 4] = 1.0
+        x[-1, -1, 3, 4] = 1.0
         return x
 
     raise ValueError(f"no extreme {extreme}")

@@ -1,15 +1,19 @@
 """What test_every_op.py has to know of each op: how to call it, the cases, what it refuses."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from helpers import lay_out, random_logits, random_tensor
+from helpers import extreme_images, lay_out, random_logits, random_tensor
 
 from kernels import attention_map_ref
 
+FLOAT = torch.float32
 HALF = torch.float16
 BFLOAT = torch.bfloat16
+DENSE = "contiguous"
+LAST = "channels_last"
 
 
 @dataclass(frozen=True)
@@ -43,19 +47,11 @@ class Op:
 # Divergences of two batches of logits
 
 
-def make_logits(
-    device,
-    shape,
-    temperature=1.0,
-    layout="contiguous",
-    q_layout="contiguous",
-    dtype=torch.float32,
-    q_dtype=None,
-):
+def make_logits(device, shape, temperature=1.0, layouts=(DENSE, DENSE), dtypes=(FLOAT, FLOAT)):
     p_logits, q_logits = random_logits(shape, device)
     return {
-        "p_logits": lay_out(p_logits.to(dtype), layout),
-        "q_logits": lay_out(q_logits.to(q_dtype or dtype), q_layout),
+        "p_logits": lay_out(p_logits.to(dtypes[0]), layouts[0]),
+        "q_logits": lay_out(q_logits.to(dtypes[1]), layouts[1]),
         "temperature": temperature,
     }
 
@@ -79,43 +75,27 @@ DIVERGENCE = {
         "block": {"shape": (2, 4096), "temperature": 20.0},
         "block+1": {"shape": (2, 4097)},
         "imagenet-21k": {"shape": (2, 21841)},
-        "transposed-and-sliced": {
-            "shape": (5, 12),
-            "layout": "transposed",
-            "q_layout": "sliced",
-        },
-        "sliced-and-expanded": {"shape": (5, 12), "layout": "sliced", "q_layout": "expanded"},
-        "expanded-and-offset": {"shape": (5, 12), "layout": "expanded", "q_layout": "offset"},
-        "offset-and-transposed": {
-            "shape": (5, 12),
-            "layout": "offset",
-            "q_layout": "transposed",
-        },
-        "fp16": {"shape": (9, 33), "temperature": 2.0, "dtype": HALF},
-        "bf16": {"shape": (9, 33), "temperature": 2.0, "dtype": BFLOAT},
-        "fp32-and-bf16": {"shape": (9, 33), "temperature": 2.0, "q_dtype": BFLOAT},
+        "transposed-sliced": {"shape": (5, 12), "layouts": ("transposed", "sliced")},
+        "sliced-expanded": {"shape": (5, 12), "layouts": ("sliced", "expanded")},
+        "expanded-offset": {"shape": (5, 12), "layouts": ("expanded", "offset")},
+        "offset-transposed": {"shape": (5, 12), "layouts": ("offset", "transposed")},
+        "fp16": {"shape": (9, 33), "temperature": 2.0, "dtypes": (HALF, HALF)},
+        "bf16": {"shape": (9, 33), "temperature": 2.0, "dtypes": (BFLOAT, BFLOAT)},
+        "fp32-bf16": {"shape": (9, 33), "temperature": 2.0, "dtypes": (FLOAT, BFLOAT)},
     },
     "gradcheck": {
         "contiguous": {"shape": (3, 5)},
-        "transposed": {"shape": (3, 5), "temperature": 3.0, "layout": "transposed"},
+        "transposed": {"shape": (3, 5), "temperature": 3.0, "layouts": ("transposed", DENSE)},
     },
     "refused": {
-        "q-list": (
-            {"q_logits": [1.0]},
-            TypeError,
-            "OP: expected q_logits to be a tensor, got list",
-        ),
+        "q-list": ({"q_logits": [1.0]}, TypeError, "OP: expected q_logits to be a tensor, got"),
         "q-float64": ({"q_logits": LOGITS.double()}, TypeError, "got torch.float64; .* use OP_ref"),
         "unequal": ({"q_logits": LOGITS.T}, ValueError, r", \(3, 2\)\); reshape"),
         "1-D": ({"p_logits": LOGITS[0]}, ValueError, r"one shape \(N, K\), got \(\(3,\)"),
         "devices": ({"q_logits": LOGITS.to("meta")}, ValueError, "one device, got .*'meta'"),
-        "T-infinite": (
-            {"temperature": float("inf")},
-            ValueError,
-            "finite temperature > 0, got inf",
-        ),
+        "T-infinite": ({"temperature": math.inf}, ValueError, "finite temperature > 0, got inf"),
         "T-zero": ({"temperature": 0}, ValueError, "finite temperature > 0, got 0"),
-        "T-nan": ({"temperature": float("nan")}, ValueError, "finite temperature > 0, got nan"),
+        "T-nan": ({"temperature": math.nan}, ValueError, "finite temperature > 0, got nan"),
         "T-tensor": ({"temperature": LOGITS}, TypeError, "python number, got Tensor; pass a float"),
     },
     "keeps_layout": False,
@@ -128,8 +108,11 @@ KL_DIVERGENCE = Op(name="kl_divergence", file="kl_divergence", **DIVERGENCE)
 # Image priors
 
 
-def make_images(device, shape, layout="contiguous", dtype=torch.float32):
-    return {"x": lay_out(random_tensor(shape, device).to(dtype), layout)}
+def make_images(device, shape, layout=DENSE, dtype=FLOAT, extreme=None):
+    x = random_tensor(shape, device)
+    if extreme is not None:
+        x = extreme_images(x, extreme)
+    return {"x": lay_out(x.to(dtype), layout)}
 
 
 IMAGES = torch.ones(2, 3, 4, 4)
@@ -140,7 +123,7 @@ TOTAL_VARIATION = Op(
     make=make_images,
     differentiable=("x",),
     results=("l1", "l2"),
-    small={"shape": (2, 3, 5, 6), "layout": "channels_last"},
+    small={"shape": (2, 3, 5, 6), "layout": LAST},
     cases={
         "smallest": {"shape": (1, 1, 2, 2)},
         "odd": {"shape": (2, 3, 5, 7)},
@@ -151,7 +134,7 @@ TOTAL_VARIATION = Op(
         "block": {"shape": (1, 1, 8, 256)},
         "block+1": {"shape": (1, 1, 5, 257)},
         "cifar": {"shape": (2, 3, 32, 32)},
-        "channels_last": {"shape": (2, 2, 6, 5), "layout": "channels_last"},
+        "channels_last": {"shape": (2, 2, 6, 5), "layout": LAST},
         "sliced": {"shape": (2, 2, 6, 5), "layout": "sliced"},
         "sliced-channels_last": {"shape": (2, 2, 6, 5), "layout": "sliced-channels_last"},
         "offset": {"shape": (2, 2, 6, 5), "layout": "offset"},
@@ -159,11 +142,15 @@ TOTAL_VARIATION = Op(
         "transposed": {"shape": (2, 2, 6, 5), "layout": "transposed"},
         "fp16": {"shape": (2, 2, 7, 9), "dtype": HALF},
         "bf16": {"shape": (2, 2, 7, 9), "dtype": BFLOAT},
-        "bf16-channels_last": {"shape": (2, 2, 7, 9), "dtype": BFLOAT, "layout": "channels_last"},
+        "bf16-channels_last": {"shape": (2, 2, 7, 9), "dtype": BFLOAT, "layout": LAST},
+        "large": {"shape": (2, 2, 6, 5), "extreme": "large"},
+        "tiny-contrast": {"shape": (2, 2, 6, 5), "extreme": "tiny-contrast"},
+        "one-pixel": {"shape": (2, 2, 6, 5), "extreme": "one-pixel"},
+        "half-constant": {"shape": (2, 2, 6, 5), "extreme": "half-constant"},
     },
     gradcheck={  # random numbers: no difference lies near the kink of |d|
         "contiguous": {"shape": (2, 3, 3, 4)},
-        "channels_last": {"shape": (2, 3, 3, 4), "layout": "channels_last"},
+        "channels_last": {"shape": (2, 3, 3, 4), "layout": LAST},
     },
     refused={
         "3-D": ({"x": IMAGES[0]}, ValueError, r"\(N, C, H, W\), got \(3, 4, 4\); use x\[None\]"),
@@ -187,7 +174,7 @@ JITTERED_VIEW = Op(
     differentiable=("x",),
     results=("view", "tv_l1", "tv_l2", "l2"),
     like_x=("view",),
-    small={"shape": (2, 3, 5, 6), "layout": "channels_last"},
+    small={"shape": (2, 3, 5, 6), "layout": LAST},
     cases={
         "smallest": {"shape": (1, 1, 2, 2)},
         "odd": {"shape": (2, 3, 5, 7)},
@@ -197,29 +184,29 @@ JITTERED_VIEW = Op(
         "block+1": {"shape": (1, 1, 5, 257)},
         "cifar": {"shape": (2, 3, 32, 32)},
         "as-is": {"shape": (1, 3, 6, 5), "draw": (0, 0, 0)},
-        "mirrored": {"shape": (1, 3, 6, 5), "draw": (0, 0, 1), "layout": "channels_last"},
+        "mirrored": {"shape": (1, 3, 6, 5), "draw": (0, 0, 1), "layout": LAST},
         "rolled": {"shape": (1, 3, 6, 5), "draw": (1, -2, 0)},
-        "rolled-channels_last": {
-            "shape": (1, 3, 6, 5),
-            "draw": (-1, 3, 0),
-            "layout": "channels_last",
-        },
+        "rolled-channels_last": {"shape": (1, 3, 6, 5), "draw": (-1, 3, 0), "layout": LAST},
         "beyond-the-size": {"shape": (1, 3, 6, 5), "draw": (17, -23, 1)},
-        "channels_last": {"shape": (2, 2, 6, 5), "layout": "channels_last"},
+        "channels_last": {"shape": (2, 2, 6, 5), "layout": LAST},
         "sliced": {"shape": (2, 2, 6, 5), "layout": "sliced"},
         "sliced-channels_last": {"shape": (2, 2, 6, 5), "layout": "sliced-channels_last"},
         "offset": {"shape": (2, 2, 6, 5), "layout": "offset"},
         "expanded": {"shape": (2, 2, 6, 5), "layout": "expanded"},
         "transposed": {"shape": (2, 2, 6, 5), "layout": "transposed"},
         "fp16": {"shape": (2, 2, 7, 9), "dtype": HALF},
-        "bf16-channels_last": {"shape": (2, 2, 7, 9), "dtype": BFLOAT, "layout": "channels_last"},
-        "fp32-to-bf16": {"shape": (2, 2, 7, 9), "view_dtype": BFLOAT, "layout": "channels_last"},
+        "bf16-channels_last": {"shape": (2, 2, 7, 9), "dtype": BFLOAT, "layout": LAST},
+        "fp32-to-bf16": {"shape": (2, 2, 7, 9), "view_dtype": BFLOAT, "layout": LAST},
         "fp32-to-fp16": {"shape": (2, 2, 7, 9), "view_dtype": HALF},
-        "fp16-to-fp32": {"shape": (2, 2, 7, 9), "dtype": HALF, "view_dtype": torch.float32},
+        "fp16-to-fp32": {"shape": (2, 2, 7, 9), "dtype": HALF, "view_dtype": FLOAT},
+        "large": {"shape": (2, 2, 6, 5), "extreme": "large"},
+        "tiny-contrast": {"shape": (2, 2, 6, 5), "extreme": "tiny-contrast"},
+        "one-black-image": {"shape": (2, 2, 6, 5), "extreme": "one-black-image"},
+        "half-constant": {"shape": (2, 2, 6, 5), "extreme": "half-constant"},
     },
     gradcheck={
         "contiguous": {"shape": (2, 3, 3, 4)},
-        "channels_last": {"shape": (2, 3, 3, 4), "layout": "channels_last"},
+        "channels_last": {"shape": (2, 3, 3, 4), "layout": LAST},
     },
     refused={
         "3-D": ({"x": IMAGES[0]}, ValueError, r"x\[None\] for one"),
@@ -236,13 +223,13 @@ JITTERED_VIEW = Op(
 # Attention maps
 
 
-def make_activation(device, shape, layout="contiguous", dtype=torch.float32, eps=1e-12, scale=1.5):
+def make_activation(device, shape, layout=DENSE, dtype=FLOAT, eps=1e-12, scale=1.5):
     """Random numbers with a mean, as after a ReLU."""
     x = scale * (random_tensor(shape, device) + 0.5)
     return {"x": lay_out(x.to(dtype), layout), "eps": eps}
 
 
-def make_student(device, shape, target_layout="contiguous", target_dtype=torch.float32, **student):
+def make_student(device, shape, target_layout=DENSE, target_dtype=FLOAT, **student):
     """A student's activation and the map of a teacher with 3 channels, of another scale."""
     N, _, H, W = shape
     args = make_activation(device, shape, **student)
@@ -258,25 +245,17 @@ ATTENTION_CASES = {
     "one-value": {"shape": (1, 1, 1, 1)},
     "one-position": {"shape": (5, 3, 1, 1)},
     "one-row-fp16": {"shape": (2, 3, 1, 7), "dtype": HALF},
-    "one-column-channels_last": {"shape": (2, 3, 7, 1), "layout": "channels_last"},
+    "one-column-channels_last": {"shape": (2, 3, 7, 1), "layout": LAST},
     "one-channel": {"shape": (3, 1, 4, 5)},
     "odd": {"shape": (2, 3, 5, 7)},
-    "odd-channels_last": {"shape": (2, 3, 5, 7), "layout": "channels_last"},
-    "few-channels_last-fp16": {"shape": (2, 20, 5, 7), "layout": "channels_last", "dtype": HALF},
-    "power-of-two-channels_last-bf16": {
-        "shape": (4, 16, 4, 4),
-        "layout": "channels_last",
-        "dtype": BFLOAT,
-    },
+    "odd-channels_last": {"shape": (2, 3, 5, 7), "layout": LAST},
+    "few-channels_last-fp16": {"shape": (2, 20, 5, 7), "layout": LAST, "dtype": HALF},
+    "power-of-two-channels_last-bf16": {"shape": (4, 16, 4, 4), "layout": LAST, "dtype": BFLOAT},
     "position-block-1": {"shape": (2, 3, 15, 17)},
     "position-block+1-bf16": {"shape": (1, 9, 1, 257), "dtype": BFLOAT},
     "blocks-of-channels": {"shape": (1, 17, 16, 16)},
-    "channel-block+1": {"shape": (2, 129, 3, 3), "layout": "channels_last"},
-    "channel-blocks+8-bf16": {
-        "shape": (2, 264, 3, 2),
-        "layout": "channels_last",
-        "dtype": BFLOAT,
-    },
+    "channel-block+1": {"shape": (2, 129, 3, 3), "layout": LAST},
+    "channel-blocks+8-bf16": {"shape": (2, 264, 3, 2), "layout": LAST, "dtype": BFLOAT},
     "sample-block+1": {"shape": (2, 2, 17, 241)},
     "sliced": {"shape": (4, 3, 4, 5), "layout": "sliced"},
     "sliced-bf16": {"shape": (4, 3, 4, 5), "layout": "sliced", "dtype": BFLOAT},
@@ -284,10 +263,15 @@ ATTENTION_CASES = {
     "offset-fp16": {"shape": (3, 4, 5, 3), "layout": "offset", "dtype": HALF},
     "expanded": {"shape": (4, 3, 4, 5), "layout": "expanded"},
     "transposed": {"shape": (2, 3, 5, 4), "layout": "transposed"},
-    "wrn-group1": {"shape": (3, 16, 32, 32), "layout": "channels_last"},
+    "wrn-group1": {"shape": (3, 16, 32, 32), "layout": LAST},
     "wrn-group2-contiguous": {"shape": (3, 32, 16, 16)},
-    "wrn-group3-bf16": {"shape": (3, 64, 8, 8), "layout": "channels_last", "dtype": BFLOAT},
-    "lenet-group1": {"shape": (3, 6, 28, 28), "layout": "channels_last"},
+    "wrn-group3-bf16": {"shape": (3, 64, 8, 8), "layout": LAST, "dtype": BFLOAT},
+    "lenet-group1": {"shape": (3, 6, 28, 28), "layout": LAST},
+    "huge": {"shape": (4, 5, 4, 3), "scale": 1e8},
+    "small": {"shape": (4, 5, 4, 3), "scale": 1e-4},
+    "below-eps": {"shape": (4, 5, 4, 3), "scale": 1e-7},
+    "squares-vanish": {"shape": (4, 5, 4, 3), "scale": 1e-25},
+    "some-below-eps": {"shape": (4, 5, 4, 3), "eps": 11.0},
 }
 
 # attention_map goes through the same kernels as attention_transfer, so that a few cases suffice.
@@ -301,6 +285,10 @@ MAP_CASES = [
     "expanded",
     "transposed",
     "wrn-group3-bf16",
+    "huge",
+    "below-eps",
+    "squares-vanish",
+    "some-below-eps",
 ]
 
 EPS_REFUSED = {
@@ -314,7 +302,7 @@ EPS_REFUSED = {
     "eps-zero": ({"eps": 0}, ValueError, "finite eps > 0 .*, got 0; 1e-12"),
     "eps-negative": ({"eps": -1.0}, ValueError, "finite eps > 0 .*, got -1.0"),
     "eps-tiny": ({"eps": 1e-50}, ValueError, "that fp32 can hold, got 1e-50"),
-    "eps-nan": ({"eps": float("nan")}, ValueError, "finite eps > 0 .*, got nan"),
+    "eps-nan": ({"eps": math.nan}, ValueError, "finite eps > 0 .*, got nan"),
 }
 
 ATTENTION_MAP = Op(
@@ -327,7 +315,7 @@ ATTENTION_MAP = Op(
     cases={name: ATTENTION_CASES[name] for name in MAP_CASES},
     gradcheck={
         "contiguous": {"shape": (2, 3, 4, 2)},
-        "channels_last": {"shape": (2, 3, 4, 2), "layout": "channels_last"},
+        "channels_last": {"shape": (2, 3, 4, 2), "layout": LAST},
         "below-eps": {"shape": (2, 3, 4, 2), "eps": 1e3},  # not normalised
     },
     refused=EPS_REFUSED,
@@ -349,7 +337,7 @@ ATTENTION_TRANSFER = Op(
     },
     gradcheck={
         "contiguous": {"shape": (2, 3, 4, 2)},
-        "channels_last": {"shape": (2, 3, 4, 2), "layout": "channels_last"},
+        "channels_last": {"shape": (2, 3, 4, 2), "layout": LAST},
     },
     refused={
         **EPS_REFUSED,

@@ -1,12 +1,12 @@
-"""jittered_view: roll, mirror and priors by hand and against torch.roll, extremes.
+"""jittered_view: roll, mirror and priors by hand and against torch.roll.
 
 What all ops promise is in test_every_op.py.
 """
 
 import pytest
 import torch
-from helpers import assert_matches_definition, evaluate, extreme_images, random_tensor
-from ops_table import JITTERED_VIEW, make_jittered
+from helpers import evaluate, random_tensor
+from ops_table import make_jittered
 
 import kernels
 
@@ -65,14 +65,6 @@ def test_view_is_channels_last_and_no_alias_of_the_images(layout, backend, devic
     assert view.is_contiguous(memory_format=torch.channels_last)
     view.add_(1)
     assert torch.equal(args["x"], before)
-
-
-@pytest.mark.parametrize("extreme", ["large", "tiny-contrast", "half-constant", "one-black-image"])
-def test_extremes(extreme, backend, device):
-    args = make_jittered(device, (2, 3, 6, 5))
-    args["x"] = extreme_images(args["x"], extreme)
-    got = assert_matches_definition(JITTERED_VIEW, args)
-    assert got.gradients["x"].isfinite().all()
 
 
 def test_constant_images_have_the_gradient_of_the_view_alone(backend, device):
