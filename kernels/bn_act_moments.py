@@ -40,14 +40,17 @@ from kernels._channels import (
 from kernels._common import tl, triton
 from kernels.bn_moments import bn_moments_ref, compute_dx_on_cpu, compute_moments_on_cpu
 
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+
 
 def bn_act_moments_ref(
-    x, weight, bias, running_mean, running_var, eps=1e-5, residual=None, relu=True
+    x, weight, bias, running_mean, running_var, eps=1e-5, residual=None, activation="relu"
 ):
     """The definition in plain PyTorch, differentiable by autograd in x and residual.
 
     float64 stays float64; half precision is computed in fp32.
     """
+    _check_activation(activation)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = F.batch_norm(
         x.to(dtype),
@@ -60,10 +63,63 @@ def bn_act_moments_ref(
     )
     if residual is not None:
         y = y + residual.to(dtype)
-    if relu:
-        y = F.relu(y)
+    if activation != "none":
+        y = getattr(F, activation)(y)
     mean, var = bn_moments_ref(x, running_mean)
     return y.to(x.dtype), torch.stack((mean - running_mean.detach(), var))
+
+
+def _check_activation(activation):
+    if activation not in ACTIVATIONS:
+        choices = ", ".join(ACTIVATIONS)
+        raise ValueError(
+            f"bn_act_moments: expected activation in {choices}, got {activation!r}; choose one"
+        )
+
+
+@triton.jit
+def _apply_activation(
+    u,  # fp32
+    ACTIVATION: tl.constexpr,  # one of ACTIVATIONS
+):
+    """act(u). NaN stays NaN."""
+    if ACTIVATION == "relu":
+        u = tl.where(u < 0.0, 0.0, u)
+    if ACTIVATION == "relu6":
+        u = tl.where(u < 0.0, 0.0, u)
+        u = tl.where(u > 6.0, 6.0, u)
+    if ACTIVATION == "silu":
+        u = u * tl.sigmoid(u)
+    if ACTIVATION == "hardswish":
+        gate = tl.where(u < -3.0, 0.0, u + 3.0)
+        gate = tl.where(gate > 6.0, 6.0, gate)
+        u = u * gate * (1.0 / 6.0)
+    return u
+
+
+@triton.jit
+def _multiply_by_slope(
+    g,  # dy, fp32
+    u,  # fp32; for relu y will do
+    DTYPE: tl.constexpr,  # of y
+    ACTIVATION: tl.constexpr,  # one of ACTIVATIONS
+):
+    """dy act'(u). The masks of relu and relu6 are those of y as it was stored."""
+    if ACTIVATION == "relu":
+        stored = u.to(DTYPE).to(tl.float32)
+        g = tl.where(stored <= 0.0, 0.0, g)
+    if ACTIVATION == "relu6":
+        stored = u.to(DTYPE).to(tl.float32)
+        g = tl.where(stored <= 0.0, 0.0, g)
+        g = tl.where(stored >= 6.0, 0.0, g)
+    if ACTIVATION == "silu":
+        sigmoid = tl.sigmoid(u)
+        g = g * sigmoid * (1.0 + u * (1.0 - sigmoid))
+    if ACTIVATION == "hardswish":
+        slope = tl.where(u <= -3.0, 0.0, u * (1.0 / 3.0) + 0.5)
+        slope = tl.where(u >= 3.0, 1.0, slope)
+        g = g * slope
+    return g
 
 
 @triton.jit
@@ -100,7 +156,7 @@ def _bn_act_moments_fwd_kernel(
     stride_rcol,
     stride_rc,
     HAS_RESIDUAL: tl.constexpr,  # whether residual_ptr is read
-    RELU: tl.constexpr,  # whether there is a ReLU
+    ACTIVATION: tl.constexpr,  # one of ACTIVATIONS
     CHANNELS_INSIDE: tl.constexpr,  # the columns are channels
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
@@ -146,8 +202,7 @@ def _bn_act_moments_fwd_kernel(
             )
             offs = offs_row[:, None] + offs_col[None, :] * stride_rcol
             y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            y = tl.where(y < 0.0, 0.0, y)  # NaN stays NaN
+        y = _apply_activation(y, ACTIVATION)
         offs_row = compute_row_offsets(
             rows, size_1, size_2, size_3, stride_y0, stride_y1, stride_y2, stride_y3
         )
@@ -168,8 +223,8 @@ def _bn_act_moments_bwd_kernel(
     dx_ptr,  # out, shape of x
     dresidual_ptr,  # out, shape of x; unused unless NEEDS_RESIDUAL
     x_ptr,  # (N, C, *spatial)
-    y_ptr,  # shape of x; read for the mask where there was a residual
     dy_ptr,  # shape of x
+    saved_ptr,  # shape of x: y or the residual; unused where SAVED is "nothing"
     affine_ptr,  # (3, C) fp32: running_mean, scale, bias
     mean_ptr,  # (C,) fp32: mean - running_mean
     grad_ptr,  # (2, C) fp32: gradient of mean, of var; in each row dense
@@ -187,22 +242,28 @@ def _bn_act_moments_bwd_kernel(
     stride_x3,
     stride_xcol,  # along the columns
     stride_xc,  # along the channels
-    stride_y0,  # the same six of y, dx and dresidual
-    stride_y1,
-    stride_y2,
-    stride_y3,
-    stride_ycol,
-    stride_yc,
+    stride_dx0,  # the same six of dx and dresidual
+    stride_dx1,
+    stride_dx2,
+    stride_dx3,
+    stride_dxcol,
+    stride_dxc,
     stride_dy0,  # the same six of dy
     stride_dy1,
     stride_dy2,
     stride_dy3,
     stride_dycol,
     stride_dyc,
+    stride_s0,  # the same six of what saved_ptr holds
+    stride_s1,
+    stride_s2,
+    stride_s3,
+    stride_scol,
+    stride_sc,
     inverse_n,  # 1 / n
-    HAS_RESIDUAL: tl.constexpr,  # whether the forward pass added a residual
+    SAVED: tl.constexpr,  # what saved_ptr holds: "y", "residual" or "nothing"
     NEEDS_RESIDUAL: tl.constexpr,  # whether dresidual is wanted
-    RELU: tl.constexpr,  # whether there is a ReLU
+    ACTIVATION: tl.constexpr,  # one of ACTIVATIONS
     CHANNELS_INSIDE: tl.constexpr,  # the columns are channels
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
@@ -219,10 +280,10 @@ def _bn_act_moments_bwd_kernel(
         channels = channel
         mask_c = channel < n_channels  # always
         x_ptr += channel * stride_xc
-        dx_ptr += channel * stride_yc
-        dresidual_ptr += channel * stride_yc
-        y_ptr += channel * stride_yc
+        dx_ptr += channel * stride_dxc
+        dresidual_ptr += channel * stride_dxc
         dy_ptr += channel * stride_dyc
+        saved_ptr += channel * stride_sc
     shift = tl.load(affine_ptr + channels, mask=mask_c, other=0.0)
     scale = tl.load(affine_ptr + n_channels + channels, mask=mask_c, other=0.0)
     bias = tl.load(affine_ptr + 2 * n_channels + channels, mask=mask_c, other=0.0)
@@ -244,16 +305,23 @@ def _bn_act_moments_bwd_kernel(
         offs = offs_row[:, None] + offs_col[None, :] * stride_dycol
         g = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
-        offs_row = compute_row_offsets(
-            rows, size_1, size_2, size_3, stride_y0, stride_y1, stride_y2, stride_y3
-        )
-        offs = offs_row[:, None] + offs_col[None, :] * stride_ycol
-        if RELU:
-            if HAS_RESIDUAL:
-                y = tl.load(y_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        u = x * scale + bias
+        if SAVED != "nothing":
+            offs_row = compute_row_offsets(
+                rows, size_1, size_2, size_3, stride_s0, stride_s1, stride_s2, stride_s3
+            )
+            offs = offs_row[:, None] + offs_col[None, :] * stride_scol
+            saved = tl.load(saved_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if SAVED == "y":
+                u = saved
             else:
-                y = (x * scale + bias).to(y_ptr.dtype.element_ty).to(tl.float32)  # as stored
-            g = tl.where(y <= 0.0, 0.0, g)
+                u += saved
+        g = _multiply_by_slope(g, u, dx_ptr.dtype.element_ty, ACTIVATION)
+
+        offs_row = compute_row_offsets(
+            rows, size_1, size_2, size_3, stride_dx0, stride_dx1, stride_dx2, stride_dx3
+        )
+        offs = offs_row[:, None] + offs_col[None, :] * stride_dxcol
         if NEEDS_RESIDUAL:
             tl.store(dresidual_ptr + offs, g.to(dresidual_ptr.dtype.element_ty), mask=mask)
         dx = g * scale + a + b * (x - mean)
@@ -266,7 +334,7 @@ def fold_constants(weight, bias, running_mean, running_var, eps):
     return torch.stack((running_mean.float(), scale, bias.float())).detach()
 
 
-def _forward_on_gpu(x, residual, affine, relu):
+def _forward_on_gpu(x, residual, affine, activation):
     """y and the moments (2, C)."""
     y = torch.empty_like(x)  # dense: in the layout of x, unless that has holes or overlaps
     has_residual = residual is not None
@@ -287,7 +355,7 @@ def _forward_on_gpu(x, residual, affine, relu):
         *y_strides,
         *other_strides,
         has_residual,
-        relu,
+        activation,
         **launch.blocks,
     )
     return y, merge_partials(partial)
@@ -295,55 +363,78 @@ def _forward_on_gpu(x, residual, affine, relu):
 
 def _backward_on_gpu(ctx, dy, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, y, affine, _, moments = ctx.saved_tensors
-    dx = torch.empty_like(y)
+    x, saved, affine, _, moments = ctx.saved_tensors
+    dx = torch.empty_like(x)
     needs_residual = ctx.needs_input_grad[1]
-    dresidual = torch.empty_like(y) if needs_residual else None
+    dresidual = torch.empty_like(x) if needs_residual else None
     # A layer's slice of the gradients of all layers is read where it lies.
     row_grads = grads if grads.stride(1) == 1 else grads.contiguous()
-    launch = plan(BACKWARD_PROGRAMS, x.shape, x.stride(), y.stride(), dy.stride())
-    x_strides, y_strides, dy_strides = launch.strides
+    other = x if saved is None else saved  # x stands in where the kernel reads neither
+    strides = (x.stride(), dx.stride(), dy.stride(), other.stride())
+    launch = plan(BACKWARD_PROGRAMS, x.shape, *strides)
+    x_strides, dx_strides, dy_strides, other_strides = launch.strides
     inverse_n = x.size(1) / x.numel()
     _bn_act_moments_bwd_kernel[launch.grid](
         dx,
         dresidual if needs_residual else dx,
         x,
-        y,
         dy,
+        other,
         affine,
         moments,  # the kernel reads its first row
         row_grads,
         *launch.sizes,
         row_grads.stride(0),
         *x_strides,
-        *y_strides,
+        *dx_strides,
         *dy_strides,
+        *other_strides,
         inverse_n,
-        ctx.has_residual,
+        ctx.saved,
         needs_residual,
-        ctx.relu,
+        ctx.activation,
         **launch.blocks,
     )
     return dx, dresidual
 
 
-def _forward_on_cpu(x, residual, affine, relu):
+def _forward_on_cpu(x, residual, affine, activation):
     """y, the moments (2, C) less `origin`, and the origin: the running mean, or None for zero."""
     shift, scale, bias = affine
     ones = torch.ones_like(scale)
     y = F.batch_norm(x.float(), shift, ones, scale, bias, training=False, eps=0.0)
     if residual is not None:
         y.add_(residual)
-    if relu:
-        y.relu_()
+    if activation != "none":
+        getattr(F, activation)(y, inplace=True)
     moments, origin = compute_moments_on_cpu(x, shift)
     return y.to(x.dtype), moments, origin
 
 
+def _multiply_by_slope_on_cpu(ctx, dy):
+    """dy act'(u), in the dtype of x."""
+    x, saved, affine, _, _ = ctx.saved_tensors
+    if ctx.activation == "none":
+        return dy
+    if ctx.saved == "y":
+        return torch.ops.aten.threshold_backward(dy, saved, 0)
+
+    shift, scale, bias = affine
+    ones = torch.ones_like(scale)
+    u = F.batch_norm(x.float(), shift, ones, scale, bias, training=False, eps=0.0)
+    if ctx.saved == "residual":
+        u.add_(saved)
+    if ctx.activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(dy, u.to(x.dtype), 0, 6)
+    if ctx.activation == "silu":
+        return torch.ops.aten.silu_backward(dy.float(), u).to(x.dtype)
+    return torch.ops.aten.hardswish_backward(dy.float(), u).to(x.dtype)
+
+
 def _backward_on_cpu(ctx, dy, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, y, affine, origin, moments = ctx.saved_tensors
-    g = torch.ops.aten.threshold_backward(dy, y, 0) if ctx.relu else dy
+    x, _, affine, origin, moments = ctx.saved_tensors
+    g = _multiply_by_slope_on_cpu(ctx, dy)
     dx = compute_dx_on_cpu(x, origin, moments[0], grads)
     scale = affine[1].to(dx.dtype).view(-1, *[1] * (x.dim() - 2))  # (C, *1)
     dx = torch.addcmul(dx, g, scale)
@@ -351,21 +442,34 @@ def _backward_on_cpu(ctx, dy, grads):
     return dx, dresidual
 
 
+def _choose_saved(activation, has_residual, on_gpu):
+    """What the backward pass needs beside x: "y", "residual" or "nothing"."""
+    if activation == "relu" and (has_residual or not on_gpu):
+        return "y"
+    if activation != "none" and has_residual:
+        return "residual"
+    return "nothing"
+
+
 class _BNActMoments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, affine, relu):
-        ctx.relu = relu
-        ctx.has_residual = residual is not None
-        if _common.runs_triton(x):
-            y, moments = _forward_on_gpu(x, residual, affine, relu)
-            ctx.save_for_backward(x, y, affine, None, moments)
-            return y, moments
+    def forward(ctx, x, residual, affine, activation):
+        on_gpu = _common.runs_triton(x)
+        if on_gpu:
+            y, moments = _forward_on_gpu(x, residual, affine, activation)
+            origin = None
+            result = moments
+        else:
+            y, moments, origin = _forward_on_cpu(x, residual, affine, activation)
+            mean, var = moments
+            from_running_mean = mean - affine[0] if origin is None else mean
+            result = torch.stack((from_running_mean, var))
 
-        y, moments, origin = _forward_on_cpu(x, residual, affine, relu)
-        ctx.save_for_backward(x, y, affine, origin, moments)
-        mean, var = moments
-        from_running_mean = mean - affine[0] if origin is None else mean
-        return y, torch.stack((from_running_mean, var))
+        ctx.activation = activation
+        ctx.saved = _choose_saved(activation, residual is not None, on_gpu)
+        saved = {"y": y, "residual": residual, "nothing": None}[ctx.saved]
+        ctx.save_for_backward(x, saved, affine, origin, moments)
+        return y, result
 
     @staticmethod
     def backward(ctx, dy, grads):
@@ -377,10 +481,12 @@ class _BNActMoments(torch.autograd.Function):
         return dx, dresidual, None, None
 
 
-def bn_act_moments(x, weight, bias, running_mean, running_var, eps=1e-5, residual=None, relu=True):
-    """BatchNorm in eval mode, an addition, a ReLU, and the batch moments of x, in one read of x.
+def bn_act_moments(
+    x, weight, bias, running_mean, running_var, eps=1e-5, residual=None, activation="relu"
+):
+    """BatchNorm in eval mode, an addition, an activation, and the moments of x, in one read of x.
 
-    y = relu(weight (x - running_mean) / sqrt(running_var + eps) + bias + residual)
+    y = act(weight (x - running_mean) / sqrt(running_var + eps) + bias + residual)
 
     Args:
         x: (N, C, *spatial), what enters the BatchNorm, with 0 to 3 spatial dimensions; fp32, fp16
@@ -388,8 +494,9 @@ def bn_act_moments(x, weight, bias, running_mean, running_var, eps=1e-5, residua
         weight, bias, running_mean, running_var: (C,) of a float dtype; constants;
             running_var + eps > 0.
         eps: a python number.
-        residual: of x's shape and dtype, any strides, added before the ReLU. None adds nothing.
-        relu: whether there is a ReLU.
+        residual: of x's shape and dtype, any strides, added before the activation. None adds
+            nothing.
+        activation: "none", "relu", "relu6", "silu" or "hardswish", as in torch.nn.functional.
 
     Returns:
         y: shape and dtype of x, in its memory format.
@@ -399,7 +506,8 @@ def bn_act_moments(x, weight, bias, running_mean, running_var, eps=1e-5, residua
 
     Raises:
         TypeError: a tensor argument is no tensor, or not fp32, fp16 or bf16.
-        ValueError: an argument is empty, of another shape than said, or on another device.
+        ValueError: an argument is empty, of another shape than said, or on another device; or
+            there is no such activation.
 
     Note:
         Differentiable once, in x and residual. Where y is 0 the ReLU's gradient is 0. Arithmetic
@@ -422,6 +530,7 @@ def bn_act_moments(x, weight, bias, running_mean, running_var, eps=1e-5, residua
         running_var=running_var,
     )
     _common.check_float("bn_act_moments", x=x, residual=residual)
+    _check_activation(activation)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         expected = f"{tuple(x.shape)} {x.dtype}"
         got = f"{tuple(residual.shape)} {residual.dtype}"
@@ -429,9 +538,10 @@ def bn_act_moments(x, weight, bias, running_mean, running_var, eps=1e-5, residua
             f"bn_act_moments: expected residual of {expected}, got {got}; match it to x"
         )
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
-    return _BNActMoments.apply(x, residual, affine, relu)
+    return _BNActMoments.apply(x, residual, affine, activation)
 
 
-def bn_act_moments_folded(x, affine, residual=None, relu=True):
-    """`bn_act_moments` for constants that `fold_constants` has folded; nothing is checked."""
-    return _BNActMoments.apply(x, residual, affine, relu)
+def bn_act_moments_folded(x, affine, residual=None, activation="relu"):
+    """`bn_act_moments` for constants that `fold_constants` has folded; tensors are not checked."""
+    _check_activation(activation)
+    return _BNActMoments.apply(x, residual, affine, activation)

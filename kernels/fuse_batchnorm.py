@@ -42,9 +42,10 @@ class FusedBatchNorm(nn.Module):
 
     def forward(self, x, residual=None):
         if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
-            y, moments = bn_act_moments_folded(x, self.affine, residual, self.relu)
+            activation = "relu" if self.relu else "none"
+            y, moments = bn_act_moments_folded(x, self.affine, residual, activation)
         else:  # an addition that broadcasts or converts
-            y, moments = bn_act_moments_folded(x, self.affine, None, False)
+            y, moments = bn_act_moments_folded(x, self.affine, None, "none")
             y = y + residual
             if self.relu:
                 y = F.relu(y)

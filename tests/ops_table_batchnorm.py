@@ -30,11 +30,12 @@ def make_loss_arguments(device, shape, running_dtype=torch.float32, **x_options)
     }
 
 
-def make_layer_arguments(device, shape, residual=None, relu=True, eps=1e-5, **x_options):
+def make_layer_arguments(device, shape, residual=None, activation="relu", eps=1e-5, **x_options):
     """residual: its layout, or None."""
     weight, bias = random_tensor((2, shape[1]), device, seed=2)
     args = make_loss_arguments(device, shape, **x_options)
-    args = {**args, "weight": weight, "bias": bias, "eps": eps, "residual": None, "relu": relu}
+    args = {**args, "weight": weight, "bias": bias, "eps": eps, "residual": None}
+    args["activation"] = activation
     if residual is not None:
         other = random_tensor(shape, device, seed=3)
         args["residual"] = lay_out(other.to(args["x"].dtype), residual)
@@ -154,14 +155,14 @@ BN_ACT_MOMENTS = Op(
     small={"shape": SMALL, "residual": "contiguous"},
     cases={
         **SHAPES,
-        "no-relu": {"shape": (2, 3, 5, 7), "relu": False},
+        "no-relu": {"shape": (2, 3, 5, 7), "activation": "none"},
         "large-eps": {"shape": (2, 3, 5, 7), "eps": 0.5},
         "residual": {"shape": (2, 3, 5, 7), "residual": "contiguous"},
         "residual-2-D": {"shape": (5, 7), "residual": "contiguous"},
         "residual-without-relu": {
             "shape": (2, 3, 5, 7),
             "residual": "contiguous",
-            "relu": False,
+            "activation": "none",
         },
         "residual-channels_last-fp16": {
             "shape": (4, 8, 4, 4),
@@ -206,7 +207,7 @@ BN_ACT_MOMENTS = Op(
     gradcheck={
         "contiguous": {"shape": TINY, "residual": "contiguous"},
         "channels_last": {"shape": TINY, "layout": "channels_last", "residual": "channels_last"},
-        "no-relu": {"shape": TINY, "residual": "contiguous", "relu": False},
+        "no-relu": {"shape": TINY, "residual": "contiguous", "activation": "none"},
         "no-residual": {"shape": TINY},
     },
     refused={

@@ -13,10 +13,10 @@ import kernels
 # Known values
 
 
-@pytest.mark.parametrize("relu", [True, False], ids=["relu", "no-relu"])
+@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish"])
 @pytest.mark.parametrize("residual", [None, "contiguous"], ids=["alone", "residual"])
-def test_definition_is_the_layers_it_replaces(relu, residual):
-    args = make_layer_arguments("cpu", (3, 5, 4, 2), residual, relu, eps=1e-3)
+def test_definition_is_the_layers_it_replaces(activation, residual):
+    args = make_layer_arguments("cpu", (3, 5, 4, 2), residual, activation, eps=1e-3)
     bn = nn.BatchNorm2d(5, eps=1e-3).eval()
     names = ("weight", "bias", "running_mean", "running_var")
     bn.load_state_dict({name: args[name] for name in names}, strict=False)
@@ -25,8 +25,9 @@ def test_definition_is_the_layers_it_replaces(relu, residual):
     expected = bn(x)
     if residual is not None:
         expected = expected + args["residual"]
-    if relu:
-        expected = expected.relu()
+    if activation != "none":
+        layers = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "hardswish": nn.Hardswish}
+        expected = layers[activation]()(expected)
     y, moments = kernels.bn_act_moments_ref(**args)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(moments[0] + bn.running_mean, x.mean((0, 2, 3)))

@@ -8,20 +8,28 @@ MUTANTS = [
     Mutant(
         "gradient where the ReLU is zero",
         FILE,
-        "g = tl.where(y <= 0.0, 0.0, g)",
-        "g = tl.where(y < 0.0, 0.0, g)",
+        """stored = u.to(DTYPE).to(tl.float32)
+        g = tl.where(stored <= 0.0, 0.0, g)
+    if ACTIVATION == "relu6":""",
+        """stored = u.to(DTYPE).to(tl.float32)
+        g = tl.where(stored < 0.0, 0.0, g)
+    if ACTIVATION == "relu6":""",
     ),
     Mutant(
         "mask of the ReLU before rounding",
         FILE,
-        "y = (x * scale + bias).to(y_ptr.dtype.element_ty).to(tl.float32)",
-        "y = x * scale + bias",
+        """if ACTIVATION == "relu":
+        stored = u.to(DTYPE).to(tl.float32)""",
+        """if ACTIVATION == "relu":
+        stored = u""",
     ),
     Mutant(
         "ReLU swallows NaN",
         FILE,
-        "y = tl.where(y < 0.0, 0.0, y)",
-        "y = tl.where(y > 0.0, y, 0.0)",
+        """if ACTIVATION == "relu":
+        u = tl.where(u < 0.0, 0.0, u)""",
+        """if ACTIVATION == "relu":
+        u = tl.where(u > 0.0, u, 0.0)""",
     ),
     Mutant(
         "gradient of the mean ignored",
@@ -44,8 +52,10 @@ MUTANTS = [
     Mutant(
         "residual read with the strides of y",
         FILE,
-        "*other_strides,",
-        "*y_strides,",
+        """*y_strides,
+        *other_strides,""",
+        """*y_strides,
+        *y_strides,""",
     ),
     Mutant(
         "eps ignored",
