@@ -151,16 +151,21 @@ def make_info(spec, *descriptions):
     if known["num_classes"] < 2:
         advice = "give a network of one output a second one, 0 beside its logit"
         fail(f"--num-classes: expected at least 2, got {known['num_classes']} classes; {advice}")
+    arch = spec
+    if not is_factory(spec):
+        arch = known.get("arch", spec.replace("-", "_"))
     accuracy = known.get("accuracy")
+    if accuracy is not None:
+        accuracy = float(accuracy)
     return NetworkInfo(
         name=spec,
-        arch=str(known.get("arch", spec if is_factory(spec) else spec.replace("-", "_"))),
+        arch=str(arch),
         dataset=known.get("dataset", ""),
         num_classes=known["num_classes"],
         image_size=known["image_size"],
         mean=mean,
         std=std,
-        accuracy=None if accuracy is None else float(accuracy),
+        accuracy=accuracy,
     )
 
 

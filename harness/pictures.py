@@ -86,7 +86,8 @@ def draw_curves(groups, file, unit="epoch"):
         curves = np.array([run[:shortest] for run in runs])  # (runs, epochs)
         mean = curves.mean(0)
         x = range(1, shortest + 1)
-        axis.plot(x, mean, label=label, marker="." if shortest < 30 else None)
+        marker = "." if shortest < 30 else None
+        axis.plot(x, mean, label=label, marker=marker)
         if len(runs) > 1:
             band = curves.std(0)
             axis.fill_between(x, mean - band, mean + band, alpha=0.25)
