@@ -211,9 +211,9 @@ def test_updates_are_plain_sgd_on_t_squared_kl(tmp_path, fused):
         images=save_set(tmp_path / "set", image.expand(8, -1, -1, -1), labels),
         competition="none",
         batches_per_epoch=0,
-        steps_per_epoch=1,
+        steps_per_epoch=2,
         optimizer="sgd",
-        lr_student=0.5,
+        lr_student=0.05,
         schedule_student="steps",
         drop_every=1,
         temperature=4.0,
@@ -227,9 +227,9 @@ def test_updates_are_plain_sgd_on_t_squared_kl(tmp_path, fused):
     teacher, info = load_teacher(args, "cpu", 1)
     student, _ = load_student("lenet5", info, "cpu")
     x = normalise(image, info).expand(8, -1, -1, -1)
-    optimizer = torch.optim.SGD(student.parameters(), 0.5, momentum=0.9, weight_decay=5e-4)
+    optimizer = torch.optim.SGD(student.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
     losses = []
-    for lr in (0.5, 0.05):
+    for lr in (0.05, 0.05, 0.005, 0.005):
         optimizer.param_groups[0]["lr"] = lr
         p = torch.softmax(teacher(x) / 4, 1)
         log_q = torch.log_softmax(student(x) / 4, 1)
@@ -240,10 +240,11 @@ def test_updates_are_plain_sgd_on_t_squared_kl(tmp_path, fused):
         optimizer.step()
 
     rows = rows_of(out)
-    assert [row["loss/student"] for row in rows] == pytest.approx(losses, rel=1e-4)
+    means = [(losses[0] + losses[1]) / 2, (losses[2] + losses[3]) / 2]
+    assert [row["loss/student"] for row in rows] == pytest.approx(means, rel=1e-3)
     weights = torch.load(out / "student.pt", weights_only=True)["state_dict"]
     for name, value in student.state_dict().items():
-        assert torch.allclose(weights[name], value, atol=1e-5), name
+        assert torch.allclose(weights[name], value, atol=1e-4), name
 
 
 def test_a_student_learns_from_images_alone(tmp_path):
