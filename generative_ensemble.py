@@ -361,8 +361,10 @@ def watch_batchnorm(teacher, n_generators, args):
         yield observe
     else:
         watched = kernels.hook_batchnorm(teacher, moments=measure)
-        yield observe
-        watched.close()
+        try:
+            yield observe
+        finally:
+            watched.close()
 
 
 def pool_moments(moments):
