@@ -26,6 +26,7 @@ Where we differ from paper (p) and released code (r):
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 import kernels
@@ -329,20 +331,59 @@ def student_loss(t_logits, s_logits, args):
 
 
 # The images
-def watch_batchnorms(teacher, args, device):
+def sample_example(info, device):
+    """Four images of noise to compare networks with; no other random number depends on them."""
+    generator = torch.Generator().manual_seed(0)
+    size = info.image_size
+    x = torch.randn((4, info.channels, size, size), generator=generator)  # (4, C, H, W)
+    return x.to(device, memory_format=torch.channels_last)
+
+
+def copy_network(network, example):
+    """A deep copy, or the network itself where a copy is impossible or still calls the original.
+
+    Code that keeps its modules in closures and bound methods calls the original from the copy.
+    """
+    try:
+        copied = deepcopy(network)
+    except Exception:  # whatever a network's attributes raise
+        return network
+
+    called = []
+    hooks = []
+    for module in network.modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, _: called.append(module)))
+    with torch.no_grad():
+        copied(example)
+    for hook in hooks:
+        hook.remove()
+    return network if called else copied
+
+
+def watch_batchnorms(teacher, example, args, device):
     """The frozen teacher as steps call it: view -> logits (N, K), [(moments, running_var), …].
 
-    The moments are those of its BatchNorm2d inputs, as moment_loss takes them. It is a copy: the
-    teacher itself keeps fp32 weights, without hooks.
+    The moments are those of its BatchNorms' inputs, as moment_loss takes them. With args.fused the
+    example decides how they are measured, and the attribute `reason` says what is not fused. What
+    is watched is a copy where there can be one: the teacher keeps fp32 weights, without hooks.
+
+    Args:
+        teacher: in eval mode.
+        example: some images (N, C, H, W), as of sample_example.
     """
-    network = deepcopy(teacher)
-    if args.bf16 and device == "cuda":
-        for module in network.modules():
+    network = copy_network(teacher, example)
+    if args.fused:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fuse_batchnorm: ")  # main prints the reason
+            watched = kernels.fuse_batchnorm(network, example)
+    else:
+        watched = kernels.hook_batchnorm(network, moments=kernels.bn_moments_ref)
+
+    if args.bf16 and device == "cuda" and network is not teacher:
+        for module in network.modules():  # whose weights `watched` shares
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 module.to(torch.bfloat16)  # once; autocast would convert them in every step
-    if args.fused:
-        return kernels.fuse_batchnorm(network, nn.BatchNorm2d)
-    return kernels.hook_batchnorm(network, nn.BatchNorm2d, kernels.bn_moments_ref)
+    return watched
 
 
 def list_stages(args):
@@ -806,9 +847,9 @@ def load_checked_teacher(args, device):
     with fail_in_one_line(f"--teacher {args.teacher}", advice):
         for _, pool, _ in list_stages(args):
             check_network(teacher, info, device, info.image_size // pool)
-    layers = [m for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
+    layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm)]
     if not any(layer.running_mean is not None for layer in layers):
-        problem = "no BatchNorm2d with running moments, which are matched"
+        problem = "no BatchNorm with running moments, which are matched"
         fail(f"--teacher {args.teacher}: {problem}; take another")
     return teacher, info
 
@@ -868,8 +909,11 @@ def main(args):
     n_steps = len(labels) // world * count_steps(args)
     if student is not None:
         n_steps += args.epochs * args.steps_per_epoch
+    with fail_in_one_line(f"--teacher {args.teacher}", "change the network, or take another"):
+        watched = watch_batchnorms(teacher, sample_example(info, device), args, device)
+    if watched.reason and rank == 0:
+        print(f"teacher: {watched.reason}")
     bar = tqdm(total=n_steps, disable=True if rank else None, mininterval=0.5)
-    watched = watch_batchnorms(teacher, args, device)
     synthesis = Synthesis(watched, info, labels, run, bar, world)
     if student is not None:
         advice = "try a smaller --student-batch or --no-fused; on a GPU --no-graph or --no-bf16"
