@@ -114,6 +114,10 @@ def call_with_residual(op, x, residual, *vectors):
     return op(x, *vectors, residual=residual)
 
 
+def call_with_activation(op, activation, x, *vectors):
+    return op(x, *vectors, activation=activation)
+
+
 def make_batchnorm_cases(device, dtype):
     """bn_moment_loss and bn_act_moments on layers of ResNet-20 and 34 (CIFAR), 18 and 50 at 224."""
     layers = [(100, 16, 32, 32), (100, 64, 8, 8)]
@@ -159,6 +163,33 @@ def make_batchnorm_cases(device, dtype):
             (8 * n, 15 * n),
             partial(call_with_residual, kernels.bn_act_moments),
             partial(call_with_residual, kernels.bn_act_moments_ref),
+        )
+
+
+def make_activation_cases(device, dtype):
+    """bn_act_moments with the activations of MobileNetV2 and EfficientNet, on one of their layers.
+
+    FLOPs: a sigmoid counts as 4.
+    """
+    shape = (64, 96, 56, 56) if device == "cuda" else (16, 96, 28, 28)
+    channels = shape[1]
+    weight = torch.randn(channels, device=device)
+    bias = torch.randn(channels, device=device)
+    mean = torch.randn(channels, device=device)
+    var = torch.rand(channels, device=device) + 0.5
+    x = make_activations(shape, device, dtype)
+    size = x.nbytes
+    n = x.numel()
+    for activation, flops in (("relu6", (8 * n, 15 * n)), ("silu", (11 * n, 23 * n))):
+        yield Case(
+            "bn_act_moments",
+            f"{name_shape(x)} {activation}",
+            "channels_last",
+            (x, weight, bias, mean, var),
+            (2 * size, 5 * size),
+            flops,
+            partial(call_with_activation, kernels.bn_act_moments, activation),
+            partial(call_with_activation, kernels.bn_act_moments_ref, activation),
         )
 
 
@@ -260,6 +291,7 @@ def make_cases(device):
     """All rows. On a GPU activations are bf16, images and logits fp32."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     yield from make_batchnorm_cases(device, dtype)
+    yield from make_activation_cases(device, dtype)
     yield from make_distance_cases(device)
     yield from make_image_cases(device)
     yield from make_divergence_cases(device)

@@ -1,24 +1,44 @@
-"""A frozen BatchNorm, the addition and ReLU after it, and its input's batch moments, in one read.
+"""A frozen BatchNorm, the addition and the activation after it, and its input's batch moments.
 
     s_c = weight_c / sqrt(running_var_c + eps)
-    y   = act(s_c (x - running_mean_c) + bias_c + residual)    act: ReLU or nothing
-                                                               residual: a tensor or nothing
+    u   = s_c (x - running_mean_c) + bias_c + residual         residual: a tensor or nothing
+    y   = act(u)
     moments: mean_c - running_mean_c and var_c of x, biased, as in `bn_moments`
-    dx  = s_c g + a_c + b_c (x - mean_c),   g = dy [y > 0],   a = g_mean / n,   b = 2 g_var / n
+    dx  = s_c g + a_c + b_c (x - mean_c),   g = dy act'(u),   a = g_mean / n,   b = 2 g_var / n
     dresidual = g
+
+    activation  act(u)                          act'(u)
+    none        u                               1
+    relu        max(u, 0)                       1 where u > 0, else 0
+    relu6       min(max(u, 0), 6)               1 where 0 < u < 6, else 0
+    silu        u sigmoid(u)                    sigmoid(u) (1 + u (1 - sigmoid(u)))
+    hardswish   u min(max(u + 3, 0), 6) / 6     0 where u <= -3, 1 where u >= 3, else u / 3 + 1 / 2
+
+Values and slopes are those of torch.nn.functional, at the borders too. The slopes of relu and relu6
+are taken at u rounded to the dtype of y, so they are 0 exactly where y is 0, or 6.
 
 An inversion step (Yin et al., arXiv:1912.08795, eq. 4-6) needs two things of every BatchNorm of a
 frozen teacher: its output in eval mode, and how far the moments of its input are from the running
-ones. Conventional code has a layer in eval mode, a ReLU, and a hook that reads the input again,
-twice for the variance, and whose backward pass reads it twice more.
+ones. Conventional code has a layer in eval mode, an activation, and a hook that reads the input
+again, twice for the variance, and whose backward pass reads it twice more. ReLU6 follows the
+BatchNorms of MobileNetV2, hardswish those of MobileNetV3, SiLU those of EfficientNet.
 
-Traffic, in sizes of x, without a residual:
-    eager  forward: BatchNorm 2 (read, write), ReLU 2, moments 6. Backward: ReLU 3 (reads y and dy,
-           writes), BatchNorm 2 to 3, moments about 12, the sum of both gradients 3. About 30.
-    fused  forward 2: reads x, writes y. Backward 3: reads x and dy, writes dx; the ReLU's mask is
-           computed again from x.
+Traffic, in sizes of x, without a residual, the same for all activations but none:
+    eager  forward: BatchNorm 2 (read, write), activation 2, moments 6. Backward: activation 3
+           (reads dy and y or u, writes), BatchNorm 2 to 3, moments about 12, the sum of both
+           gradients 3. About 30, and 5 fewer without an activation.
+    fused  forward 2: reads x, writes y. Backward 3: reads x and dy, writes dx; act'(u) is computed
+           again from x. Without an activation 5 as well.
     best possible ratio: 30 / 5 = 6
-A residual adds its read. Its backward pass reads y for the mask and writes dresidual.
+With a residual, fused:
+    none                    6: the forward pass also reads the residual; dresidual is dy itself
+    relu                    8: the backward pass also reads y and writes dresidual
+    relu6, silu, hardswish  8: the backward pass also reads the residual and writes dresidual
+
+What the kernels save for the backward pass: x, and with a residual y (relu) or the residual (relu6,
+silu, hardswish). The CPU path saves, beside x, what plain PyTorch saves: y for relu, u for relu6,
+silu and hardswish, nothing for none. So y may be modified in place wherever that works after the
+plain layers: after every activation but relu.
 
 The weights and running statistics are constants here: they get no gradient.
 """
@@ -40,7 +60,13 @@ from kernels._channels import (
 from kernels._common import tl, triton
 from kernels.bn_moments import bn_moments_ref, compute_dx_on_cpu, compute_moments_on_cpu
 
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "hardswish")
+ACTIVATIONS = {
+    "none": None,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
 
 
 def bn_act_moments_ref(
@@ -64,7 +90,7 @@ def bn_act_moments_ref(
     if residual is not None:
         y = y + residual.to(dtype)
     if activation != "none":
-        y = getattr(F, activation)(y)
+        y = ACTIVATIONS[activation](y)
     mean, var = bn_moments_ref(x, running_mean)
     return y.to(x.dtype), torch.stack((mean - running_mean.detach(), var))
 
@@ -365,11 +391,11 @@ def _backward_on_gpu(ctx, dy, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
     x, saved, affine, _, moments = ctx.saved_tensors
     dx = torch.empty_like(x)
-    needs_residual = ctx.needs_input_grad[1]
+    needs_residual = ctx.needs_input_grad[1] and ctx.activation != "none"
     dresidual = torch.empty_like(x) if needs_residual else None
     # A layer's slice of the gradients of all layers is read where it lies.
     row_grads = grads if grads.stride(1) == 1 else grads.contiguous()
-    other = x if saved is None else saved  # x stands in where the kernel reads neither
+    other = x if saved is None else saved  # x stands in where the kernel reads nothing saved
     strides = (x.stride(), dx.stride(), dy.stride(), other.stride())
     launch = plan(BACKWARD_PROGRAMS, x.shape, *strides)
     x_strides, dx_strides, dy_strides, other_strides = launch.strides
@@ -395,81 +421,82 @@ def _backward_on_gpu(ctx, dy, grads):
         ctx.activation,
         **launch.blocks,
     )
+    if ctx.needs_input_grad[1] and ctx.activation == "none":
+        return dx, dy
     return dx, dresidual
 
 
 def _forward_on_cpu(x, residual, affine, activation):
-    """y, the moments (2, C) less `origin`, and the origin: the running mean, or None for zero."""
-    shift, scale, bias = affine
-    ones = torch.ones_like(scale)
-    y = F.batch_norm(x.float(), shift, ones, scale, bias, training=False, eps=0.0)
-    if residual is not None:
-        y.add_(residual)
-    if activation != "none":
-        getattr(F, activation)(y, inplace=True)
-    moments, origin = compute_moments_on_cpu(x, shift)
-    return y.to(x.dtype), moments, origin
+    """y, what to save beside x, the moments (2, C) less `origin`, and the origin.
 
-
-def _multiply_by_slope_on_cpu(ctx, dy):
-    """dy act'(u), in the dtype of x."""
-    x, saved, affine, _, _ = ctx.saved_tensors
-    if ctx.activation == "none":
-        return dy
-    if ctx.saved == "y":
-        return torch.ops.aten.threshold_backward(dy, saved, 0)
-
+    To save: y or u, as plain PyTorch does, or None. Origin: the running mean, or None for zero.
+    """
     shift, scale, bias = affine
     ones = torch.ones_like(scale)
     u = F.batch_norm(x.float(), shift, ones, scale, bias, training=False, eps=0.0)
-    if ctx.saved == "residual":
-        u.add_(saved)
-    if ctx.activation == "relu6":
-        return torch.ops.aten.hardtanh_backward(dy, u.to(x.dtype), 0, 6)
-    if ctx.activation == "silu":
-        return torch.ops.aten.silu_backward(dy.float(), u).to(x.dtype)
-    return torch.ops.aten.hardswish_backward(dy.float(), u).to(x.dtype)
+    if residual is not None:
+        u.add_(residual)
+
+    if activation == "none":
+        y = u.to(x.dtype)
+        saved = None
+    elif activation == "relu":
+        y = u.relu_().to(x.dtype)
+        saved = y
+    else:
+        y = ACTIVATIONS[activation](u).to(x.dtype)
+        saved = u
+    moments, origin = compute_moments_on_cpu(x, shift)
+    return y, saved, moments, origin
+
+
+def _multiply_by_slope_on_cpu(dy, saved, activation):
+    """dy act'(u), in the dtype of dy, from y for relu and from u for the others."""
+    if activation == "relu":
+        return torch.ops.aten.threshold_backward(dy, saved, 0)
+    if activation == "relu6":
+        return torch.ops.aten.hardtanh_backward(dy, saved.to(dy.dtype), 0, 6)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(dy.float(), saved).to(dy.dtype)
+    if activation == "hardswish":
+        return torch.ops.aten.hardswish_backward(dy.float(), saved).to(dy.dtype)
+    return dy
 
 
 def _backward_on_cpu(ctx, dy, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, _, affine, origin, moments = ctx.saved_tensors
-    g = _multiply_by_slope_on_cpu(ctx, dy)
+    x, saved, affine, origin, moments = ctx.saved_tensors
+    g = _multiply_by_slope_on_cpu(dy, saved, ctx.activation)
     dx = compute_dx_on_cpu(x, origin, moments[0], grads)
     scale = affine[1].to(dx.dtype).view(-1, *[1] * (x.dim() - 2))  # (C, *1)
     dx = torch.addcmul(dx, g, scale)
-    dresidual = g.to(x.dtype) if ctx.needs_input_grad[1] else None
+    dresidual = g if ctx.needs_input_grad[1] else None
     return dx, dresidual
 
 
-def _choose_saved(activation, has_residual, on_gpu):
-    """What the backward pass needs beside x: "y", "residual" or "nothing"."""
-    if activation == "relu" and (has_residual or not on_gpu):
-        return "y"
-    if activation != "none" and has_residual:
-        return "residual"
-    return "nothing"
+def _choose_saved(activation, residual):
+    """What the backward kernel reads beside x and dy: "y", "residual" or "nothing"."""
+    if residual is None or activation == "none":
+        return "nothing"
+    return "y" if activation == "relu" else "residual"
 
 
 class _BNActMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, affine, activation):
-        on_gpu = _common.runs_triton(x)
-        if on_gpu:
-            y, moments = _forward_on_gpu(x, residual, affine, activation)
-            origin = None
-            result = moments
-        else:
-            y, moments, origin = _forward_on_cpu(x, residual, affine, activation)
-            mean, var = moments
-            from_running_mean = mean - affine[0] if origin is None else mean
-            result = torch.stack((from_running_mean, var))
-
         ctx.activation = activation
-        ctx.saved = _choose_saved(activation, residual is not None, on_gpu)
-        saved = {"y": y, "residual": residual, "nothing": None}[ctx.saved]
+        if _common.runs_triton(x):
+            y, moments = _forward_on_gpu(x, residual, affine, activation)
+            ctx.saved = _choose_saved(activation, residual)
+            saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
+            ctx.save_for_backward(x, saved, affine, None, moments)
+            return y, moments
+
+        y, saved, moments, origin = _forward_on_cpu(x, residual, affine, activation)
         ctx.save_for_backward(x, saved, affine, origin, moments)
-        return y, result
+        mean, var = moments
+        from_running_mean = mean - affine[0] if origin is None else mean
+        return y, torch.stack((from_running_mean, var))
 
     @staticmethod
     def backward(ctx, dy, grads):
@@ -510,9 +537,12 @@ def bn_act_moments(
             there is no such activation.
 
     Note:
-        Differentiable once, in x and residual. Where y is 0 the ReLU's gradient is 0. Arithmetic
-        is in fp32 and y is rounded once, where a BatchNorm and an addition in half precision round
-        twice. Repeated calls are bit-equal.
+        Differentiable once, in x and residual. Arithmetic is in fp32 and y is rounded once, where
+        a BatchNorm and an addition in half precision round twice. Repeated calls are bit-equal.
+
+        Until the backward pass y may be modified in place, unless the activation is relu. On a GPU
+        the residual may not be, if the activation is relu6, silu or hardswish, and moments may
+        not be at all. Autograd raises where it matters.
 
     Example:
         >>> x = torch.tensor([[[1.0, 3.0], [5.0, 5.0]]])  # N 1, C 2, length 2

@@ -30,9 +30,11 @@ def make_loss_arguments(device, shape, running_dtype=torch.float32, **x_options)
     }
 
 
-def make_layer_arguments(device, shape, residual=None, activation="relu", eps=1e-5, **x_options):
-    """residual: its layout, or None."""
-    weight, bias = random_tensor((2, shape[1]), device, seed=2)
+def make_layer_arguments(
+    device, shape, residual=None, activation="relu", eps=1e-5, gain=1.0, **x_options
+):
+    """residual: its layout, or None. gain: of weight and bias, to reach beyond all borders."""
+    weight, bias = gain * random_tensor((2, shape[1]), device, seed=2)
     args = make_loss_arguments(device, shape, **x_options)
     args = {**args, "weight": weight, "bias": bias, "eps": eps, "residual": None}
     args["activation"] = activation
@@ -145,6 +147,50 @@ BN_MOMENT_LOSS = Op(
     },
 )
 
+ACTIVATION_CASES = {  # the gain takes values beyond 6 and below -3; none lies on a border
+    "relu6": {"shape": (2, 3, 5, 7), "activation": "relu6", "gain": 4.0},
+    "relu6-residual-channels_last-fp16": {
+        "shape": (4, 8, 4, 4),
+        "layout": "channels_last",
+        "residual": "channels_last",
+        "activation": "relu6",
+        "gain": 4.0,
+        "dtype": HALF,
+    },
+    "silu-channels_last": {
+        "shape": (2, 3, 5, 7),
+        "layout": "channels_last",
+        "activation": "silu",
+        "gain": 4.0,
+    },
+    "silu-residual-mixed-layouts": {
+        "shape": (4, 6, 4, 5),
+        "layout": "channels_last",
+        "residual": "contiguous",
+        "activation": "silu",
+        "gain": 4.0,
+    },
+    "silu-residual-fp16": {
+        "shape": (4, 8, 4, 4),
+        "residual": "contiguous",
+        "activation": "silu",
+        "gain": 4.0,
+        "dtype": HALF,
+    },
+    "hardswish-fp16": {
+        "shape": (4, 8, 4, 4),
+        "activation": "hardswish",
+        "gain": 4.0,
+        "dtype": HALF,
+    },
+    "hardswish-residual-sliced": {
+        "shape": (4, 3, 4, 5),
+        "residual": "sliced",
+        "activation": "hardswish",
+        "gain": 4.0,
+    },
+}
+
 BN_ACT_MOMENTS = Op(
     name="bn_act_moments",
     file="bn_act_moments",
@@ -155,11 +201,12 @@ BN_ACT_MOMENTS = Op(
     small={"shape": SMALL, "residual": "contiguous"},
     cases={
         **SHAPES,
-        "no-relu": {"shape": (2, 3, 5, 7), "activation": "none"},
+        "none": {"shape": (2, 3, 5, 7), "activation": "none"},
+        **ACTIVATION_CASES,
         "large-eps": {"shape": (2, 3, 5, 7), "eps": 0.5},
         "residual": {"shape": (2, 3, 5, 7), "residual": "contiguous"},
         "residual-2-D": {"shape": (5, 7), "residual": "contiguous"},
-        "residual-without-relu": {
+        "none-residual": {
             "shape": (2, 3, 5, 7),
             "residual": "contiguous",
             "activation": "none",
@@ -207,7 +254,15 @@ BN_ACT_MOMENTS = Op(
     gradcheck={
         "contiguous": {"shape": TINY, "residual": "contiguous"},
         "channels_last": {"shape": TINY, "layout": "channels_last", "residual": "channels_last"},
-        "no-relu": {"shape": TINY, "residual": "contiguous", "activation": "none"},
+        "none": {"shape": TINY, "residual": "contiguous", "activation": "none"},
+        "relu6": {"shape": TINY, "residual": "contiguous", "activation": "relu6", "gain": 4.0},
+        "silu": {"shape": TINY, "residual": "contiguous", "activation": "silu", "gain": 4.0},
+        "hardswish": {
+            "shape": TINY,
+            "residual": "contiguous",
+            "activation": "hardswish",
+            "gain": 4.0,
+        },
         "no-residual": {"shape": TINY},
     },
     refused={
@@ -222,6 +277,13 @@ BN_ACT_MOMENTS = Op(
             ValueError,
             "residual of .* torch.float32, got .* torch.float16; match it to x",
         ),
+        "activation": (
+            {"activation": "gelu"},
+            ValueError,
+            "OP: expected activation in none, relu, relu6, silu, hardswish, got 'gelu'; choose one",
+        ),
+        "activation-bool": ({"activation": True}, ValueError, "got True"),
+        "activation-none": ({"activation": None}, ValueError, "got None"),
         "devices": ({"running_var": ONES.to("meta")}, ValueError, "expected one device"),
         "residual-device": (
             {"residual": torch.ones(SMALL, device="meta")},

@@ -1,19 +1,37 @@
 """bn_act_moments: the layers it replaces, known values, layouts, extremes."""
 
 import importlib
+from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
-from helpers import assert_matches_definition, random_tensor
+import torch.nn.functional as F
+from helpers import assert_matches_definition, make_leaves, random_tensor
 from ops_table_batchnorm import BN_ACT_MOMENTS, make_layer_arguments
 
 import kernels
 
+LAYERS = {
+    "none": nn.Identity(),
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "silu": nn.SiLU(),
+    "hardswish": nn.Hardswish(),
+}
+
+
+def make_plain_arguments(x, **options):
+    """Arguments of a layer whose u is x, plus the residual if there is one."""
+    one = torch.ones(x.size(1), device=x.device)
+    args = {"weight": one, "bias": 0 * one, "running_mean": 0 * one, "running_var": one}
+    return {"x": x, **args, "eps": 0.0, **options}
+
+
 # Known values
 
 
-@pytest.mark.parametrize("activation", ["none", "relu", "relu6", "silu", "hardswish"])
+@pytest.mark.parametrize("activation", LAYERS)
 @pytest.mark.parametrize("residual", [None, "contiguous"], ids=["alone", "residual"])
 def test_definition_is_the_layers_it_replaces(activation, residual):
     args = make_layer_arguments("cpu", (3, 5, 4, 2), residual, activation, eps=1e-3)
@@ -25,9 +43,7 @@ def test_definition_is_the_layers_it_replaces(activation, residual):
     expected = bn(x)
     if residual is not None:
         expected = expected + args["residual"]
-    if activation != "none":
-        layers = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "hardswish": nn.Hardswish}
-        expected = layers[activation]()(expected)
+    expected = LAYERS[activation](expected)
     y, moments = kernels.bn_act_moments_ref(**args)
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(moments[0] + bn.running_mean, x.mean((0, 2, 3)))
@@ -48,6 +64,40 @@ def test_value_and_gradient_computed_by_hand(backend, device):
     assert x.grad.tolist() == [[[-0.5, 3.0], [3.5, 3.5]]]
 
 
+BORDERS = [-4.0, -3.0, -1.0, 0.0, 3.0, 6.0, 7.0]
+AT_BORDERS = {  # activation: (values, slopes)
+    "none": (BORDERS, [1.0] * 7),
+    "relu": ([0, 0, 0, 0, 3, 6, 7], [0, 0, 0, 0, 1, 1, 1]),
+    "relu6": ([0, 0, 0, 0, 3, 6, 6], [0, 0, 0, 0, 1, 0, 0]),
+    "silu": (
+        [-0.0719448, -0.1422776, -0.2689414, 0, 2.8577224, 5.9851642, 6.9936230],
+        [-0.0526646, -0.0881041, 0.0723295, 0.5, 1.0881041, 1.0123263, 1.0054601],
+    ),
+    "hardswish": ([0, 0, -1 / 3, 0, 3, 6, 7], [0, 0, 1 / 6, 0.5, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("has_residual", [False, True], ids=["alone", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("activation", LAYERS)
+def test_values_and_slopes_at_the_borders(activation, dtype, has_residual, backend, device):
+    u = torch.tensor(BORDERS, device=device, dtype=dtype).view(7, 1)
+    residual = torch.full_like(u, 2.0) if has_residual else None
+    x = u if residual is None else u - residual
+    x = x.requires_grad_()
+    args = make_plain_arguments(x, residual=residual, activation=activation)
+    y, _ = kernels.bn_act_moments(**args)
+    (slope,) = torch.autograd.grad(y.sum(), x)
+
+    values, slopes = AT_BORDERS[activation]
+    close = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-7}
+    torch.testing.assert_close(y.flatten().cpu(), torch.tensor(values, dtype=dtype), **close)
+    torch.testing.assert_close(slope.flatten().cpu(), torch.tensor(slopes, dtype=dtype), **close)
+
+    expected = LAYERS[activation](u.detach().requires_grad_())
+    torch.testing.assert_close(y, expected, **close)
+
+
 def test_moments_are_those_of_bn_moment_loss(backend, device):
     args = make_layer_arguments(device, (4, 6, 5, 5), layout="channels_last")
     _, moments = kernels.bn_act_moments(**args)
@@ -62,6 +112,33 @@ def test_gradient_of_the_residual_is_the_mask_of_the_relu(backend, device):
     y, _ = kernels.bn_act_moments(**args)
     (3 * y.sum()).backward()
     assert torch.equal(residual.grad, 3 * (y > 0).float())
+
+
+# What may be modified in place before the backward pass
+
+IN_PLACE = {
+    "relu": F.relu_,
+    "relu6": partial(F.relu6, inplace=True),
+    "silu": partial(F.silu, inplace=True),
+    "hardswish": partial(F.hardswish, inplace=True),
+    "add": partial(torch.Tensor.add_, other=1.5),
+}
+
+
+@pytest.mark.parametrize("residual", [None, "contiguous"], ids=["alone", "residual"])
+@pytest.mark.parametrize("operation", IN_PLACE)
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu", "hardswish"])
+def test_output_may_be_modified_in_place(activation, operation, residual, backend, device):
+    """As after the plain layers. relu is left out: PyTorch's own keeps its output."""
+    args = make_layer_arguments(device, (3, 4, 5, 2), residual, activation, gain=4.0)
+    gradients = {}
+    for name in ("bn_act_moments", "bn_act_moments_ref"):
+        leaves = make_leaves(args, BN_ACT_MOMENTS.differentiable)
+        y, moments = getattr(kernels, name)(**{**args, **leaves})
+        y = IN_PLACE[operation](y)
+        loss = y.square().sum() + moments.square().sum()
+        gradients[name] = torch.autograd.grad(loss, tuple(leaves.values()))
+    torch.testing.assert_close(*gradients.values(), rtol=1e-4, atol=1e-4)
 
 
 # Layouts and sizes that the table of cases does not have
@@ -116,6 +193,16 @@ def test_gradients_of_the_moments_of_two_layers(backend, device):
     torch.testing.assert_close(*gradients.values(), rtol=1e-5, atol=1e-6)
 
 
+def test_unknown_activation_is_refused_in_each_form():
+    args = make_layer_arguments("cpu", (3, 4, 5, 2), activation="gelu")
+    with pytest.raises(ValueError, match="expected activation in none, .* got 'gelu'"):
+        kernels.bn_act_moments_ref(**args)
+
+    module = importlib.import_module("kernels.bn_act_moments")
+    with pytest.raises(ValueError, match="expected activation in none, .* got True"):
+        module.bn_act_moments_folded(args["x"], torch.ones(3, 4), None, True)
+
+
 # Extremes
 
 
@@ -153,8 +240,9 @@ def test_no_gradient_where_y_rounds_to_zero(backend, device):
     assert not dx.any()
 
 
-def test_nan_shows_in_its_pixel_and_channel(backend, device):
-    args = make_layer_arguments(device, (2, 3, 4, 4))
+@pytest.mark.parametrize("activation", LAYERS)
+def test_nan_shows_in_its_pixel_and_channel(activation, backend, device):
+    args = make_layer_arguments(device, (2, 3, 4, 4), activation=activation)
     args["x"][0, 1, 2, 3] = float("nan")
     y, moments = kernels.bn_act_moments(**args)
     assert y[0, 1, 2, 3].isnan()

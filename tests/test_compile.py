@@ -91,6 +91,13 @@ def run_batchnorm_ops():
         y, moments = kernels.bn_act_moments(x, *vectors, residual=residual)
         (y.sum() + kernels.moment_distance(moments, torch.ones(C), (C,))).backward()
 
+    x = images((64, 96, 56, 56), BFLOAT, NHWC)
+    vectors = [torch.ones(96)] * 4
+    for activation in ("none", "relu6", "silu", "hardswish"):
+        for residual in (None, images((64, 96, 56, 56), BFLOAT, NHWC)):
+            options = {"residual": residual, "activation": activation}
+            kernels.bn_act_moments(x, *vectors, **options)[0].sum().backward()
+
 
 def run_image_ops():
     import kernels

@@ -81,4 +81,44 @@ MUTANTS = [
         "y = torch.empty_like(x)",
         "y = torch.empty(x.shape, device=x.device, dtype=x.dtype)",
     ),
+    Mutant(
+        "gradient of ReLU6 at its upper border",
+        FILE,
+        "g = tl.where(stored >= 6.0, 0.0, g)",
+        "g = tl.where(stored > 6.0, 0.0, g)",
+    ),
+    Mutant(
+        "slope of SiLU without its second term",
+        FILE,
+        "g = g * sigmoid * (1.0 + u * (1.0 - sigmoid))",
+        "g = g * sigmoid",
+    ),
+    Mutant(
+        "slope of hardswish at its lower border",
+        FILE,
+        "tl.where(u <= -3.0, 0.0, u * (1.0 / 3.0) + 0.5)",
+        "tl.where(u < -3.0, 0.0, u * (1.0 / 3.0) + 0.5)",
+    ),
+    Mutant(
+        "slope of SiLU without the residual",
+        FILE,
+        "u += saved",
+        "u += 0.0",
+    ),
+    Mutant(
+        "saved residual read with the strides of dx",
+        FILE,
+        """*dy_strides,
+        *other_strides,""",
+        """*dy_strides,
+        *dx_strides,""",
+    ),
+    Mutant(
+        "output kept where nothing follows it",
+        FILE,
+        """        y = u.to(x.dtype)
+        saved = None""",
+        """        y = u.to(x.dtype)
+        saved = y""",
+    ),
 ]
