@@ -8,7 +8,8 @@ assigns the wanted classes and each BatchNorm input has the moments that trainin
     loss = CE(f(x'), y) + alpha_bn R_feature(x') + alpha_tv_l2 TV2(x') + alpha_tv_l1 TV1(x')
            + alpha_l2 R_l2(x') [ + alpha_competition R_compete(x'), adaptive ]
 
-x' is what the teacher sees of x: pooled in a low-resolution stage, rolled, perhaps mirrored.
+The view x' is what the teacher f sees of x: in a low-resolution stage smaller, rolled by a random
+offset, mirrored at random.
 Run `python deepinversion.py`, or with `--teacher resnet50`; torchrun shares out the batches. It
 writes args.json, metrics.jsonl, images-00000.npz … (a batch each), samples.png, result.json, and
 of a student student.pt, curve.png, checkpoint.pt. Metrics: `loss/total` and its unweighted terms
@@ -18,20 +19,20 @@ Measured, 3 seeds, 1 CPU thread: `cifar10`, 100 images: another network agrees o
 MNIST ResNet-8 -> LeNet-5: student 97.60 ± 0.32 %, adaptive 97.77 ± 0.14 %. Nothing ran on a GPU.
 
 Where we differ from paper (p) and released code (r):
-- we keep the last images; r those of the lowest loss, a minimum not reset between two stages;
+- we keep the last images of a stage; r those of the lowest loss, but it never resets that
+  minimum, so with two stages it returns the blurred low-resolution images;
 - R_l2 is a mean over images for all data sets (r, CIFAR: one norm of the batch); low-resolution
   stages pool the image as r does (p enlarges a small one); bf16 on a GPU (p: fp32);
-- the student competes as it is, frozen, in eval mode (r: a fixed network that gets gradients);
+- the student competes as it is, frozen and in eval mode (r: a fixed network that gets gradients);
 - `cifar10`, `cifar10-long`, `mnist`, `digits` and their students' recipes are ours.
 """
 
 import math
 import warnings
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -55,7 +56,7 @@ from harness.images import (
     to_uint8,
 )
 from harness.load import check_network, find_dataset, load_student, load_teacher, load_verifier
-from harness.networks import compute_last_features
+from harness.networks import compute_last_features, copy_network, sample_example
 from harness.pictures import draw_classes, draw_curves
 from harness.run import (
     MethodOptions,
@@ -228,10 +229,10 @@ class Target:
 
     labels: torch.Tensor
     """(N,) int64, the wanted classes y."""
-    teacher: Callable
-    """Function of a view: logits, and the moments of each BatchNorm input (watch_batchnorms)."""
+    watched: Callable
+    """The teacher as watch_batchnorms returns it: view -> logits, moments of BatchNorm inputs."""
     opponent: nn.Module | None
-    """Frozen student in eval mode that the images compete with, if any."""
+    """The student that the images compete with, frozen and in eval mode; None: no competition."""
 
 
 def moment_loss(found, args):
@@ -279,16 +280,16 @@ def competition_loss(t_logits, s_logits, args):
 TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 
 
-def synthesis_loss(x, draw, target, args):
-    """The loss of images x (N, C, H, W), eq. 1 with the image priors of eq. 3.
+def synthesis_loss(x, jitter, target, args):
+    """The loss of images x (N, C, H, W), eq. 2: CE plus the priors of eq. 3, 4 and 8 on the view x'.
 
-        TV2 = sum_d || x - shift_d(x) ||_2    over the whole batch
-        TV1 = sum_d mean | x - shift_d(x) |   d: right, down, and both diagonals, by one pixel
-        R_l2 = mean over images of || x ||_2
+        TV2 = sum_d || x' - shift_d(x') ||_2    over the whole batch
+        TV1 = sum_d mean | x' - shift_d(x') |   d: right, down, and both diagonals, by one pixel
+        R_l2 = mean over images of || x' ||_2
 
     Args:
         x: in normalised units.
-        draw: (3,) int64: rows and columns that the view is rolled by, whether it is mirrored.
+        jitter: (3,) int64: rows and columns that the view is rolled by, whether it is mirrored.
         target: Target.
 
     Returns:
@@ -298,68 +299,47 @@ def synthesis_loss(x, draw, target, args):
     device = x.device.type
     view_dtype = torch.bfloat16 if args.bf16 and x.is_cuda else None
     make_view = kernels.jittered_view if args.fused else kernels.jittered_view_ref
-    view, tv_l1, tv_l2, l2 = make_view(x, draw, view_dtype)  # (N, C, H, W), (), (), ()
+    view, tv_l1, tv_l2, l2 = make_view(x, jitter, view_dtype)  # (N, C, H, W), (), (), ()
     with autocast(device, args.bf16):
-        t_logits, found = target.teacher(view)  # (N, K)
-    ce = F.cross_entropy(t_logits.float(), target.labels)
-    bn = moment_loss(found, args)
-    competition = torch.full_like(ce, torch.nan)  # not there
+        t_logits, found = target.watched(view)  # (N, K)
+    terms = {
+        "ce": F.cross_entropy(t_logits.float(), target.labels),
+        "bn": moment_loss(found, args),
+        "tv_l1": tv_l1,
+        "tv_l2": tv_l2,
+        "l2": l2,
+    }
+    weights = {
+        "ce": 1.0,
+        "bn": args.alpha_bn,
+        "tv_l1": args.alpha_tv_l1,
+        "tv_l2": args.alpha_tv_l2,
+        "l2": args.alpha_l2,
+        "competition": args.alpha_competition,
+    }
     if target.opponent is not None:
         with autocast(device, args.bf16):
             s_logits = target.opponent(view)
-        competition = competition_loss(t_logits, s_logits, args)
-    weighted = [
-        (1.0, ce),
-        (args.alpha_bn, bn),
-        (args.alpha_tv_l1, tv_l1),
-        (args.alpha_tv_l2, tv_l2),
-        (args.alpha_l2, l2),
-        (0.0 if target.opponent is None else args.alpha_competition, competition),
-    ]
+        terms["competition"] = competition_loss(t_logits, s_logits, args)
+
     # a term of weight 0 is only reported: its gradient would cost time
-    total = sum(weight * term for weight, term in weighted if weight)
-    hits = (t_logits.argmax(1) == target.labels).float().mean() * 100
-    terms = torch.stack([total, ce, bn, tv_l1, tv_l2, l2, competition, hits])
-    return total, terms.detach()
+    total = sum(weights[name] * term for name, term in terms.items() if weights[name])
+
+    terms["total"] = total
+    terms["teacher"] = (t_logits.argmax(1) == target.labels).float().mean() * 100
+    missing = torch.full_like(total, torch.nan)
+    values = torch.stack([terms.get(name, missing) for name in TERMS])
+    return total, values.detach()
 
 
 def student_loss(t_logits, s_logits, args):
-    """T² KL(p_T || p_S) at temperature T (Hinton et al. 2015, arXiv:1503.02531); () fp32."""
+    """Eq. 1: T² KL(p_T || p_S) at temperature T (Hinton et al. 2015, arXiv:1503.02531); () fp32."""
     T = args.temperature
     kl_divergence = kernels.kl_divergence if args.fused else kernels.kl_divergence_ref
     return T**2 * kl_divergence(t_logits, s_logits, T)
 
 
 # The images
-def sample_example(info, device):
-    """Four images of noise to compare networks with; no other random number depends on them."""
-    generator = torch.Generator().manual_seed(0)
-    size = info.image_size
-    x = torch.randn((4, info.channels, size, size), generator=generator)  # (4, C, H, W)
-    return x.to(device, memory_format=torch.channels_last)
-
-
-def copy_network(network, example):
-    """A deep copy, or the network itself where a copy is impossible or still calls the original.
-
-    Code that keeps its modules in closures and bound methods calls the original from the copy.
-    """
-    try:
-        copied = deepcopy(network)
-    except Exception:  # whatever a network's attributes raise
-        return network
-
-    called = []
-    hooks = []
-    for module in network.modules():
-        hooks.append(module.register_forward_pre_hook(lambda module, _: called.append(module)))
-    with torch.no_grad():
-        copied(example)
-    for hook in hooks:
-        hook.remove()
-    return network if called else copied
-
-
 def watch_batchnorms(teacher, example, args, device):
     """The frozen teacher as steps call it: view -> logits (N, K), [(moments, running_var), …].
 
@@ -386,17 +366,28 @@ def watch_batchnorms(teacher, example, args, device):
     return watched
 
 
+class Stage(NamedTuple):
+    """Part of a batch's optimisation at one resolution."""
+
+    n_steps: int
+    scale: int
+    """Factor by which the teacher sees the images smaller."""
+    jitter: int
+    """Largest roll in pixels that the teacher sees."""
+
+
 def list_stages(args):
-    """[(steps, pooling factor, jitter in pixels that the teacher sees), …] of a batch."""
-    stages = [(args.iterations, 1, args.jitter)]
+    """The stages of a batch, the low-resolution one first."""
+    stages = []
     if args.iterations_low:
-        stages.insert(0, (args.iterations_low, 2, args.jitter // 2))
+        stages.append(Stage(args.iterations_low, scale=2, jitter=args.jitter // 2))
+    stages.append(Stage(args.iterations, scale=1, jitter=args.jitter))
     return stages
 
 
 def count_steps(args):
     """Steps of a batch."""
-    return args.iterations_low + args.iterations
+    return sum(stage.n_steps for stage in list_stages(args))
 
 
 def compute_cosine(step, n_steps, peak, warmup):
@@ -417,19 +408,20 @@ def sample_randomness(number, shape, args):
     state = np.random.SeedSequence([args.seed, number]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     noise = torch.randn(shape, generator=generator)
-    draws = []
+    jitters = []
     for n_steps, _, jitter in list_stages(args):
         rolls = torch.randint(-jitter, jitter + 1, (n_steps, 2), generator=generator)
         mirrored = torch.randint(2, (n_steps, 1), generator=generator) * args.flip
-        draws.append(torch.cat((rolls, mirrored), 1))
-    return noise, draws
+        jitters.append(torch.cat((rolls, mirrored), 1))
+    return noise, jitters
 
 
 def make_start_images(noise, info, args):
-    """What a batch starts from: N(0, 1) noise, or for grey images what we know about digits.
+    """What a batch starts from: N(0, 1) noise; for grey images blurred, in the middle, darker.
 
-    That knowledge is no teacher's: strokes are some pixels wide (start_blur), stand in the middle
-    (start_margin) and are fewer than dark pixels (start_gain). MNIST figures depend on it.
+    The latter is knowledge about digits that comes from us and not from the teacher: strokes are
+    some pixels wide (start_blur), stand in the middle (start_margin) and cover less than the dark
+    does (start_gain). The figures of MNIST and digits depend on it.
     """
     if args.start_blur == 1 and args.start_margin == 0:
         return noise * args.start_gain
@@ -443,13 +435,13 @@ def make_start_images(noise, info, args):
     return torch.where(inside, x, low).clamp(low, high)
 
 
-def optimise_images(x, draws, pool, target, bounds, args):
-    """One stage: an Adam step on the images for each draw.
+def optimise_images(x, jitters, scale, target, bounds, args):
+    """One stage: an Adam step on the images for each jitter.
 
     Args:
         x: (N, C, H, W) fp32, channels_last, a leaf; changed in place.
-        draws: (n_steps, 3) int64, as of sample_randomness, on x's device.
-        pool: factor by which the teacher sees the images smaller.
+        jitters: (n_steps, 3) int64, as of sample_randomness, on x's device.
+        scale: factor by which the teacher sees the images smaller.
         target: Target.
         bounds: lowest and highest value of a pixel, (1, C, 1, 1) each.
 
@@ -457,18 +449,18 @@ def optimise_images(x, draws, pool, target, bounds, args):
         After each step, (8,) of TERMS as they were before it, on the device.
     """
     low, high = bounds
-    n_steps = len(draws)
+    n_steps = len(jitters)
     # a CUDA graph reads and writes these, so they stay the same objects
-    draw = torch.zeros_like(draws[0])
+    jitter = torch.zeros_like(jitters[0])
     lr = torch.zeros((), device=x.device)
     terms = torch.zeros(len(TERMS), device=x.device)
     optimizer = torch.optim.Adam([x], lr, args.betas, fused=True, capturable=x.is_cuda)
 
     def update_images():
-        seen = F.avg_pool2d(x, pool) if pool > 1 else x
-        total, values = synthesis_loss(seen, draw, target, args)
+        seen = F.avg_pool2d(x, scale) if scale > 1 else x
+        total, values = synthesis_loss(seen, jitter, target, args)
         (gradient,) = torch.autograd.grad(total, x)
-        # fused Adam pairs parameter and gradient by memory order, not by stride
+        # fused Adam walks through both memories side by side, whatever their strides say
         x.grad = gradient.contiguous(memory_format=torch.channels_last)
         optimizer.step()
         if args.clip:
@@ -476,14 +468,14 @@ def optimise_images(x, draws, pool, target, bounds, args):
                 torch.clamp(x, low, high, out=x)
         terms.copy_(values)
 
-    step = kernels.CapturedStep(update_images, enabled=args.graph and x.is_cuda)
-    for n in range(n_steps):
+    run_step = kernels.CapturedStep(update_images, enabled=args.graph and x.is_cuda)
+    for step in range(n_steps):
         rate = args.lr
         if args.schedule == "cosine":
-            rate = compute_cosine(n, n_steps, args.lr, args.warmup)
+            rate = compute_cosine(step, n_steps, args.lr, args.warmup)
         lr.fill_(rate)
-        draw.copy_(draws[n])
-        step()
+        jitter.copy_(jitters[step])
+        run_step()
         yield terms
 
 
@@ -491,7 +483,7 @@ class Synthesis:
     """Makes batches of images and keeps them in files; a finished file is its own checkpoint.
 
     Args:
-        teacher: of watch_batchnorms.
+        watched: the teacher, of watch_batchnorms.
         info: NetworkInfo of the teacher.
         labels: (n_batches, N) int64, the wanted classes.
         run: RunFolder; it gets the rows of metrics.jsonl.
@@ -499,8 +491,8 @@ class Synthesis:
         world: number of processes that share the batches out.
     """
 
-    def __init__(self, teacher, info, labels, run, bar, world=1):
-        self.teacher = teacher
+    def __init__(self, watched, info, labels, run, bar, world=1):
+        self.watched = watched
         self.info = info
         self.labels = labels
         self.run = run
@@ -538,24 +530,23 @@ class Synthesis:
         """All stages of one batch; its images (N, C, H, W) in normalised units."""
         device = self.run.device
         labels = self.labels[number].to(device)
-        target = Target(labels, self.teacher, opponent)
+        target = Target(labels, self.watched, opponent)
         bounds = get_pixel_range(self.info, device)
         shape = (len(labels), *self.info.image_shape)
-        noise, draws = sample_randomness(number, shape, self.args)
+        noise, jitters = sample_randomness(number, shape, self.args)
         x = make_start_images(noise, self.info, self.args)
         x = x.to(device, memory_format=torch.channels_last).requires_grad_()
 
-        stages = list_stages(self.args)
         step = number // self.world * count_steps(self.args)  # of this process's earlier batches
         last_step = step + count_steps(self.args)
-        for stage, (_, pool, _) in enumerate(stages):
-            stage_draws = draws[stage].to(device)
+        for i, stage in enumerate(list_stages(self.args)):
+            stage_jitters = jitters[i].to(device)
             # each stage has a fresh Adam, as in the released code
-            for terms in optimise_images(x, stage_draws, pool, target, bounds, self.args):
+            for terms in optimise_images(x, stage_jitters, stage.scale, target, bounds, self.args):
                 step += 1
                 self.bar.update()
                 if step % self.args.log_every == 0 or step == last_step:
-                    self.log_terms({"step": step, "batch": number, "stage": stage}, terms)
+                    self.log_terms({"step": step, "batch": number, "stage": i}, terms)
         return x.detach()
 
     def log_terms(self, row, terms):
@@ -655,13 +646,14 @@ class Pool:
         return torch.lerp(self.low, self.high, images.float() / 255)
 
 
-def compute_student_rate(epoch, n, args):
-    """The student's learning rate at update n of an epoch, both counted from 0."""
+def compute_student_rate(epoch, step, args):
+    """The student's learning rate at an update of an epoch, both counted from 0."""
     if args.schedule_student == "steps":
         return args.lr_student * 0.1 ** (epoch // args.drop_every)
     n_steps = args.epochs * args.steps_per_epoch
-    step = epoch * args.steps_per_epoch + n
-    return compute_cosine(step, n_steps, args.lr_student, args.warmup_student)
+    return compute_cosine(
+        epoch * args.steps_per_epoch + step, n_steps, args.lr_student, args.warmup_student
+    )
 
 
 def restore_student(run, student, optimizer):
@@ -723,17 +715,17 @@ def train_student(student, teacher, synthesis, given, test):
         optimizer.step()
         loss_sum.add_(loss.detach())
 
-    step = kernels.CapturedStep(update_student, enabled=args.graph and device == "cuda")
+    run_step = kernels.CapturedStep(update_student, enabled=args.graph and device == "cuda")
+    # batch k of an epoch is made before this update
+    due = [math.ceil(k * args.steps_per_epoch / n_new) for k in range(n_new)]
     for epoch in range(first_epoch, args.epochs):
-        for n in range(args.steps_per_epoch):
-            # batch k of an epoch is made before update ceil(k * steps_per_epoch / n_new)
-            is_due = n * n_new % args.steps_per_epoch < n_new
-            if is_due:
-                number = n_initial + epoch * n_new + n * n_new // args.steps_per_epoch
+        for step in range(args.steps_per_epoch):
+            if step in due:
+                number = n_initial + epoch * n_new + due.index(step)
                 pool.add(synthesis.make_competing_batch(number, student))
-            pool.sample_from(newest=is_due)
-            lr.fill_(compute_student_rate(epoch, n, args))
-            step()
+            pool.sample_from(newest=step in due)
+            lr.fill_(compute_student_rate(epoch, step, args))
+            run_step()
             synthesis.bar.update()
         row = {"epoch": epoch + 1, "loss/student": loss_sum.item() / args.steps_per_epoch}
         loss_sum.zero_()
@@ -792,26 +784,24 @@ def measure_diversity(network, info, images, labels):
     return round(1 - nearest.mean().item(), 4) if len(nearest) else None
 
 
-def report_images(run, paths, teacher, info, verifier, verifier_info):
-    """Draw samples.png and say what teacher and verifier see; returns entries of result.json."""
+def report_images(run, paths, teacher, info):
+    """Draw samples.png; returns what result.json says of the images besides agreement."""
     images, labels = read_newest_images(paths)
     with run.write_file("samples.png") as file:
         draw_classes(images, labels, CLASS_NAMES.get(info.dataset, []), file)
-    result = {}
-    for role, network, its_info in (
-        ("teacher", teacher, info),
-        ("verifier", verifier, verifier_info),
-    ):
-        name = percent = by_class = None
-        if network is not None:
-            name = its_info.name
-            percent, by_class = measure_agreement(network, its_info, paths)
-            print(f"{role} {name} assigns {percent:.1f} % of the images to the wanted class")
-        result[role] = name
+    n_images = sum(len(read_images(path)[1]) for path in paths)
+    return dict(n_images=n_images, diversity=measure_diversity(teacher, info, images, labels))
+
+
+def report_agreement(role, network, info, paths):
+    """What result.json says of how teacher or verifier (a network or None) see the images."""
+    result = {role: None, f"{role}_agreement": None, f"{role}_agreement_by_class": None}
+    if network is not None:
+        percent, by_class = measure_agreement(network, info, paths)
+        print(f"{role} {info.name} assigns {percent:.1f} % of the images to the wanted class")
+        result[role] = info.name
         result[f"{role}_agreement"] = percent
         result[f"{role}_agreement_by_class"] = by_class
-    result["n_images"] = sum(len(read_images(path)[1]) for path in paths)
-    result["diversity"] = measure_diversity(teacher, info, images, labels)
     return result
 
 
@@ -845,8 +835,8 @@ def load_checked_teacher(args, device):
     teacher, info = load_teacher(args, device, size_multiple)
     advice = "check --weights, --num-classes, --image-size, --mean and --std"
     with fail_in_one_line(f"--teacher {args.teacher}", advice):
-        for _, pool, _ in list_stages(args):
-            check_network(teacher, info, device, info.image_size // pool)
+        for stage in list_stages(args):
+            check_network(teacher, info, device, info.image_size // stage.scale)
     layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm)]
     if not any(layer.running_mean is not None for layer in layers):
         problem = "no BatchNorm with running moments, which are matched"
@@ -889,8 +879,8 @@ def main(args):
 
     # The networks, and the real images that measure (never train) the student.
     teacher, info = load_checked_teacher(args, device)
-    domain = info.dataset if args.dataset in ("auto", "none") else args.dataset
-    likely = VERIFIERS.get(domain, "none")
+    pictured = info.dataset if args.dataset in ("auto", "none") else args.dataset
+    likely = VERIFIERS.get(pictured, "none")
     verifier, verifier_info = load_verifier(args.verifier, likely, info, args, device)
     student = test = None
     if args.student:
@@ -906,7 +896,8 @@ def main(args):
         dist.barrier()  # the first process has cleared the folder
     if rank == 0:
         print(f"{info.name}: {labels.numel()} images, setting {args.setting}, {device}")
-    n_steps = len(labels) // world * count_steps(args)
+    n_batches = len(labels)
+    n_steps = n_batches // world * count_steps(args)
     if student is not None:
         n_steps += args.epochs * args.steps_per_epoch
     with fail_in_one_line(f"--teacher {args.teacher}", "change the network, or take another"):
@@ -921,7 +912,7 @@ def main(args):
             accuracies = train_student(student, teacher, synthesis, given, test)
     else:
         keep_finished_rows(run, epoch=0)
-        for number in range(rank, len(labels), world):
+        for number in range(rank, n_batches, world):
             synthesis.make_batch(number)
     bar.close()
     if world > 1:
@@ -944,7 +935,9 @@ def main(args):
         run.save_student(student, student_info.arch, info, method, dataset, accuracy)
         result |= dict(student=student_info.name, dataset=dataset)
     paths = list_image_files(args.out) or given
-    result |= report_images(run, paths, teacher, info, verifier, verifier_info)
+    result |= report_agreement("teacher", teacher, info, paths)
+    result |= report_agreement("verifier", verifier, verifier_info, paths)
+    result |= report_images(run, paths, teacher, info)
     run.finish(result)
 
 

@@ -25,6 +25,7 @@ The authors released the generator, but no losses, coefficients and schedules. O
 
 import contextlib
 import math
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -33,6 +34,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 import kernels
@@ -328,7 +330,7 @@ class Ensemble(nn.Module):
 
 # Moments
 @contextlib.contextmanager
-def watch_batchnorm(teacher, n_generators, args):
+def watch_batchnorm(teacher, n_generators, args, example=None):
     """Context with a function that runs the teacher and measures its BatchNorms' inputs.
 
     The function takes images (N, C, H, W), of which image i G + g is of generator g. It returns
@@ -339,6 +341,10 @@ def watch_batchnorm(teacher, n_generators, args):
       layer's channels beside the other's;
     - running_var (C,) of the layers;
     - sizes: the layers' numbers of channels, which add up to C.
+
+    Where the moments are of all images, BatchNorms are fused as far as the network allows, which
+    some images `example` (N, C, H, W) decide; a line says what is not fused. Without an example it
+    is not verified that the fused network is the teacher.
     """
     P = 1 if args.pool == 1 else n_generators
     bn_moments = kernels.bn_moments if args.fused else kernels.bn_moments_ref
@@ -356,15 +362,26 @@ def watch_batchnorm(teacher, n_generators, args):
         sizes = tuple(len(running_var) for _, running_var in layers)
         return logits.float(), moments, running_var, sizes
 
-    if args.fused and P == 1:  # measured in the pass of BatchNorm, addition and ReLU
-        watched = kernels.fuse_batchnorm(teacher)
-        yield observe
+    if args.fused and P == 1:  # measured in the pass of BatchNorm, addition and activation
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "fuse_batchnorm: ")  # the reason is printed below
+            watched = kernels.fuse_batchnorm(teacher, example)
+        if watched.reason:
+            print(f"teacher: {watched.reason}")
     else:
         watched = kernels.hook_batchnorm(teacher, moments=measure)
-        try:
-            yield observe
-        finally:
-            watched.close()
+    try:
+        yield observe
+    finally:
+        watched.close()
+
+
+def sample_example(ensemble):
+    """Four images of noise to compare networks with; no other random number depends on them."""
+    sizes = ensemble.sizes
+    shape = (4, sizes.channels, sizes.image_size, sizes.image_size)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return x.to(ensemble.dense.device, memory_format=torch.channels_last)
 
 
 def pool_moments(moments):
@@ -515,7 +532,8 @@ def train_generators(ensemble, teacher, optimizer, run, done):
     hidden = run.rank > 0 or None  # None: hidden where there is no terminal
     bar = tqdm(total=args.steps, initial=done, disable=hidden, mininterval=0.5, desc="generators")
 
-    with watch_batchnorm(teacher, len(ensemble.dense), args) as observe:
+    example = sample_example(ensemble)
+    with watch_batchnorm(teacher, len(ensemble.dense), args, example) as observe:
 
         def train_once():
             sums.add_(generator_step(ensemble, observe, optimizer, args))
@@ -809,10 +827,8 @@ def build_ensemble(args, info):
 
 def check_fit(args, teacher, info, world):
     """Refuse options that do not fit the teacher or the number of processes, `world`."""
-    batchnorms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    has_moments = any(
-        isinstance(m, batchnorms) and m.running_mean is not None for m in teacher.modules()
-    )
+    layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm)]
+    has_moments = any(layer.running_mean is not None for layer in layers)
     if not args.ensemble and not has_moments:
         problem = "no BatchNorm with running statistics, and these are what is matched"
         fail(f"--teacher {args.teacher}: {problem}; take another network")

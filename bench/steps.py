@@ -143,7 +143,7 @@ def make_ours(name, device, noise, labels, args=ALL_TERMS, without="", compiled=
     """
     teacher = make_frozen_teacher(name, device)
     watch_args = replace(args, fused=args.fused and without != "batchnorm")
-    watched = deepinversion.watch_batchnorms(teacher, watch_args, device)
+    watched = deepinversion.watch_batchnorms(teacher, noise[:4], watch_args, device)
     target = deepinversion.Target(labels, watched, None)
     bounds = [torch.tensor(bound, device=device) for bound in BOUNDS]
     x = noise.clone(memory_format=torch.channels_last).requires_grad_()
@@ -201,7 +201,7 @@ def count_bytes(network, x):
         else:
             n_values.append(2 * (sum(t.numel() for t in tensors) + module.weight.numel()))
 
-    fused = kernels.fuse_batchnorm(network, nn.BatchNorm2d)
+    fused = kernels.fuse_batchnorm(network)
     hooks = []
     for module in fused.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear, FusedBatchNorm)):

@@ -1,96 +1,187 @@
 """Frozen networks that return the batch moments of their BatchNorms' inputs beside their output.
 
-`fuse_batchnorm` replaces each BatchNorm, with the addition and the ReLU after it, by one call of
-`bn_act_moments`. A conventional inversion step does the same in three places: the layer in eval
-mode, the ReLU, and a hook that measures the layer's input. Fused are BatchNorm -> ReLU,
-BatchNorm -> addition -> ReLU, and BatchNorm alone.
+`fuse_batchnorm` replaces each BatchNorm, with the addition and the activation after it, by one call
+of `bn_act_moments`. A conventional inversion step does the same in three places: the layer in eval
+mode, the activation, and a hook that measures the layer's input. Fused are BatchNorm -> activation,
+BatchNorm -> addition -> activation, and BatchNorm alone.
+
+A rebuilt network may differ from the one that it was made of: torch.fx drops `torch.no_grad()`,
+and a copied module may still call the original. With an example batch `fuse_batchnorm` compares
+both (`_verify`), and returns the network with hooks where they differ.
 
 `hook_batchnorm` is the plain way to the same result.
 """
 
+import contextlib
+import io
 import operator
 import warnings
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from kernels import _verify
 from kernels.bn_act_moments import bn_act_moments_folded, fold_constants
-from kernels.bn_moments import bn_moments
+from kernels.bn_moments import bn_moments, bn_moments_ref
 
-BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-RELU_FUNCTIONS = {F.relu, F.relu_, torch.relu, torch.relu_}
+BATCHNORMS = _BatchNorm  # with SyncBatchNorm and what users derive
+# The classes that compute what their name says. A derived one may do more, and is only measured.
+PLAIN_BATCHNORMS = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm}
+ACTIVATION_MODULES = {
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hardswish",
+}
+ACTIVATION_FUNCTIONS = {
+    F.relu: "relu",
+    F.relu_: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+}
+ACTIVATION_METHODS = {"relu": "relu", "relu_": "relu"}
+HARDTANH_FUNCTIONS = {F.hardtanh, F.hardtanh_}
 ADD_FUNCTIONS = {operator.add, operator.iadd, torch.add}
+ADD_METHODS = {"add", "add_"}
+INPLACE_METHODS = {"relu_", "add_"}
+INPLACE_FUNCTIONS = {operator.iadd, F.relu_, torch.relu_, F.hardtanh_}
 
 
 # What the two functions return
 
 
-class FusedBatchNorm(nn.Module):
-    """A frozen BatchNorm and the ReLU after it; appends the moments of each input to `found`."""
+class Record:
+    """The moments that the layers of one network measure while a forward pass runs."""
 
-    def __init__(self, bn, relu, found):
+    def __init__(self):
+        self.entries = None  # a list while a forward pass runs
+
+    def add(self, place, moments, running_var):
+        # Gradient checkpointing runs layers again in the backward pass: these are not recorded.
+        if self.entries is not None:
+            self.entries.append((place, moments, running_var))
+
+    def run(self, network, x):
+        """The network's output, and [(moments (2, C), running_var (C,)), …] as its layers run."""
+        self.entries = []
+        try:
+            y = network(x)
+            entries = sorted(self.entries, key=lambda entry: entry[0])
+        finally:
+            self.entries = None  # nothing may keep the autograd graph of a step that is over
+        return y, [(moments, running_var) for _, moments, running_var in entries]
+
+
+class FusedBatchNorm(nn.Module):
+    """A frozen BatchNorm and the activation after it; it records the moments of each input.
+
+    Args:
+        bn: the BatchNorm.
+        activation: of `bn_act_moments`.
+        record: Record.
+        place: a number that orders this layer's moments among the others'.
+    """
+
+    def __init__(self, bn, activation, record, place=0):
         super().__init__()
         weight = torch.ones_like(bn.running_mean) if bn.weight is None else bn.weight
         bias = torch.zeros_like(bn.running_mean) if bn.bias is None else bn.bias
         affine = fold_constants(weight, bias, bn.running_mean, bn.running_var, bn.eps)
         self.register_buffer("affine", affine)
         self.register_buffer("running_var", bn.running_var.detach())
-        self.relu = relu
-        self.found = found
+        self.activation = activation
+        self.record = record
+        self.place = place
 
-    def forward(self, x, residual=None):
-        if residual is None or (residual.shape == x.shape and residual.dtype == x.dtype):
-            activation = "relu" if self.relu else "none"
-            y, moments = bn_act_moments_folded(x, self.affine, residual, activation)
+    def forward(self, input, residual=None):
+        if residual is None or (residual.shape == input.shape and residual.dtype == input.dtype):
+            y, moments = bn_act_moments_folded(input, self.affine, residual, self.activation)
         else:  # an addition that broadcasts or converts
-            y, moments = bn_act_moments_folded(x, self.affine, None, "none")
+            y, moments = bn_act_moments_folded(input, self.affine, None, "none")
             y = y + residual
-            if self.relu:
-                y = F.relu(y)
-        self.found.append((moments, self.running_var))
+            if self.activation != "none":
+                y = getattr(F, self.activation)(y)
+        self.record.add(self.place, moments, self.running_var)
         return y
 
 
-class Fused(nn.Module):
-    """What `fuse_batchnorm` returns. `fully` says whether torch.fx could trace the network."""
+class MeasuredBatchNorm(nn.Module):
+    """A BatchNorm of a class of its own: it runs as it is, and the moments are measured apart."""
 
-    def __init__(self, network, found, fully):
+    def __init__(self, bn, record, place=0):
+        super().__init__()
+        self.bn = bn
+        self.record = record
+        self.place = place
+
+    def forward(self, *args, **kwargs):
+        moments = _measure_input(self.bn, args, kwargs, bn_moments)
+        self.record.add(self.place, moments, self.bn.running_var)
+        return self.bn(*args, **kwargs)
+
+
+def _measure_input(bn, args, kwargs, moments):
+    """Moments (2, C) of what a BatchNorm is called with: mean - running_mean, variance."""
+    x = args[0] if args else next(iter(kwargs.values()))
+    mean, var = moments(x, bn.running_mean)  # (C,), (C,)
+    return torch.stack((mean - bn.running_mean, var))
+
+
+class Fused(nn.Module):
+    """What `fuse_batchnorm` returns where a rebuilt network is the original.
+
+    Args:
+        network: the rebuilt one.
+        record: Record of its layers.
+        kind: "fused", or "partly fused" where some of it stays as it was.
+        reason: a sentence that says what stays and why; "" if nothing does.
+    """
+
+    def __init__(self, network, record, kind, reason=""):
         super().__init__()
         self.network = network
-        self.found = found
-        self.fully = fully
+        self.record = record
+        self.kind = kind
+        self.reason = reason
 
     def forward(self, x):
         """The network's output, and [(moments (2, C), running_var (C,)), …] as its layers run."""
-        self.found.clear()
-        y = self.network(x)
-        found = list(self.found)
-        self.found.clear()  # nothing may keep the autograd graph of a step that is over
-        return y, found
+        return self.record.run(self.network, x)
+
+    def close(self):
+        """Do nothing: no hooks lie on the original. `Hooked` has some to remove."""
 
 
 class Hooked:
     """What `hook_batchnorm` returns: called like a Fused, it returns the same."""
 
-    def __init__(self, network, layers, moments):
+    kind = "hooks"
+
+    def __init__(self, network, layers, moments, reason=""):
         self.network = network
         self.moments = moments
-        self.found = []
-        self.handles = [layer.register_forward_pre_hook(self.measure_input) for layer in layers]
+        self.reason = reason
+        self.record = Record()
+        self.handles = []
+        for layer in layers:
+            handle = layer.register_forward_pre_hook(self.measure_input, with_kwargs=True)
+            self.handles.append(handle)
 
-    def measure_input(self, module, inputs):
-        mean, var = self.moments(inputs[0], module.running_mean)  # (C,), (C,)
-        moments = torch.stack((mean - module.running_mean, var))  # (2, C)
-        self.found.append((moments, module.running_var))
+    def measure_input(self, module, args, kwargs):
+        if self.record.entries is None and not torch.is_grad_enabled():
+            return  # somebody else evaluates the network
+        moments = _measure_input(module, args, kwargs, self.moments)
+        self.record.add(0, moments, module.running_var)
 
     def __call__(self, x):
-        self.found = []
-        y = self.network(x)
-        found = self.found
-        self.found = []  # nothing may keep the autograd graph of a step that is over
-        return y, found
+        return self.record.run(self.network, x)
 
     def close(self):
         """Remove the hooks from the network."""
@@ -125,45 +216,59 @@ def hook_batchnorm(model, kinds=BATCHNORMS, moments=bn_moments):
     return Hooked(model, _choose_layers("hook_batchnorm", model, kinds), moments)
 
 
-def fuse_batchnorm(model, kinds=BATCHNORMS):
-    """Replace each BatchNorm of a frozen network, with the addition and ReLU that alone follow it.
+def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):
+    """Replace each BatchNorm of a frozen network, with the addition and activation after it.
+
+    With an example the result is the model, measured exactly. These are tried one after another,
+    each with the example, until one has the model's output, moments and image gradient:
+
+    1. "fused": torch.fx traces the model, and each BatchNorm becomes one op with what alone
+       follows it;
+    2. "partly fused": the same where some BatchNorms are of a class of their own, which are only
+       measured; or a copy of the modules in which each plain BatchNorm alone is replaced;
+    3. "hooks": the model itself, measured as `hook_batchnorm` does, until `close()`.
 
     Args:
         model: in eval mode. It stays as it is; the result shares its weights.
-        kinds: the BatchNorm classes to replace. Layers without running statistics are passed over.
+        example: images (N, C, H, W), some random ones. None: nothing is verified, and the result
+            may differ from a model whose code does more than call layers.
+        kinds: the BatchNorm classes to measure. Layers without running statistics are passed over.
 
     Returns:
-        Fused: called with x it returns (model(x), [(moments, running_var), …]) in the order in
-            which the layers run. moments (2, C) are those of `bn_act_moments`: mean less running
-            mean, and variance.
+        Fused or Hooked: called with x it returns (model(x), [(moments, running_var), …]) in the
+            order in which the model's layers run. moments (2, C) are those of `bn_act_moments`:
+            mean less running mean, and variance. Its attribute `kind` is one of the three above,
+            and `reason` says why it is not the first one. A warning says so too.
 
     Raises:
-        ValueError: such a BatchNorm is in train mode, or there is none.
+        TypeError: the example is no tensor.
+        ValueError: such a BatchNorm is in train mode, or there is none, or none of them runs with
+            the example; or the model uses reentrant gradient checkpointing.
+        Exception: what the model itself raises with the example.
 
     Note:
-        torch.fx cannot trace a network whose control flow depends on values. Then only the
-        BatchNorms are replaced, additions and ReLUs stay, a warning says so, and `fully` is False.
+        Fused activations are ReLU, ReLU6, SiLU and Hardswish. The check runs four forward and
+        backward passes over the example, and two forward passes. It leaves no trace in the model.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
-        >>> y, found = fuse_batchnorm(model)(torch.randn(2, 3, 8, 8))
-        >>> y.shape, [moments.shape for moments, running_var in found]
-        (torch.Size([2, 4, 6, 6]), [torch.Size([2, 4])])
+        >>> x = torch.randn(2, 3, 8, 8)
+        >>> fused = fuse_batchnorm(model, x)
+        >>> y, found = fused(x)
+        >>> fused.kind, y.shape, [moments.shape for moments, running_var in found]
+        ('fused', torch.Size([2, 4, 6, 6]), [torch.Size([2, 4])])
     """
-    chosen = set(_choose_layers("fuse_batchnorm", model, kinds))
-    found = []
-    try:
-        traced = fx.symbolic_trace(model)
-    except Exception as error:  # whatever a network's code raises when its values are proxies
-        reason = str(error).split("\n")[0][:120]
-        warnings.warn(
-            f"fuse_batchnorm: cannot trace ({reason}); ReLUs and additions stay apart",
-            stacklevel=2,
-        )
-        return Fused(_copy_with_fused_layers(model, chosen, found), found, fully=False)
-
-    _fuse_graph(traced, chosen, found)
-    return Fused(traced, found, fully=True)
+    if example is not None and not torch.is_tensor(example):
+        name = type(example).__name__
+        raise TypeError(f"fuse_batchnorm: expected example to be a tensor, got {name}; pass images")
+    layers = _choose_layers("fuse_batchnorm", model, kinds)
+    if example is None:
+        watched = _rebuild_unverified(model, layers)
+    else:
+        watched = _rebuild_verified(model, layers, example)
+    if watched.reason:
+        warnings.warn(f"fuse_batchnorm: {watched.reason}", stacklevel=2)
+    return watched
 
 
 def _choose_layers(caller, model, kinds):
@@ -183,50 +288,201 @@ def _choose_layers(caller, model, kinds):
     return chosen
 
 
+# Choosing what to return
+
+
+def _rebuild_unverified(model, layers):
+    """The traced network, or a copy where it cannot be traced."""
+    try:
+        return _rebuild_by_tracing(model, layers)
+    except Exception as error:  # whatever a network's code raises when its values are proxies
+        problem = f"tracing by torch.fx fails ({_describe_error(error)})"
+    return _rebuild_by_copying(model, layers, problem)
+
+
+def _rebuild_verified(model, layers, example):
+    """The first rebuilt network that is the model, or the model itself with hooks."""
+    reference = Hooked(model, layers, bn_moments_ref)
+    try:
+        expected = _verify.run_twice(reference, model, example)
+    finally:
+        reference.close()
+    if not expected[0].found:
+        raise ValueError(
+            f"fuse_batchnorm: expected BatchNorms that run, got {len(layers)} that do not run with "
+            "the example; take another network"
+        )
+
+    watched, problem = _try_to_rebuild(model, layers, example, expected)
+    n_outside = _verify.count_normalisations_outside(model, layers, example)
+    if watched is None:
+        moments = bn_moments_ref if example.dtype == torch.float64 else bn_moments
+        reason = f"its BatchNorms are measured by hooks, because {problem}"
+        watched = Hooked(model, layers, moments, reason)
+    if n_outside:
+        outside = f"{n_outside} batch normalisations outside of its BatchNorm layers are unseen"
+        watched.reason = f"{watched.reason}; {outside}" if watched.reason else outside
+    return watched
+
+
+def _try_to_rebuild(model, layers, example, expected):
+    """(the first rebuilt network that is the model, ""), or (None, why there is none)."""
+    if example.dtype == torch.float64:
+        return None, "the ops compute in fp32 and the example is float64"
+    if not any(_is_plain(layer) for layer in layers):
+        return None, f"all are of a class of their own ({_list_classes(layers)})"
+
+    counter = _verify.find_changed_attribute(expected)
+    if counter:
+        problem = f"its forward changes {counter}, which torch.fx takes for a constant"
+    else:
+        rebuild = partial(_rebuild_by_tracing, model, layers)
+        watched, difference = _verify_rebuilt(rebuild, model, example, expected)
+        if watched is not None:
+            return watched, ""
+        problem = f"tracing by torch.fx fails ({difference})"
+
+    rebuild = partial(_rebuild_by_copying, model, layers, problem)
+    watched, difference = _verify_rebuilt(rebuild, model, example, expected)
+    return watched, f"{problem} and copying its modules fails ({difference})"
+
+
+def _verify_rebuilt(rebuild, model, example, expected):
+    """(what `rebuild` returns, ""), or (None, how it differs from the model)."""
+    try:
+        with _verify.keep_state(model, example.device):
+            watched = rebuild()
+        with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints where its code fails
+            passes = _verify.run_twice(watched, model, example)
+    except Exception as error:  # whatever a network's code raises once it is rebuilt
+        return None, _describe_error(error)
+
+    difference = _verify.describe_difference(passes, expected)
+    if difference:
+        return None, difference
+    return watched, ""
+
+
+def _describe_error(error):
+    lines = str(error).strip().split("\n")
+    return f"{type(error).__name__}: {lines[0][:120]}"
+
+
+def _is_plain(layer):
+    return type(layer) in PLAIN_BATCHNORMS
+
+
+def _list_classes(layers):
+    return ", ".join(sorted({type(layer).__name__ for layer in layers if not _is_plain(layer)}))
+
+
 # Rewriting a traced network
 
 
-def _fuse_graph(traced, chosen, found):
-    """Replace the chosen BatchNorms in a torch.fx graph, each with what follows it."""
+class _Tracer(fx.Tracer):
+    """Traces a network down to PyTorch's own modules, and to the layers that are to be replaced."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = layers
+
+    def is_leaf_module(self, module, name):
+        return module in self.layers or super().is_leaf_module(module, name)
+
+
+def _rebuild_by_tracing(model, layers):
+    """The network that torch.fx sees, with the layers replaced, each with what follows it."""
+    tracer = _Tracer(set(layers))
+    graph = tracer.trace(model)
+    traced = fx.GraphModule(tracer.root, graph)
+    _name_results_of_inplace_ops(traced)
+
+    record = Record()
+    n_measured = 0
     for number, node in enumerate(list(traced.graph.nodes)):
-        if node.op == "call_module" and traced.get_submodule(node.target) in chosen:
-            addition, relu = _find_followers(traced, node)
-            _replace_nodes(traced, f"fused_{number}", node, addition, relu, found)
+        if node.op != "call_module":
+            continue
+        layer = traced.get_submodule(node.target)
+        if layer not in tracer.layers:
+            continue
+        if _is_plain(layer):
+            addition, end, activation = _find_followers(traced, node)
+            fused = FusedBatchNorm(layer, activation, record, number)
+            _replace_nodes(traced, f"fused_{number}", fused, node, addition, end)
+        else:
+            node.target = f"measured_{number}"
+            traced.add_module(node.target, MeasuredBatchNorm(layer, record, number))
+            n_measured += 1
     traced.graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
 
+    if n_measured == 0:
+        return Fused(traced, record, "fused")
+    classes = f"are of a class of their own ({_list_classes(layers)}) and measured apart"
+    return Fused(traced, record, "partly fused", f"{n_measured} of its BatchNorms {classes}")
+
+
+def _name_results_of_inplace_ops(traced):
+    """Let what follows an operation in place read its result, in place of what it changed."""
+    order = {node: number for number, node in enumerate(traced.graph.nodes)}
+    for node in order:
+        if _is_inplace(traced, node):
+            changed = node.args[0]
+            for user in list(changed.users):
+                if order[user] > order[node]:
+                    user.replace_input_with(changed, node)
+
+
+def _is_inplace(traced, node):
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    if node.op == "call_module":
+        return getattr(traced.get_submodule(node.target), "inplace", False) is True
+    if node.op == "call_method":
+        return node.target in INPLACE_METHODS
+    if node.op == "call_function":
+        return node.target in INPLACE_FUNCTIONS or node.kwargs.get("inplace") is True
+    return False
+
 
 def _find_followers(traced, node):
-    """The addition and the ReLU after a BatchNorm's node; None for each that is not fused."""
+    """The addition and the activation after a BatchNorm's node, as far as they are fused.
+
+    Returns:
+        The addition's node or None, the activation's node or None, and the activation's name.
+    """
     after = _find_only_user(node)
     if after is None:
-        return None, None
-    if _is_relu(traced, after):
-        return None, after
+        return None, None, "none"
+
+    activation = _name_activation(traced, after)
+    if activation != "none":
+        return None, after, activation
 
     if _is_addition(after):
         end = _find_only_user(after)
-        if end is not None and _is_relu(traced, end):
-            return after, end
-    return None, None
+        if end is not None:
+            activation = _name_activation(traced, end)
+            if activation != "none":
+                return after, end, activation
+    return None, None, "none"
 
 
-def _replace_nodes(traced, name, node, addition, relu, found):
-    """Put one FusedBatchNorm in place of a BatchNorm's node and its followers."""
-    bn = traced.get_submodule(node.target)
-    traced.add_module(name, FusedBatchNorm(bn, relu is not None, found))
-    inputs = [node.args[0]]
+def _replace_nodes(traced, name, fused, node, addition, end):
+    """Put a FusedBatchNorm in place of a BatchNorm's node and its followers."""
+    traced.add_module(name, fused)
+    inputs = [node.args[0] if node.args else node.kwargs["input"]]
     if addition is not None:
         left, right = addition.args
         inputs.append(right if left is node else left)
 
     # The last of the nodes is where all inputs are known: a residual may come after the BatchNorm.
-    last = node if relu is None else relu
+    last = node if end is None else end
     with traced.graph.inserting_after(last):
-        fused = traced.graph.call_module(name, tuple(inputs))
-    last.replace_all_uses_with(fused)
-    for replaced in (relu, addition, node):
+        replacement = traced.graph.call_module(name, tuple(inputs))
+    last.replace_all_uses_with(replacement)
+    for replaced in (end, addition, node):
         if replaced is not None:
             traced.graph.erase_node(replaced)
 
@@ -236,12 +492,29 @@ def _find_only_user(node):
     return users[0] if len(users) == 1 else None
 
 
-def _is_relu(traced, node):
+def _name_activation(traced, node):
+    """The activation that a node computes, as `bn_act_moments` calls it; "none" for another op."""
     if node.op == "call_module":
-        return type(traced.get_submodule(node.target)) is nn.ReLU
+        module = traced.get_submodule(node.target)
+        if type(module) is nn.Hardtanh and (module.min_val, module.max_val) == (0, 6):
+            return "relu6"
+        return ACTIVATION_MODULES.get(type(module), "none")
+
     if node.op == "call_function":
-        return node.target in RELU_FUNCTIONS
-    return node.op == "call_method" and node.target == "relu"
+        if node.target in HARDTANH_FUNCTIONS:
+            return "relu6" if _read_hardtanh_range(node) == (0, 6) else "none"
+        return ACTIVATION_FUNCTIONS.get(node.target, "none")
+
+    if node.op == "call_method":
+        return ACTIVATION_METHODS.get(node.target, "none")
+    return "none"
+
+
+def _read_hardtanh_range(node):
+    bounds = {"min_val": -1, "max_val": 1}
+    bounds.update(zip(bounds, node.args[1:], strict=False))
+    bounds.update(node.kwargs)
+    return bounds["min_val"], bounds["max_val"]
 
 
 def _is_addition(node):
@@ -249,7 +522,7 @@ def _is_addition(node):
     if node.op == "call_function":
         is_sum = node.target in ADD_FUNCTIONS
     else:
-        is_sum = node.op == "call_method" and node.target == "add"
+        is_sum = node.op == "call_method" and node.target in ADD_METHODS
     if not is_sum or len(node.args) != 2 or node.kwargs:
         return False
 
@@ -260,16 +533,29 @@ def _is_addition(node):
 # Where a network cannot be traced
 
 
-def _copy_with_fused_layers(module, chosen, found):
-    """A copy of the module tree that shares all weights, its chosen BatchNorms replaced."""
-    if module in chosen:
-        return FusedBatchNorm(module, False, found)
+def _rebuild_by_copying(model, layers, problem):
+    """A copy of the module tree that shares all weights, with the layers replaced alone."""
+    record = Record()
+    replacements = {}
+    for layer in layers:
+        if _is_plain(layer):
+            replacements[layer] = FusedBatchNorm(layer, "none", record)
+        else:
+            replacements[layer] = MeasuredBatchNorm(layer, record)
+    reason = f"its BatchNorms are fused without additions and activations, because {problem}"
+    return Fused(_copy_module(model, replacements), record, "partly fused", reason)
 
+
+def _copy_module(module, copies):
+    """A shallow copy of a module and all below it; `copies` holds those that are there already."""
+    if module in copies:
+        return copies[module]
+
+    copy = module.__new__(type(module))
+    copies[module] = copy
     children = {}
     for name, child in module._modules.items():
-        children[name] = None
-        if child is not None:
-            children[name] = _copy_with_fused_layers(child, chosen, found)
-    copy = module.__new__(type(module))
+        children[name] = None if child is None else _copy_module(child, copies)
     copy.__dict__ = {**module.__dict__, "_modules": children}
+    copy.__dict__["_buffers"] = dict(module._buffers)  # what the copy assigns stays in the copy
     return copy

@@ -130,7 +130,7 @@ def test_every_kind_of_addition_and_follower(monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", False)
     network = make_network("foreign")
     fused = kernels.fuse_batchnorm(network)
-    assert fused.fully
+    assert (fused.kind, fused.reason) == ("fused", "")
     assert not [layer for layer in fused.modules() if isinstance(layer, ANY_BATCHNORM)]
     assert_same_as_plain(fused, network, torch.randn(4, 3, 8, 8))
 
@@ -161,7 +161,7 @@ def test_only_the_chosen_kinds_with_statistics_are_replaced(name, monkeypatch):
     network.linear = nn.Sequential(network.linear, without_statistics, nn.BatchNorm1d(5).eval())
     x = torch.randn(4, 3, 8, 8)
 
-    fused = kernels.fuse_batchnorm(network, nn.BatchNorm2d)
+    fused = kernels.fuse_batchnorm(network, kinds=nn.BatchNorm2d)
     y, found = fused(x)
     assert {moments.shape[1] for moments, _ in found} == {6}
     assert [layer for layer in fused.modules() if isinstance(layer, nn.BatchNorm1d)]
@@ -171,9 +171,9 @@ def test_only_the_chosen_kinds_with_statistics_are_replaced(name, monkeypatch):
 def test_a_network_that_cannot_be_traced_is_copied_with_a_warning(monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", False)
     network = make_network("untraceable")
-    with pytest.warns(UserWarning, match="fuse_batchnorm: cannot trace .*; ReLUs and additions"):
+    with pytest.warns(UserWarning, match="fuse_batchnorm: .* without additions .*TraceError"):
         fused = kernels.fuse_batchnorm(network)
-    assert not fused.fully
+    assert fused.kind == "partly fused"
     assert isinstance(network.bn, nn.BatchNorm2d), "the original was changed"
     assert_same_as_plain(fused, network, torch.randn(4, 3, 8, 8))
 
@@ -188,7 +188,7 @@ def test_hooks_are_the_plain_way_to_the_same(monkeypatch):
     for (moments, running_var), (other, other_var) in zip(found, expected, strict=True):
         torch.testing.assert_close(moments, other, rtol=1e-4, atol=1e-5)
         assert torch.equal(running_var, other_var)
-    assert not hooked.found, "the autograd graph of a step is kept"
+    assert hooked.record.entries is None, "the autograd graph of a step is kept"
 
     hooked.close()
     assert not hooked(x)[1]
@@ -207,7 +207,7 @@ def test_weights_are_shared_and_no_autograd_graph_is_kept(monkeypatch):
     for _ in range(2):
         _, found = fused(torch.randn(2, 3, 32, 32, requires_grad=True))
         assert len(found) == 19
-        assert not fused.found
+        assert fused.record.entries is None
 
 
 @pytest.mark.parametrize("function", ["fuse_batchnorm", "hook_batchnorm"])

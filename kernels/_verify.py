@@ -1,0 +1,252 @@
+"""Whether a rebuilt network is still the user's: the checks behind `fuse_batchnorm`.
+
+A rebuilt network and the original get the same images, twice. The original is measured by hooks
+and plain PyTorch. Compared are the output, which BatchNorms run in which order, the moments of
+each, and the gradients with respect to the images. The second pass shows what a forward pass
+changes for the next one.
+
+Nothing of this stays: parameters, buffers, attributes and random number generators are put back.
+"""
+
+import contextlib
+import copy
+import random
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# Largest difference relative to the largest value. Rounding alone gives at most a tenth of these
+# with the networks of harness/networks.py: an activation next to a kink may take its other side,
+# which changes a gradient more than an output.
+TOLERANCE = 1e-4
+GRADIENT_TOLERANCE = 1e-3
+
+
+class Results(NamedTuple):
+    """What one pass over the example gives."""
+
+    outputs: list
+    """The tensors that the network returns."""
+    found: list
+    """[(moments (2, C), running_var (C,)), …]."""
+    gradient: torch.Tensor
+    """With respect to the images."""
+    attributes: dict
+    """{(module, attribute): value} of the numbers and strings that the model's modules hold."""
+
+
+# Running a network without a trace
+
+
+@contextlib.contextmanager
+def keep_state(model, device):
+    """Put back what forward passes change: tensors, attributes and random number generators."""
+    attributes = []
+    containers = []
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        attributes.append((module, dict(module.__dict__)))
+        for value in module.__dict__.values():
+            if type(value) in (list, dict, set, OrderedDict):
+                containers.append((value, copy.copy(value)))
+            elif torch.is_tensor(value):
+                tensors.append(value)
+    saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    python_state = random.getstate()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python_state)
+        for module, before in attributes:
+            module.__dict__.clear()
+            module.__dict__.update(before)
+        for container, before in containers:
+            container.clear()
+            if isinstance(container, list):
+                container.extend(before)
+            else:
+                container.update(before)
+        for tensor, before in saved:
+            if not torch.equal(tensor, before):
+                tensor.detach().copy_(before)
+
+
+def run_twice(watched, model, example):
+    """Results of two passes over the example; the model's state is put back.
+
+    The first pass differentiates the output, the second one the moments, so that neither gradient
+    hides in the other.
+
+    Args:
+        watched: called with images, it returns an output and [(moments, running_var), …].
+        model: the user's network, whose state `watched` may change.
+        example: images (N, C, H, W).
+    """
+    cudnn = torch.backends.cudnn
+    full_precision = cudnn.flags(cudnn.enabled, deterministic=True, allow_tf32=False)
+    without_autocast = torch.autocast(example.device.type, enabled=False)
+    with keep_state(model, example.device), full_precision, without_autocast, torch.enable_grad():
+        first = _run_once(watched, model, example, _output_loss)
+        second = _run_once(watched, model, example, _moment_loss)
+    return first, second
+
+
+def _run_once(watched, model, example, compute_loss):
+    x = example.detach().clone().requires_grad_()
+    y, found = watched(x.clone())  # a network may change its input in place, but not a leaf
+    outputs = [value for value in tree_leaves(y) if torch.is_tensor(value)]
+    gradient = _differentiate(compute_loss(outputs, found), x)
+    return Results(
+        [output.detach() for output in outputs],
+        [(moments.detach(), running_var) for moments, running_var in found],
+        gradient,
+        _read_attributes(model),
+    )
+
+
+def _output_loss(outputs, found):
+    return sum(output.square().mean() for output in outputs if output.is_floating_point())
+
+
+def _moment_loss(outputs, found):
+    return sum(moments[0].norm() + (moments[1] - var).norm() for moments, var in found)
+
+
+def _differentiate(loss, x):
+    """The gradient of a loss that may not depend on x at all."""
+    if not torch.is_tensor(loss) or not loss.requires_grad:
+        return torch.zeros_like(x)
+
+    try:
+        (gradient,) = torch.autograd.grad(loss, x, allow_unused=True)
+    except RuntimeError as error:
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise ValueError(
+            "fuse_batchnorm: expected a network that torch.autograd.grad can differentiate, got "
+            "reentrant gradient checkpointing; pass use_reentrant=False to its checkpoint"
+        ) from error
+    return torch.zeros_like(x) if gradient is None else gradient
+
+
+def _read_attributes(model):
+    attributes = {}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, (bool, int, float, str)):
+                attributes[name, key] = value
+    return attributes
+
+
+def find_changed_attribute(passes):
+    """The name of a number or string that the second pass changed, as a counter; "" for none."""
+    first, second = passes
+    for place, value in second.attributes.items():
+        if first.attributes.get(place) != value:
+            return ".".join(place).strip(".")
+    return ""
+
+
+# Comparing
+
+
+def describe_difference(passes, expected):
+    """What differs between the results of two networks, in a few words; "" where nothing does."""
+    for ours, theirs in zip(passes, expected, strict=True):
+        difference = _describe_pass(ours, theirs)
+        if difference:
+            return difference
+    return ""
+
+
+def _describe_pass(ours, theirs):
+    if len(ours.outputs) != len(theirs.outputs):
+        return f"it returns {len(ours.outputs)} tensors in place of {len(theirs.outputs)}"
+    for ours_y, theirs_y in zip(ours.outputs, theirs.outputs, strict=True):
+        error = _measure_error(ours_y, theirs_y)
+        if not error <= TOLERANCE:  # NaN is an error too
+            return f"its output differs by {error:.2%}"
+
+    if len(ours.found) != len(theirs.found):
+        return f"{len(ours.found)} BatchNorms are measured in place of {len(theirs.found)}"
+    for (ours_m, ours_var), (theirs_m, theirs_var) in zip(ours.found, theirs.found, strict=True):
+        if ours_var.data_ptr() != theirs_var.data_ptr():
+            return "its BatchNorms run in another order"
+        if not _measure_moment_error(ours_m, theirs_m, theirs_var) <= TOLERANCE:
+            return "the moments of its BatchNorms differ"
+
+    error = _measure_error(ours.gradient, theirs.gradient)
+    if not error <= GRADIENT_TOLERANCE:
+        return f"its image gradient differs by {error:.2%}"
+    return ""
+
+
+def _measure_error(ours, theirs):
+    """The largest difference relative to the largest value; infinite for another shape."""
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return float("inf")
+    if ours.numel() == 0:
+        return 0.0
+    difference = (ours.double() - theirs.double()).abs().max()
+    return (difference / theirs.double().abs().max().clamp(min=1e-30)).item()
+
+
+def _measure_moment_error(ours, theirs, running_var):
+    """The same of moments (2, C), where a mean and a variance may be near zero."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    mean, var = theirs.double()
+    mean_error, var_error = (ours.double() - theirs.double()).abs().amax(1)
+    mean_scale = (mean.abs() + var.sqrt()).max().clamp(min=1e-30)
+    var_scale = (var + mean.square() + running_var).max().clamp(min=1e-30)
+    return max((mean_error / mean_scale).item(), (var_error / var_scale).item())
+
+
+# What cannot be measured
+
+
+class _NormalisationCounter(TorchDispatchMode):
+    """Counts the batch normalisations by running statistics that run outside of some layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_outside = 0
+        self.depth = 0  # how many of the layers run, one inside the other
+
+    def enter(self, module, inputs):
+        self.depth += 1
+
+    def leave(self, module, inputs, output):
+        self.depth -= 1
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        is_normalisation = name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+        if is_normalisation and self.depth == 0:
+            trains = args[5]
+            self.n_outside += not trains
+        return func(*args, **(kwargs or {}))
+
+
+def count_normalisations_outside(model, layers, example):
+    """How many batch normalisations by running statistics run, but in none of the layers."""
+    counter = _NormalisationCounter()
+    hooks = []
+    for layer in layers:
+        hooks.append(layer.register_forward_pre_hook(counter.enter))
+        hooks.append(layer.register_forward_hook(counter.leave))
+    try:
+        with keep_state(model, example.device), torch.no_grad(), counter:
+            model(example.clone())
+    except Exception:  # code that no dispatch mode can watch
+        return 0
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.n_outside
