@@ -281,7 +281,7 @@ TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 
 
 def synthesis_loss(x, jitter, target, args):
-    """The loss of images x (N, C, H, W), eq. 2: CE plus the priors of eq. 3, 4 and 8 on the view x'.
+    """The loss of images x (N, C, H, W), eq. 2: CE, and eq. 3, 4 and 8, of the view x'.
 
         TV2 = sum_d || x' - shift_d(x') ||_2    over the whole batch
         TV1 = sum_d mean | x' - shift_d(x') |   d: right, down, and both diagonals, by one pixel
@@ -784,15 +784,6 @@ def measure_diversity(network, info, images, labels):
     return round(1 - nearest.mean().item(), 4) if len(nearest) else None
 
 
-def report_images(run, paths, teacher, info):
-    """Draw samples.png; returns what result.json says of the images besides agreement."""
-    images, labels = read_newest_images(paths)
-    with run.write_file("samples.png") as file:
-        draw_classes(images, labels, CLASS_NAMES.get(info.dataset, []), file)
-    n_images = sum(len(read_images(path)[1]) for path in paths)
-    return dict(n_images=n_images, diversity=measure_diversity(teacher, info, images, labels))
-
-
 def report_agreement(role, network, info, paths):
     """What result.json says of how teacher or verifier (a network or None) see the images."""
     result = {role: None, f"{role}_agreement": None, f"{role}_agreement_by_class": None}
@@ -802,6 +793,18 @@ def report_agreement(role, network, info, paths):
         result[role] = info.name
         result[f"{role}_agreement"] = percent
         result[f"{role}_agreement_by_class"] = by_class
+    return result
+
+
+def report_images(run, paths, teacher, info, verifier, verifier_info):
+    """Draw samples.png; returns what result.json says of the images in these files."""
+    images, labels = read_newest_images(paths)
+    with run.write_file("samples.png") as file:
+        draw_classes(images, labels, CLASS_NAMES.get(info.dataset, []), file)
+    result = report_agreement("teacher", teacher, info, paths)
+    result |= report_agreement("verifier", verifier, verifier_info, paths)
+    result["n_images"] = sum(len(read_images(path)[1]) for path in paths)
+    result["diversity"] = measure_diversity(teacher, info, images, labels)
     return result
 
 
@@ -935,9 +938,7 @@ def main(args):
         run.save_student(student, student_info.arch, info, method, dataset, accuracy)
         result |= dict(student=student_info.name, dataset=dataset)
     paths = list_image_files(args.out) or given
-    result |= report_agreement("teacher", teacher, info, paths)
-    result |= report_agreement("verifier", verifier, verifier_info, paths)
-    result |= report_images(run, paths, teacher, info)
+    result |= report_images(run, paths, teacher, info, verifier, verifier_info)
     run.finish(result)
 
 

@@ -12,6 +12,7 @@ Each network takes `num_classes` and `in_channels` by keyword. `forward_groups` 
 and the activations that attention transfer compares.
 """
 
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -286,3 +287,32 @@ def compute_last_features(network, batches):
         network(x)
     hook.remove()
     return features
+
+
+def sample_example(info, device):
+    """Four images of noise to compare networks with; no other random number depends on them."""
+    generator = torch.Generator().manual_seed(0)
+    size = info.image_size
+    x = torch.randn((4, info.channels, size, size), generator=generator)  # (4, C, H, W)
+    return x.to(device, memory_format=torch.channels_last)
+
+
+def copy_network(network, example):
+    """A deep copy, or the network itself where a copy is impossible or still calls the original.
+
+    Code that keeps its modules in closures and bound methods calls the original from the copy.
+    """
+    try:
+        copied = deepcopy(network)
+    except Exception:  # whatever a network's attributes raise
+        return network
+
+    called = []
+    hooks = []
+    for module in network.modules():
+        hooks.append(module.register_forward_pre_hook(lambda module, _: called.append(module)))
+    with torch.no_grad():
+        copied(example)
+    for hook in hooks:
+        hook.remove()
+    return network if called else copied
