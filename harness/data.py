@@ -1,6 +1,6 @@
 """Real images from the data sets' official files, and what a network says of images.
 
-Real images measure students; no method trains on them.
+Test images measure students. Only `zskt.py --shots` trains on real images, of the training split.
 """
 
 import functools

@@ -135,7 +135,7 @@ def find_dataset(spec):
 
 
 def make_info(spec, *descriptions):
-    """NetworkInfo of `spec` from descriptions, of which a later one goes before an earlier one."""
+    """NetworkInfo of `spec` from descriptions; later ones override earlier ones."""
     known = dict(DEFAULTS)
     for description in descriptions:
         known.update(description)
