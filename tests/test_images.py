@@ -82,8 +82,10 @@ def test_half_of_the_images_are_mirrored_each_by_itself():
 def test_half_of_the_images_get_a_band_of_rows_or_columns_of_another():
     x = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 2, 8, 8)
     counts = {"whole": 0, "rows": 0, "columns": 0}
+    sources = set()
     for i, image in enumerate(mix_bands(x)):
         foreign = image[0] != i
+        sources |= set(image[0][foreign].tolist())
         assert torch.equal(image[0], image[1])  # all channels alike
         assert len(image[0][foreign].unique()) <= 1  # of one other image
         if not foreign.any():
@@ -96,12 +98,19 @@ def test_half_of_the_images_get_a_band_of_rows_or_columns_of_another():
         assert (line.int().diff() == 1).sum() <= 1  # one band
     assert 180 < counts["whole"] < 270
     assert counts["rows"] > 60 and counts["columns"] > 60
+    assert len(sources) > 100
 
 
 def test_augmentation_does_what_is_asked_and_nothing_else():
     x = torch.rand(8, 3, 16, 16)
     same = augment(x)
     assert torch.equal(same, x)
+    flipped = augment(x, mirror=True)
+    for image, original in zip(flipped, x, strict=True):
+        assert torch.equal(image, original) or torch.equal(image, original.flip(2))
+    mixed = augment(x, cut=True)
+    assert ((mixed == x).all(1) | (mixed != x).all(1)).all()  # whole pixels, none moved
+    assert not torch.equal(mixed, x) and not torch.equal(augment(x, shift=2), x)
     changed = augment(x, shift=2, mirror=True, cut=True)
     for images in (same, changed):
         assert images.shape == x.shape

@@ -457,6 +457,29 @@ def test_the_newest_checkpoint_may_be_damaged(tmp_path, capsys):
             assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_a_damaged_checkpoint_never_replaces_the_whole_one(tmp_path):
+    drawn = train(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    start_and_cut(cut, 2)
+    (cut / "checkpoint.pt").write_bytes(b"no checkpoint")
+
+    def stop(run, epoch):
+        with pytest.raises(SystemExit):
+            run.save_checkpoint(dict(broken=torch.tensor(math.nan)))
+        assert [path.name for path in cut.glob("checkpoint*")] == ["checkpoint-previous.pt"]
+        raise Cut
+
+    with pytest.raises(Cut):
+        train(cut, stop=stop, resume=True)
+    assert train(cut, resume=True) == drawn
+
+
+def test_a_run_at_work_has_no_result(tmp_path):
+    train(tmp_path, epochs=2)
+    start_and_cut(tmp_path, n=2, resume=True)
+    assert not (tmp_path / "result.json").exists()
+
+
 def test_two_damaged_checkpoints_are_refused(tmp_path, capsys):
     start_and_cut(tmp_path, 3)
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
