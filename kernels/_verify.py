@@ -91,7 +91,11 @@ def run_twice(watched, model, example):
     cudnn = torch.backends.cudnn
     full_precision = cudnn.flags(cudnn.enabled, deterministic=True, allow_tf32=False)
     without_autocast = torch.autocast(example.device.type, enabled=False)
-    with keep_state(model, example.device), full_precision, without_autocast, torch.enable_grad():
+    with contextlib.ExitStack() as stack:
+        for network in (model, watched.network):  # a copy has attributes of its own
+            stack.enter_context(keep_state(network, example.device))
+        for mode in (full_precision, without_autocast, torch.enable_grad()):
+            stack.enter_context(mode)
         first = _run_once(watched, model, example, _output_loss)
         second = _run_once(watched, model, example, _moment_loss)
     return first, second

@@ -1,13 +1,28 @@
 """fuse_batchnorm and hook_batchnorm: outputs, moment loss and image gradient are the plain ones."""
 
 import copy
+import re
+import warnings
 from functools import partial
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from foreign_networks import NETWORKS as FOREIGN
+from foreign_networks import (
+    AssertsShape,
+    Base,
+    BoundMethod,
+    InPlace,
+    MobileActivations,
+    OtherHardtanh,
+    Outside,
+    Shortcut,
+)
 from helpers import assert_as_exact_as_eager
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from harness.networks import NETWORKS, ResNet
@@ -152,6 +167,23 @@ def test_every_pair_of_our_networks_is_fused(name, additions):
     assert not [layer for layer in fused.modules() if isinstance(layer, nn.ReLU)]
 
 
+@pytest.mark.parametrize(
+    ("make", "left"),
+    [
+        (MobileActivations, ["mul"] * 7),
+        (InPlace, ["imul", "relu_"]),  # a factor stands between BatchNorm and ReLU
+        (Shortcut, ["mul"]),
+        (OtherHardtanh, ["hardtanh", "leaky_relu", "hardtanh"]),
+    ],
+)
+def test_what_follows_a_batchnorm_is_fused_with_it(make, left):
+    """Of additions, factors and activations only these are left."""
+    graph = kernels.fuse_batchnorm(make_foreign(make)).network.graph
+    names = [getattr(node.target, "__name__", node.target) for node in graph.nodes]
+    rest = [name for name in names if not re.search("x|output|conv|linear|mean|fused", name)]
+    assert rest == left
+
+
 @pytest.mark.parametrize("name", ["foreign", "untraceable"])
 @pytest.mark.filterwarnings("ignore:fuse_batchnorm")
 def test_only_the_chosen_kinds_with_statistics_are_replaced(name, monkeypatch):
@@ -226,6 +258,188 @@ def test_weights_are_shared_and_no_autograd_graph_is_kept(monkeypatch):
 def test_networks_that_are_refused(function, network, message):
     with pytest.raises(ValueError, match=f"{function}: .*{message}"):
         getattr(kernels, function)(network)
+
+
+# The network itself, whatever its code does
+
+
+def make_foreign(make):
+    """A frozen network in which each BatchNorm has statistics and weights of its own."""
+    torch.manual_seed(1)
+    network = make()
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            layer.running_mean.normal_(0, 0.3)
+            layer.running_var.uniform_(0.5, 2)
+            if layer.affine:
+                nn.init.uniform_(layer.weight, 0.3, 0.7)
+                nn.init.normal_(layer.bias, 0, 0.3)
+    return network.eval().requires_grad_(False)
+
+
+def differentiate(y, found, x):
+    """Image gradient of a loss of the output and of all moments (mean - running_mean, variance)."""
+    outputs = y.values() if isinstance(y, dict) else [y]
+    loss = sum(output.square().mean() for output in outputs)
+    for number, (moments, running_var) in enumerate(found):
+        loss = loss + (number + 1) * (moments[0].norm() + (moments[1] - running_var).norm())
+    return torch.autograd.grad(loss, x)[0]
+
+
+def watch_by_hand(network, x):
+    """Outputs, moments and image gradient of three passes, with hooks as everybody writes them."""
+    found = []
+
+    def measure(layer, args, kwargs):
+        value = args[0] if args else kwargs["input"]
+        rows = value.transpose(0, 1).flatten(1)  # (C, N H W)
+        moments = rows.mean(1) - layer.running_mean, rows.var(1, unbiased=False)
+        if is_forward:  # and not a checkpoint's second forward pass
+            found.append((moments, layer.running_var))
+
+    hooks = []
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
+            hooks.append(layer.register_forward_pre_hook(measure, with_kwargs=True))
+    results = []
+    for _ in range(3):
+        found.clear()
+        leaf = x.clone().requires_grad_()
+        is_forward = True
+        y = network(leaf * 1)
+        is_forward = False
+        results.append((y, list(found), differentiate(y, found, leaf)))
+    for hook in hooks:
+        hook.remove()
+    return results
+
+
+def run_watched(watched, x):
+    """The same three passes of what fuse_batchnorm returns."""
+    results = []
+    for _ in range(3):
+        leaf = x.clone().requires_grad_()
+        y, found = watched(leaf * 1)
+        results.append((y, found, differentiate(y, found, leaf)))
+    return results
+
+
+def read_state(network):
+    """All that code in forward may change, and where hooks lie."""
+    state = {"random": torch.random.get_rng_state()}
+    for name, module in network.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, (dict, list)):
+                value = copy.copy(value)
+            state[name, key] = value
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        state["value", name] = tensor.clone()
+        state["gradient", name] = tensor.grad, tensor.requires_grad
+    return state
+
+
+def assert_same_state(network, before):
+    after = read_state(network)
+    assert list(after) == list(before)
+    for name, value in before.items():
+        if torch.is_tensor(value):
+            assert torch.equal(after[name], value), name
+        else:
+            assert after[name] == value, name
+
+
+@pytest.mark.parametrize(("make", "kind"), FOREIGN)
+def test_a_foreign_network_is_measured_as_it_is(make, kind, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    x = torch.randn(4, 3, 8, 8)
+    network = make_foreign(make)
+    torch.manual_seed(2)
+    expected = watch_by_hand(network, x)
+
+    network = make_foreign(make)
+    torch.manual_seed(2)
+    before = read_state(network)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        watched = kernels.fuse_batchnorm(network, x)
+    watched.close()
+    assert_same_state(network, before)
+    assert watched.kind == kind, watched.reason
+    lines = [str(warning.message) for warning in caught if "fuse_batchnorm" in str(warning.message)]
+    assert lines == [f"fuse_batchnorm: {watched.reason}"] * bool(watched.reason)
+    assert bool(watched.reason) == (kind != "fused" or make is Outside)
+
+    if kind == "hooks":
+        watched = kernels.hook_batchnorm(network)
+    torch.manual_seed(2)
+    passes = run_watched(watched, x)
+    for (y, found, gradient), (expected_y, expected_found, expected_gradient) in zip(
+        passes, expected, strict=True
+    ):
+        torch.testing.assert_close(y, expected_y, rtol=1e-4, atol=1e-5)
+        assert len(found) == len(expected_found)
+        for (moments, var), (expected_moments, expected_var) in zip(
+            found, expected_found, strict=True
+        ):
+            assert torch.equal(var, expected_var)
+            expected_moments = torch.stack(expected_moments)
+            torch.testing.assert_close(moments, expected_moments, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(AssertsShape, "without additions and activations, .*TraceError", id="copy"),
+        pytest.param(BoundMethod, "by hooks, .*1 BatchNorms .* in place of 2", id="hooks"),
+        pytest.param(Outside, "^1 batch normalisations outside .* are unseen", id="outside"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fuse_batchnorm")
+def test_the_reason_says_what_is_not_fused(make, reason, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    watched = kernels.fuse_batchnorm(make_foreign(make), torch.randn(4, 3, 8, 8))
+    assert re.search(reason, watched.reason)
+    assert "\n" not in watched.reason
+    watched.close()
+
+
+class Reentrant(Base):
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=True)
+
+
+class NotCalled(Base):
+    def forward(self, x):
+        return self.linear(x.mean((2, 3)).repeat(1, 2))
+
+
+class Failing(Base):
+    def forward(self, x):
+        raise KeyError("no such image")
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        pytest.param(Reentrant, ValueError, "pass use_reentrant=False", id="reentrant"),
+        pytest.param(NotCalled, ValueError, "got 2 that do not run", id="not-called"),
+        pytest.param(Failing, KeyError, "no such image", id="own-error"),
+    ],
+)
+def test_networks_that_fail_with_the_example(make, error, message, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    network = make_foreign(make)
+    x = torch.randn(4, 3, 8, 8)
+    before = read_state(network)
+    with pytest.raises(error, match=message):
+        kernels.fuse_batchnorm(network, x)
+    assert_same_state(network, before)
+
+
+def test_an_example_is_a_tensor():
+    with pytest.raises(TypeError, match="expected example to be a tensor, got type; pass images"):
+        kernels.fuse_batchnorm(make_foreign(Base), nn.BatchNorm2d)
 
 
 # Whole networks

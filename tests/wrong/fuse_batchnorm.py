@@ -3,18 +3,19 @@
 from wrong import Mutant
 
 FILE = "fuse_batchnorm.py"
+VERIFY = "_verify.py"
 
 MUTANTS = [
     Mutant(
-        "a ReLU is lost",
+        "an activation is lost",
         FILE,
-        "FusedBatchNorm(bn, relu is not None, found)",
-        "FusedBatchNorm(bn, False, found)",
+        "FusedBatchNorm(layer, activation, record, number)",
+        'FusedBatchNorm(layer, "none", record, number)',
     ),
     Mutant(
-        "the ReLU after an addition that broadcasts is lost",
+        "the activation after an addition that broadcasts is lost",
         FILE,
-        "if self.relu:",
+        'if self.activation != "none":',
         "if False:",
     ),
     Mutant(
@@ -26,8 +27,14 @@ MUTANTS = [
     Mutant(
         "every method is taken for a ReLU",
         FILE,
-        'return node.op == "call_method" and node.target == "relu"',
-        'return node.op == "call_method"',
+        'return ACTIVATION_METHODS.get(node.target, "none")',
+        'return "relu"',
+    ),
+    Mutant(
+        "every hardtanh is taken for a ReLU6",
+        FILE,
+        'return "relu6" if _read_hardtanh_range(node) == (0, 6) else "none"',
+        'return "relu6"',
     ),
     Mutant(
         "sums written with a plus are not fused",
@@ -36,10 +43,28 @@ MUTANTS = [
         "ADD_FUNCTIONS = {torch.add}",
     ),
     Mutant(
+        "results of operations in place are read under their old name",
+        FILE,
+        "if order[user] > order[node]:",
+        "if False:",
+    ),
+    Mutant(
         "one eps for all layers",
         FILE,
         "bn.running_var, bn.eps)",
         "bn.running_var, 1e-5)",
+    ),
+    Mutant(
+        "layers in the order of their fused ops",
+        FILE,
+        "entries = sorted(self.entries, key=lambda entry: entry[0])",
+        "entries = list(self.entries)",
+    ),
+    Mutant(
+        "derived classes are taken for plain ones",
+        FILE,
+        "return type(layer) in PLAIN_BATCHNORMS",
+        "return isinstance(layer, tuple(PLAIN_BATCHNORMS))",
     ),
     Mutant(
         "other kinds of BatchNorm are replaced too",
@@ -62,13 +87,67 @@ MUTANTS = [
     Mutant(
         "the autograd graph of a step is kept",
         FILE,
-        "self.found.clear()  # nothing may keep",
+        "self.entries = None  # nothing may keep",
         "pass  # nothing may keep",
     ),
     Mutant(
         "hooks return the mean itself",
         FILE,
-        "torch.stack((mean - module.running_mean, var))",
+        "torch.stack((mean - bn.running_mean, var))",
         "torch.stack((mean, var))",
+    ),
+    Mutant(
+        "hooks of the check stay",
+        FILE,
+        "reference.close()",
+        "pass",
+    ),
+    Mutant(
+        "a counter in the network is not noticed",
+        FILE,
+        "if counter:",
+        "if False:",
+    ),
+    Mutant(
+        "the check compares no gradient",
+        VERIFY,
+        "if not error <= GRADIENT_TOLERANCE:",
+        "if False:",
+    ),
+    Mutant(
+        "the check does not count BatchNorms",
+        VERIFY,
+        'return f"{len(ours.found)} BatchNorms are measured in place of {len(theirs.found)}"',
+        'return ""',
+    ),
+    Mutant(
+        "the check compares the first pass alone",
+        VERIFY,
+        "for ours, theirs in zip(passes, expected, strict=True):",
+        "for ours, theirs in zip(passes[:1], expected[:1], strict=True):",
+    ),
+    Mutant(
+        "the check leaves changed buffers",
+        VERIFY,
+        "tensor.detach().copy_(before)",
+        "pass",
+    ),
+    Mutant(
+        "the check leaves changed attributes",
+        VERIFY,
+        "module.__dict__.clear()\n            module.__dict__.update(before)",
+        "pass",
+    ),
+    Mutant(
+        "the check draws random numbers",
+        VERIFY,
+        "with torch.random.fork_rng(devices):",
+        "with contextlib.nullcontext():",
+    ),
+    Mutant(
+        "batch normalisations outside of layers are not counted",
+        VERIFY,
+        "self.n_outside += not trains",
+        "pass",
     ),
 ]
