@@ -170,8 +170,8 @@ def test_every_pair_of_our_networks_is_fused(name, additions):
 @pytest.mark.parametrize(
     ("make", "left"),
     [
-        (MobileActivations, ["mul"] * 7),
-        (InPlace, ["imul", "relu_"]),  # a factor stands between BatchNorm and ReLU
+        (MobileActivations, ["mul"] * 8),
+        (InPlace, ["mul", "relu_"]),  # a factor stands between BatchNorm and ReLU
         (Shortcut, ["mul"]),
         (OtherHardtanh, ["hardtanh", "leaky_relu", "hardtanh"]),
     ],
