@@ -84,7 +84,8 @@ class Args(MethodOptions):
     verifier: str = "auto"
     """Judges the images, never optimised against: as --teacher; none; auto: the data set's."""
     num_images: int = 0
-    """Images, in whole batches. 0: one batch; with --student initial_batches, or --images alone."""
+    """Images to make, or to make before the student learns, in whole batches. 0: one batch; with
+    --student initial_batches, or none with --images."""
     classes: tuple[int, ...] = ()
     """Wanted classes, repeated in turn; empty: all of them."""
     log_every: int = 10
@@ -92,7 +93,7 @@ class Args(MethodOptions):
 
     # Method: the images. The defaults are ours, for CIFAR-10.
     setting: str = "cifar10"
-    """Preset of all that follows, a row of PRESETS; without it the teacher's data set chooses."""
+    """Preset (a row of PRESETS); default: that of --dataset, else of the teacher's data set."""
     batch_size: int = 100
     """Images optimised together. Part of the method: the moments are those of a batch."""
     iterations: int = 400
@@ -132,11 +133,12 @@ class Args(MethodOptions):
 
     # Method: the student.
     competition: Literal["none", "js", "released"] = "none"
-    """Adaptive: images that the student gets wrong; js: the paper's R_compete; released: r's."""
+    """Adaptive: images that the student gets wrong; js: R_compete as in the paper; released: as in
+    the released code."""
     alpha_competition: float = 10.0
     """Weight of R_compete (paper 4.1; released flag: adi_scale)."""
     initial_batches: int = 10
-    """Batches of images made before the student's first step."""
+    """Batches made before the student's first step; unused with --num-images or --images."""
     batches_per_epoch: int = 2
     """Batches of images made in each epoch, at even distances."""
     epochs: int = 20
@@ -156,7 +158,7 @@ class Args(MethodOptions):
     warmup_student: int = 0
     """Updates of linear warm-up of the cosine schedule."""
     temperature: float = 3.0
-    """T of the student's loss, which is multiplied by T², and of R_compete (released: 3)."""
+    """tau of the student's loss, which is multiplied by tau², and of R_compete (released: 3)."""
     shift: int = 4
     """Augmentation: largest move of each of a student's images, in pixels."""
     mirror: bool = True
@@ -267,8 +269,8 @@ def competition_loss(t_logits, s_logits, args):
         JS(P, Q) = (KL(P || M) + KL(Q || M)) / 2,   M = (P + Q) / 2
 
     P, Q: the networks' probabilities at args.temperature. JS is at most ln 2 and has a gradient
-    everywhere. `released` clamps at 0: once a batch's mean divergence passes 1, which sure
-    networks that disagree do, the gradient of all its images ends.
+    everywhere. `released` clamps at 0: once a batch's mean divergence passes 1, as it does when
+    two confident networks disagree, no image of the batch gets a gradient.
     """
     if args.competition == "released":
         divergence = kernels.js_released(t_logits, s_logits, args.temperature)
@@ -277,10 +279,11 @@ def competition_loss(t_logits, s_logits, args):
     return 1 - js_divergence(t_logits, s_logits, args.temperature)
 
 
+# "competition" is NaN without an opponent
 TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 
 
-def synthesis_loss(x, jitter, target, args):
+def synthesis_loss(x, move, target, args):
     """The loss of images x (N, C, H, W), eq. 2: CE, and eq. 3, 4 and 8, of the view x'.
 
         TV2 = sum_d || x' - shift_d(x') ||_2    over the whole batch
@@ -289,7 +292,7 @@ def synthesis_loss(x, jitter, target, args):
 
     Args:
         x: in normalised units.
-        jitter: (3,) int64: rows and columns that the view is rolled by, whether it is mirrored.
+        move: (3,) int64: rows and columns that the view is rolled by, whether it is mirrored.
         target: Target.
 
     Returns:
@@ -299,7 +302,7 @@ def synthesis_loss(x, jitter, target, args):
     device = x.device.type
     view_dtype = torch.bfloat16 if args.bf16 and x.is_cuda else None
     make_view = kernels.jittered_view if args.fused else kernels.jittered_view_ref
-    view, tv_l1, tv_l2, l2 = make_view(x, jitter, view_dtype)  # (N, C, H, W), (), (), ()
+    view, tv_l1, tv_l2, l2 = make_view(x, move, view_dtype)  # (N, C, H, W), (), (), ()
     with autocast(device, args.bf16):
         t_logits, found = target.watched(view)  # (N, K)
     terms = {
@@ -333,10 +336,10 @@ def synthesis_loss(x, jitter, target, args):
 
 
 def student_loss(t_logits, s_logits, args):
-    """Eq. 1: T² KL(p_T || p_S) at temperature T (Hinton et al. 2015, arXiv:1503.02531); () fp32."""
-    T = args.temperature
+    """Eq. 1: tau² KL(p_T || p_S) at temperature tau (Hinton et al. 2015, arXiv:1503.02531)."""
+    tau = args.temperature
     kl_divergence = kernels.kl_divergence if args.fused else kernels.kl_divergence_ref
-    return T**2 * kl_divergence(t_logits, s_logits, T)
+    return tau**2 * kl_divergence(t_logits, s_logits, tau)
 
 
 # The images
@@ -408,12 +411,14 @@ def sample_randomness(number, shape, args):
     state = np.random.SeedSequence([args.seed, number]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     noise = torch.randn(shape, generator=generator)
-    jitters = []
-    for n_steps, _, jitter in list_stages(args):
-        rolls = torch.randint(-jitter, jitter + 1, (n_steps, 2), generator=generator)
-        mirrored = torch.randint(2, (n_steps, 1), generator=generator) * args.flip
-        jitters.append(torch.cat((rolls, mirrored), 1))
-    return noise, jitters
+    moves = []
+    for stage in list_stages(args):
+        low = -stage.jitter
+        high = stage.jitter + 1
+        rolls = torch.randint(low, high, (stage.n_steps, 2), generator=generator)
+        mirrored = torch.randint(2, (stage.n_steps, 1), generator=generator) * args.flip
+        moves.append(torch.cat((rolls, mirrored), 1))
+    return noise, moves
 
 
 def make_start_images(noise, info, args):
@@ -435,30 +440,30 @@ def make_start_images(noise, info, args):
     return torch.where(inside, x, low).clamp(low, high)
 
 
-def optimise_images(x, jitters, scale, target, bounds, args):
-    """One stage: an Adam step on the images for each jitter.
+def optimise_images(x, moves, scale, target, bounds, args):
+    """One stage: an Adam step on the images for each move of the view.
 
     Args:
         x: (N, C, H, W) fp32, channels_last, a leaf; changed in place.
-        jitters: (n_steps, 3) int64, as of sample_randomness, on x's device.
+        moves: (n_steps, 3) int64, as of sample_randomness, on x's device.
         scale: factor by which the teacher sees the images smaller.
         target: Target.
         bounds: lowest and highest value of a pixel, (1, C, 1, 1) each.
 
     Yields:
-        After each step, (8,) of TERMS as they were before it, on the device.
+        After each step, (8,) of TERMS of the images before it; the same tensor each time.
     """
     low, high = bounds
-    n_steps = len(jitters)
+    n_steps = len(moves)
     # a CUDA graph reads and writes these, so they stay the same objects
-    jitter = torch.zeros_like(jitters[0])
+    move = torch.zeros_like(moves[0])
     lr = torch.zeros((), device=x.device)
     terms = torch.zeros(len(TERMS), device=x.device)
     optimizer = torch.optim.Adam([x], lr, args.betas, fused=True, capturable=x.is_cuda)
 
     def update_images():
         seen = F.avg_pool2d(x, scale) if scale > 1 else x
-        total, values = synthesis_loss(seen, jitter, target, args)
+        total, values = synthesis_loss(seen, move, target, args)
         (gradient,) = torch.autograd.grad(total, x)
         # fused Adam walks through both memories side by side, whatever their strides say
         x.grad = gradient.contiguous(memory_format=torch.channels_last)
@@ -474,7 +479,7 @@ def optimise_images(x, jitters, scale, target, bounds, args):
         if args.schedule == "cosine":
             rate = compute_cosine(step, n_steps, args.lr, args.warmup)
         lr.fill_(rate)
-        jitter.copy_(jitters[step])
+        move.copy_(moves[step])
         run_step()
         yield terms
 
@@ -526,6 +531,19 @@ class Synthesis:
         student.train().requires_grad_(True)
         return images
 
+    def discard_unfinished(self, n_initial, n_finished):
+        """Delete the batches of an unfinished epoch; refuse where one of a finished epoch is lost.
+
+        A batch that competed cannot be made again: its student has learnt on since. Those of the
+        initial pool did not compete.
+        """
+        paths = [get_image_path(self.args.out, number) for number in range(len(self.labels))]
+        for path in paths[n_initial:n_finished]:
+            if self.args.competition != "none" and not path.exists():
+                fail(f"{path} is missing; put it back, or begin again in another --out")
+        for path in paths[n_finished:]:
+            path.unlink(missing_ok=True)
+
     def synthesise(self, number, opponent):
         """All stages of one batch; its images (N, C, H, W) in normalised units."""
         device = self.run.device
@@ -533,16 +551,16 @@ class Synthesis:
         target = Target(labels, self.watched, opponent)
         bounds = get_pixel_range(self.info, device)
         shape = (len(labels), *self.info.image_shape)
-        noise, jitters = sample_randomness(number, shape, self.args)
+        noise, moves = sample_randomness(number, shape, self.args)
         x = make_start_images(noise, self.info, self.args)
         x = x.to(device, memory_format=torch.channels_last).requires_grad_()
 
         step = number // self.world * count_steps(self.args)  # of this process's earlier batches
         last_step = step + count_steps(self.args)
         for i, stage in enumerate(list_stages(self.args)):
-            stage_jitters = jitters[i].to(device)
+            stage_moves = moves[i].to(device)
             # each stage has a fresh Adam, as in the released code
-            for terms in optimise_images(x, stage_jitters, stage.scale, target, bounds, self.args):
+            for terms in optimise_images(x, stage_moves, stage.scale, target, bounds, self.args):
                 step += 1
                 self.bar.update()
                 if step % self.args.log_every == 0 or step == last_step:
@@ -693,12 +711,7 @@ def train_student(student, teacher, synthesis, given, test):
     if run.has_checkpoint():
         first_epoch = restore_student(run, student, optimizer)
     n_finished = n_initial + first_epoch * n_new
-    paths = [get_image_path(args.out, number) for number in range(len(synthesis.labels))]
-    for path in paths[:n_finished]:
-        if first_epoch > 0 and not path.exists():  # the student that it competed with is no more
-            fail(f"{path} is missing; put it back, or begin again in another --out")
-    for path in paths[n_finished:]:
-        path.unlink(missing_ok=True)  # of an epoch that was not finished: made again
+    synthesis.discard_unfinished(n_initial, n_finished)
     keep_finished_rows(run, first_epoch)
     pool = Pool(synthesis, given)
     for number in range(n_finished):
@@ -882,8 +895,8 @@ def main(args):
 
     # The networks, and the real images that measure (never train) the student.
     teacher, info = load_checked_teacher(args, device)
-    pictured = info.dataset if args.dataset in ("auto", "none") else args.dataset
-    likely = VERIFIERS.get(pictured, "none")
+    domain = info.dataset if args.dataset in ("auto", "none") else args.dataset
+    likely = VERIFIERS.get(domain, "none")
     verifier, verifier_info = load_verifier(args.verifier, likely, info, args, device)
     student = test = None
     if args.student:
