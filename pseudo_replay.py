@@ -7,7 +7,7 @@ T; S learns T's logits on them. S forgets what G no longer makes, so a VAE (enco
 learns the images of the past, and M's images join S's batches:
 
     L_G = alpha_onehot CE(t, argmax t) + alpha_entropy sum_k pbar_k log10 pbar_k
-          - alpha_act mean|f| + 1 - J(t, s),    x = G(z), z ~ N(0, I), f: features of T
+          - alpha_act mean|f| + 1 - J(t, s).clamp(0, 1),  x = G(z), z ~ N(0, I), f: features of T
     L_S = mean|S(x) - T(x)|,    x: images of G and of the memory together
     L_M = mean|x' - x| + mean|T(x') - T(x)| + alpha_kl KL(E(x) || N(0, I)),  x' = M(z'), z' ~ E(x)
 
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import kernels
 from harness.data import evaluate, load_real_images
 from harness.images import to_uint8
-from harness.load import find_dataset, load_student, load_teacher
+from harness.load import choose_preset_by_dataset, load_student, load_teacher
 from harness.networks import find_linear_layers
 from harness.pictures import draw_curves, draw_rows
 from harness.run import (
@@ -57,7 +57,7 @@ from harness.run import (
 class Args(MethodOptions):
     # Run settings
     setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
-    """Preset of the values below; without it the one of the teacher's data set."""
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
     student: str = "resnet18_cifar"
     """Network to train: a name of harness/networks.py, a shipped name, or file.py:factory."""
     out: str = "runs/pseudo_replay/default"
@@ -133,9 +133,9 @@ class Args(MethodOptions):
         return round(self.batch_size * self.memory_share / (1 - self.memory_share))
 
 
-PAPER = Args()  # as released for CIFAR-100; for all data sets but MNIST and digits
+RELEASED = Args()  # as released for CIFAR-100; for all data sets but MNIST and digits
 OURS = replace(  # how we chose these values: results/NOTES.md
-    PAPER,
+    RELEASED,
     student="lenet5_half",
     batch_size=128,
     width=16,
@@ -146,20 +146,15 @@ OURS = replace(  # how we chose these values: results/NOTES.md
     alpha_kl=1e-3,
 )
 PRESETS = {
-    "cifar10": PAPER,
+    "cifar10": RELEASED,
     "mnist": replace(OURS, setting="mnist", teacher="mnist-lenet5", epochs=40, iterations=20),
     "digits": replace(OURS, setting="digits", teacher="digits-lenet5", epochs=20, iterations=10),
 }
 
 
 def choose_preset(teacher, dataset):
-    """The preset of the real images, else of the teacher's data set; the default run is digits."""
-    if dataset in PRESETS:
-        return dataset
-    if not teacher:
-        return "digits"
-    name = find_dataset(teacher)
-    return name if name in PRESETS else "cifar10"
+    """The preset of a run without --setting."""
+    return choose_preset_by_dataset(PRESETS, teacher, dataset)
 
 
 def shrink(args):
@@ -349,10 +344,14 @@ def activation_loss(features):
     return -features.abs().mean()
 
 
-def disagreement(t_logits, s_logits, divergence, fused, temperature=3.0):
+J_TEMPERATURE = 3.0  # tau of J (released code)
+
+
+def disagreement(t_logits, s_logits, divergence, temperature, fused):
     """J(t, s): how far the student's beliefs are from the teacher's.
 
-    With P = softmax(t / 3), Q = softmax(s / 3) and M = (P + Q) / 2, the textbook ("js") has
+    With the temperature tau, P = softmax(t / tau), Q = softmax(s / tau) and M = (P + Q) / 2, the
+    textbook ("js") has
 
         J = 1/2 KL(P || M) + 1/2 KL(Q || M),    a mean over the batch
 
@@ -373,17 +372,17 @@ def generator_loss(t_logits, features, s_logits, args):
 
     Args:
         t_logits, s_logits: (N, K) of teacher and student.
-        features: the teacher's (N, D), or None without an activation term.
-        args: Args.
+        features: the teacher's (N, D), or None of a teacher without a fully connected layer.
     """
     loss = args.alpha_onehot * onehot_loss(t_logits) + args.alpha_entropy * entropy_loss(t_logits)
     if args.alpha_act:
         loss = loss + args.alpha_act * activation_loss(features)
-    return loss + 1 - disagreement(t_logits, s_logits, args.divergence, args.fused).clamp(0, 1)
+    j = disagreement(t_logits, s_logits, args.divergence, J_TEMPERATURE, args.fused)
+    return loss + 1 - j.clamp(0, 1)
 
 
 # Loss of the student
-def student_loss(s_logits, t_logits):
+def student_loss(t_logits, s_logits):
     """L_S = mean|S(x) - T(x)| over batch and classes, of raw logits."""
     return F.l1_loss(s_logits, t_logits)
 
@@ -419,7 +418,6 @@ def memory_loss(memory, teacher, x, t_logits, args):
         memory: VaeMemory.
         teacher: network.
         x, t_logits: images (N, C, H, W) and the teacher's logits of them (N, K), without gradient.
-        args: Args.
     """
     mean, log_variance = memory.encoder(x)  # (N, latent) each
     z = mean + (log_variance / 2).exp() * torch.randn_like(mean)  # (N, latent)
@@ -452,7 +450,6 @@ def infer_images(decoder, teacher, args, leaky=False):
     Args:
         decoder: M; it stays in train or eval mode.
         teacher: network.
-        args: Args.
         leaky: whether to leave the gradient of that loss in the decoder's weights, too.
     """
     device = decoder.linear.weight.device
@@ -482,17 +479,17 @@ def forward_with_features(teacher, x):
 
     The features are None of a teacher without such a layer.
     """
-    found = []  # what enters each fully connected layer, in the order in which they run
+    inputs = []  # what enters each fully connected layer, in the order in which they run
 
-    def keep_input(module, inputs):
-        found.append(inputs[0])
+    def keep_input(layer, arguments):
+        inputs.append(arguments[0])
 
     layers = find_linear_layers(teacher)
     hooks = [layer.register_forward_pre_hook(keep_input) for layer in layers]
     logits = teacher(x)
     for hook in hooks:
         hook.remove()
-    features = found[0] if found else None
+    features = inputs[0] if inputs else None
     return logits, features
 
 
@@ -504,13 +501,14 @@ def update(network, optimizer, loss):
 
 
 def train_iteration(networks, optimizers, args, has_past=True):
-    """1 generator step, then 10 student steps, with a VAE step after each of the first 4.
+    """1 generator step, then n_student_iter student steps.
+
+    A VAE step follows each of the first n_memory_iter student steps.
 
     Args:
         networks: Networks.
         optimizers: {"generator": …, "student": …, and of a VAE "memory": …}.
-        args: Args.
-        has_past: whether the memory has learnt or stored something by now.
+        has_past: whether the VAE has been trained, or the bank filled, in an earlier iteration.
 
     Returns:
         (3,): L_G, L_S and L_M (0 without a VAE), each of its last step. Nothing waits for the
@@ -536,7 +534,10 @@ def train_iteration(networks, optimizers, args, has_past=True):
             novel = generator(sample_noise(args.batch_size, args.latent, device))  # (N, C, H, W)
         x = novel
         if args.memory == "vae":
-            memory.decoder.eval()  # as released: the student gets what running moments give
+            # The released code replays from the very first step on, when the decoder is still
+            # untrained, so has_past does not matter here. It also has the decoder in eval mode:
+            # the student gets what running moments give.
+            memory.decoder.eval()
             x = torch.cat([novel, infer_images(memory.decoder, teacher, args)])  # (N + n, C, H, W)
             memory.decoder.train()
         elif args.memory == "bank" and has_past:
@@ -546,7 +547,7 @@ def train_iteration(networks, optimizers, args, has_past=True):
         with autocast(device.type, args.bf16):
             with torch.no_grad():
                 t_logits = teacher(x)  # (N + n, K)
-            loss_s = student_loss(student(x), t_logits)
+            loss_s = student_loss(t_logits, student(x))
         update(student, optimizers["student"], loss_s)
 
         # VAE
@@ -638,21 +639,22 @@ def train(networks, info, test, run):
     def iterate():
         sums.add_(train_iteration(networks, optimizers, args))
 
-    captured_step = kernels.CapturedStep(iterate, enabled=args.graph and run.device == "cuda")
+    run_step = kernels.CapturedStep(iterate, enabled=args.graph and run.device == "cuda")
     save_every = max(1, args.epochs // 20)
     total = args.epochs * args.iterations
-    done = epochs_done * args.iterations
-    bar = tqdm(total=total, initial=done, disable=None, mininterval=0.5)
+    initial = epochs_done * args.iterations
+    bar = tqdm(total=total, initial=initial, disable=None, mininterval=0.5)
 
     for epoch in range(epochs_done, args.epochs):
         student_lr = args.lr_student * anneal(epoch, args.epochs)
         optimizers["student"].param_groups[0]["lr"].fill_(student_lr)
 
         for i in range(args.iterations):
-            # The VAE has learnt nothing before iteration 0, the bank is empty throughout epoch 0.
+            # The VAE is untrained in the very first iteration: it cannot learn from its own images
+            # yet. The bank is empty throughout epoch 0, because an epoch's end fills it.
             has_past = epoch > 0 or (i > 0 and args.memory != "bank")
             if has_past:
-                captured_step()
+                run_step()
             else:
                 sums.add_(train_iteration(networks, optimizers, args, has_past=False))
             bar.update()
@@ -693,7 +695,7 @@ def summarise_accuracies(accuracies):
         mean of the last quarter of the epochs}, rounded to three digits.
     """
     last_quarter = accuracies[-max(1, len(accuracies) // 4) :]
-    found = {
+    summary = {
         "mean": statistics.mean(accuracies),
         "std": statistics.pstdev(accuracies),
         "variance": statistics.pvariance(accuracies),
@@ -701,7 +703,7 @@ def summarise_accuracies(accuracies):
         "final": accuracies[-1],
         "last_quarter": statistics.mean(last_quarter),
     }
-    return {name: round(value, 3) for name, value in found.items()}
+    return {name: round(value, 3) for name, value in summary.items()}
 
 
 @torch.no_grad()
@@ -759,9 +761,9 @@ def main(args):
     )
     if test is not None:
         accuracies = run.column("eval/acc")
-        found = summarise_accuracies(accuracies)
-        result.update(found, student_accuracy=found["final"])
-        figures = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in found.items()]
+        summary = summarise_accuracies(accuracies)
+        result.update(summary, student_accuracy=summary["final"])
+        figures = [f"{name.replace('_', ' ')} {value:.2f}" for name, value in summary.items()]
         print(f"teacher {teacher_accuracy:.2f}, student: {', '.join(figures)}")
         with run.write_file("curve.png") as file:
             draw_curves({f"memory {args.memory}": [accuracies]}, file)

@@ -6,10 +6,11 @@ at different places. An image x of class i is led, step by step, to where the st
 another class j, and the probabilities p_j that student and teacher give to j are recorded:
 
     x_0 = x,    x_{k+1} = x_k - step_size * gradient of CE(student(x_k), j)
-    MTE = mean over images, classes j != i and k < K of |p_j^student(x_k) - p_j^teacher(x_k)|
+    MTE = mean over images, classes j != i and points k of |p_j^student(x_k) - p_j^teacher(x_k)|
 
 The gradient is taken as it is, in normalised pixels: no sign, projection, momentum or clipping. The
-paper's table 2 has K = 100, step_size = 1 and 1000 test images; other values change the error.
+paper's table 2 has 100 points a path (n_steps), step_size 1 and 1000 test images; other values
+change the error.
 
 Run `python transition_error.py --students runs/zskt/default/student.pt` after `python zskt.py`. It
 writes mte.json (for each student `mte`, `paths`: images times classes, `accuracy` in percent) and
@@ -36,6 +37,7 @@ import kernels
 from harness.data import evaluate, load_real_images, normalise
 from harness.load import check_network, load_teacher, load_trained
 from harness.run import (
+    TeacherOptions,
     check_at_least,
     choose_device,
     describe_machine,
@@ -46,29 +48,17 @@ from harness.run import (
 
 
 @dataclass
-class Args:
+class Args(TeacherOptions):
     # Networks and data
     students: tuple[str, ...] = ("runs/zskt/default/student.pt",)
     """Checkpoints of students (student.pt) to compare with the teacher."""
-    student: str = ""
-    """Network whose weights --students holds: a name of harness/networks.py or file.py:factory;
-    empty: the checkpoints say it themselves."""
+    arch: str = ""
+    """The students' architecture: a name of harness/networks.py, or file.py:factory; empty: the one
+    that each checkpoint names."""
     teacher: str = "digits-lenet5"
-    """Shipped name (teachers/index.json), a checkpoint of teacher.py (.pt), or file.py:factory."""
-    weights: str = ""
-    """State dict of the teacher, to load instead of the named one; file.py:factory needs it."""
-    num_classes: int = 0
-    """Classes of a foreign teacher; 0: as many as the named teacher has."""
-    image_size: int = 0
-    """Height = width of a foreign teacher's images in pixels; 0: as the named teacher has."""
-    mean: tuple[float, ...] = ()
-    """Per-channel mean of the teacher's normalisation, in [0, 1]; empty: as named."""
-    std: tuple[float, ...] = ()
-    """Per-channel standard deviation, likewise."""
-    dataset: Literal["auto", "digits", "mnist", "cifar10", "cifar100", "none"] = "auto"
-    """Real test images; auto: the teacher's."""
+    """Shipped or ImageNet name, a checkpoint of teacher.py (.pt), or file.py:factory."""
     data_dir: str = "data"
-    """Folder with the data sets' official files."""
+    """Folder with the data sets' official files. Downloaded weights are kept there too."""
     out: str = "runs/transition_error/default"
     """Output folder."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -78,43 +68,50 @@ class Args:
 
     # Method
     n_images: int = 1000
-    """Test images that both networks assign to one class (paper: 1000)."""
+    """Test images that both networks assign to the same class (paper: 1000)."""
     n_steps: int = 100
-    """K: points of a path (paper: 100)."""
+    """Points of a path (paper: 100)."""
     step_size: float = 1.0
     """Length of a step in units of the gradient (paper: 1)."""
 
     def __post_init__(self):
+        super().__post_init__()
         if not self.students:
             raise ValueError("--students: expected at least 1 checkpoint")
-        check_at_least(0, self, "num_classes", "image_size")
         check_at_least(1, self, "n_images", "n_steps")
         check_at_least(1e-12, self, "step_size")
 
 
 @torch.no_grad()
-def choose_paths(student, teacher, x, labels, args):
-    """Images that student and teacher assign to one class, each with every class but its label.
+def choose_images(student, teacher, x, n_images):
+    """The first images that student and teacher assign to the same class.
 
     Args:
         student, teacher: frozen networks in eval mode.
         x: (N, C, H, W) normalised images, in the order of preference.
-        labels: (N,).
-        args: n_images.
+        n_images: how many to choose.
 
     Returns:
-        Images (n (K - 1), C, H, W), each K - 1 times in a row for K classes, and the classes
-        (n (K - 1),) that they are led to; n <= n_images, maybe 0.
+        Their indices (n,) in x; n <= n_images, maybe 0.
     """
     agreed = []
     for part in x.split(500):
-        logits = teacher(part)  # (500, K)
-        agreed.append(student(part).argmax(1) == logits.argmax(1))
-    agreed = torch.cat(agreed)
-    x = x[agreed][: args.n_images]  # (n, C, H, W)
-    labels = labels[agreed][: args.n_images]  # (n,)
+        agreed.append(student(part).argmax(1) == teacher(part).argmax(1))
+    return torch.cat(agreed).nonzero().squeeze(1)[:n_images]
 
-    num_classes = logits.shape[1]
+
+def make_paths(x, labels, num_classes):
+    """Where paths start and lead to: each image with every class but its label.
+
+    Args:
+        x: (n, C, H, W) images.
+        labels: (n,).
+        num_classes: K.
+
+    Returns:
+        Images (n (K - 1), C, H, W), each K - 1 times in a row, and the classes (n (K - 1),) that
+        they are led to.
+    """
     others = torch.arange(1, num_classes, device=labels.device)
     goals = (labels.unsqueeze(1) + others) % num_classes  # (n, K - 1)
     return x.repeat_interleave(num_classes - 1, 0), goals.flatten()
@@ -137,7 +134,7 @@ def follow_paths(student, teacher, x, goals, args):
     points = torch.zeros(2, len(goals), device=x.device)
     curves = torch.zeros(2, len(goals), args.n_steps, device=x.device)
 
-    def step():
+    def move_images():
         s_logits = student(x)
         loss = F.cross_entropy(s_logits, goals, reduction="sum")
         (gradient,) = torch.autograd.grad(loss, x)
@@ -148,15 +145,15 @@ def follow_paths(student, teacher, x, goals, args):
             points.copy_(p.gather(2, index).squeeze(2))
             x.sub_(args.step_size * gradient)
 
-    captured_step = kernels.CapturedStep(step, enabled=args.graph and x.is_cuda)
+    run_step = kernels.CapturedStep(move_images, enabled=args.graph and x.is_cuda)
     for k in range(args.n_steps):
-        captured_step()
+        run_step()
         curves[:, :, k] = points
     return curves
 
 
 def mean_transition_error(curves):
-    """MTE of transition curves (2, n, K): the mean of |p_j^student - p_j^teacher|."""
+    """MTE of transition curves (2, n, n_steps): the mean of |p_j^student - p_j^teacher|."""
     s_curves, t_curves = curves
     return (s_curves - t_curves).abs().mean().item()
 
@@ -165,7 +162,7 @@ def draw_transitions(curves, file):
     """A picture of mean curves, each in a band of ± 2 standard errors; one panel a student.
 
     Args:
-        curves: {title: (2, n, K)}.
+        curves: {title: (2, n, n_steps)}.
         file: path or file object.
     """
     from matplotlib.figure import Figure
@@ -174,7 +171,7 @@ def draw_transitions(curves, file):
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
     for axis, (title, pair) in zip(axes, curves.items(), strict=True):
         for name, curve in zip(("student", "teacher"), pair, strict=True):
-            mean = curve.mean(0).numpy()  # (K,)
+            mean = curve.mean(0).numpy()  # (n_steps,)
             band = 2 * curve.std(0).numpy() / len(curve) ** 0.5
             axis.plot(mean, label=name)
             axis.fill_between(range(len(mean)), mean - band, mean + band, alpha=0.3)
@@ -186,11 +183,11 @@ def draw_transitions(curves, file):
 def load_students(args, teacher_info, device):
     """{path: network} of --students, frozen and tried out."""
     students = {}
-    advice = "pass a student.pt; of a file.py:factory, that too as --student"
+    advice = "pass a student.pt; of a file.py:factory, that too as --arch"
     for path in args.students:
         with fail_in_one_line(f"--students {path}", advice):
-            spec = args.student or path
-            weights = path if args.student else ""
+            spec = args.arch or path
+            weights = path if args.arch else ""
             student, info = load_trained(spec, device, args.data_dir, weights, like=teacher_info)
             check_network(student, teacher_info, device)
         if (info.mean, info.std) != (teacher_info.mean, teacher_info.std):
@@ -213,11 +210,13 @@ def main(args):
     images, labels = test
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).to(device)
     x = normalise(images[order], info)  # (N, C, H, W)
+    x_labels = labels[order]
 
     rows = {}
     pictures = {}
     for path, student in students.items():
-        starts, goals = choose_paths(student, teacher, x, labels[order], args)
+        chosen = choose_images(student, teacher, x, args.n_images)
+        starts, goals = make_paths(x[chosen], x_labels[chosen], info.num_classes)
         if len(goals) == 0:
             problem = "it and the teacher agree on no test image"
             fail(f"--students {path}: {problem}; take a student that has learnt more")
@@ -226,7 +225,7 @@ def main(args):
         parts = list(zip(starts.split(1000), goals.split(1000), strict=True))
         for part in tqdm(parts, disable=None, desc=path):
             curves.append(follow_paths(student, teacher, *part, args).cpu())
-        curves = torch.cat(curves, 1)  # (2, n, K)
+        curves = torch.cat(curves, 1)  # (2, n, n_steps)
 
         error = mean_transition_error(curves)
         if not math.isfinite(error):

@@ -17,7 +17,8 @@ its half, 96.42 ± 0.42 %, at most 436 s; digits 93.70 ± 0.64 %, 92 s. Nothing 
 Where we differ from the paper and its released code:
 - the ten student steps share images and teacher's answers. The released code makes the same ones in
   each step; that differs only in the running moments of the generator, which pictures use;
-- presets `mnist`, `digits` are ours (`OURS`); `cifar10` is the paper;
+- presets `mnist` and `digits` are ours (`OURS`); `cifar10` has the paper's and the released code's
+  values; its default pair is smaller than the paper's;
 - attention transfer between all networks with groups of equal sizes, not within one family only;
 - --divergence l1 is DFAD's loss (arXiv:1912.11006) without DFAD's other changes;
 - how the authors fine-tune on M real images of a class is not published; see `fine_tune`.
@@ -36,7 +37,7 @@ from tqdm import tqdm
 import kernels
 from harness.data import evaluate, load_real_images, normalise
 from harness.images import to_uint8
-from harness.load import find_dataset, load_student, load_teacher
+from harness.load import choose_preset_by_dataset, load_student, load_teacher
 from harness.pictures import draw_rows
 from harness.run import (
     MethodOptions,
@@ -57,7 +58,7 @@ from harness.run import (
 class Args(MethodOptions):
     # Run settings
     setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
-    """Preset, a row of PRESETS; without it the teacher's data set chooses."""
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
     teacher: str = "cifar10-wrn-16-1"
     """Shipped name (teachers/index.json), a checkpoint of teacher.py (.pt), or file.py:factory."""
     student: str = "wrn_16_1"
@@ -65,9 +66,10 @@ class Args(MethodOptions):
     out: str = "runs/zskt/default"
     """Output folder."""
     evaluations: int = 100
-    """Windows of a run, each of which ends with a row of metrics, a test and a checkpoint."""
+    """How often a run is tested; each test also writes a row of metrics and a checkpoint."""
     shots: int = 0
-    """M: real images per class that fine-tune the finished student, also with --resume; -1: all."""
+    """M: fine-tune the finished student on M real training images of each class; -1: all. May be
+    added with --resume."""
     shot_steps: int = 1000
     """Fine-tuning steps of 128 images (ours)."""
 
@@ -87,7 +89,7 @@ class Args(MethodOptions):
     beta: float = 250.0
     """Weight of each attention term (paper; released flag: AT_beta); 0: no attention transfer."""
     temperature: float = 1.0
-    """T: divides both logits in the divergence, except in l1 (paper); no factor T^2."""
+    """tau: divides both logits in the divergence, except in l1 (paper); no factor tau^2."""
     divergence: Literal["kl", "reverse-kl", "js", "l1"] = "kl"
     """D; kl: KL(teacher || student) (paper); reverse-kl, js: its comparison; l1: of the logits."""
     fresh_z: bool = False
@@ -96,7 +98,7 @@ class Args(MethodOptions):
     """Channels of the generator's first layers (released code)."""
     affine: bool = True
     """Let the generator learn its images' mean and scale (paper; off in DFAD)."""
-    clip: float = 5.0
+    clip_grad: float = 5.0
     """Largest L2 norm of either network's gradient (released code)."""
 
     def __post_init__(self):
@@ -105,13 +107,13 @@ class Args(MethodOptions):
         check_at_least(0, self, "pseudo_batches", "beta")
         check_at_least(1, self, "evaluations", "shot_steps", "n_generator_iter", "n_student_iter")
         check_at_least(2, self, "batch_size", "width")
-        check_at_least(1e-6, self, "temperature", "clip")
+        check_at_least(1e-6, self, "temperature", "clip_grad")
         check_at_least(1e-12, self, "lr_generator", "lr_student")
 
 
-PAPER = Args()
+PUBLISHED = Args()  # the paper's and the released code's values, between smaller networks
 OURS = replace(  # how we chose these values: results/README.md
-    PAPER,
+    PUBLISHED,
     student="lenet5_half",
     evaluations=20,
     lr_generator=2e-3,
@@ -121,7 +123,7 @@ OURS = replace(  # how we chose these values: results/README.md
     affine=False,
 )
 PRESETS = {
-    "cifar10": PAPER,
+    "cifar10": PUBLISHED,
     "mnist": replace(OURS, setting="mnist", teacher="mnist-lenet5", pseudo_batches=600, width=32),
     "digits": replace(
         OURS, setting="digits", teacher="digits-lenet5", pseudo_batches=200, width=16
@@ -130,13 +132,8 @@ PRESETS = {
 
 
 def choose_preset(teacher, dataset):
-    """The preset of the real images, else of the teacher's data set; the default run is digits."""
-    if dataset in PRESETS:
-        return dataset
-    if not teacher:
-        return "digits"
-    name = find_dataset(teacher)
-    return name if name in PRESETS else "cifar10"
+    """The preset of a run without --setting."""
+    return choose_preset_by_dataset(PRESETS, teacher, dataset)
 
 
 def shrink(args):
@@ -189,10 +186,10 @@ class Generator(nn.Module):
 def disagreement(t_logits, s_logits, divergence, temperature, fused):
     """D(x), the first term of equation 1: how far the student's beliefs are from the teacher's.
 
-    "kl" is the paper's D_KL(T(x) || S(x)). Written out, with logits (N, K) and a temperature T:
+    "kl" is the paper's D_KL(T(x) || S(x)). Written out, with logits (N, K) and the temperature tau:
 
-        log_p_t = (t_logits / T).log_softmax(1)  # (N, K)
-        log_p_s = (s_logits / T).log_softmax(1)  # (N, K)
+        log_p_t = (t_logits / tau).log_softmax(1)  # (N, K)
+        log_p_s = (s_logits / tau).log_softmax(1)  # (N, K)
         D = (log_p_t.exp() * (log_p_t - log_p_s)).mean()
 
     The mean is over batch *and* classes, as in the released code. The ops of kernels/ sum over the
@@ -249,12 +246,12 @@ def forward_with_groups(network, x):
 
 
 # One pseudo-batch
-def update(network, optimizer, loss, clip):
+def update(network, optimizer, loss, clip_grad):
     """One step of `network` down its loss. No gradient of any other network is formed."""
     parameters = list(network.parameters())
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
-    nn.utils.clip_grad_norm_(parameters, clip)
+    nn.utils.clip_grad_norm_(parameters, clip_grad)
     optimizer.step()
 
 
@@ -265,7 +262,6 @@ def play_pseudo_batch(teacher, student, generator, optimizers, args):
         teacher: frozen, in eval mode.
         student, generator: in train mode throughout, also while the other one learns, as released.
         optimizers: {"generator": …, "student": …}.
-        args: Args.
 
     Returns:
         (4,): loss_G, loss_S at the last student step, and there the largest probabilities of
@@ -280,7 +276,7 @@ def play_pseudo_batch(teacher, student, generator, optimizers, args):
             loss_g = -disagreement(
                 teacher(x), student(x), args.divergence, args.temperature, args.fused
             )
-        update(generator, optimizers["generator"], loss_g, args.clip)
+        update(generator, optimizers["generator"], loss_g, args.clip_grad)
 
     for i in range(args.n_student_iter):
         if args.fresh_z:
@@ -299,7 +295,7 @@ def play_pseudo_batch(teacher, student, generator, optimizers, args):
             )
             if args.beta:
                 loss_s = loss_s + args.beta * attention_loss(s_groups, t_maps, args.fused)
-        update(student, optimizers["student"], loss_s, args.clip)
+        update(student, optimizers["student"], loss_s, args.clip_grad)
 
     max_p_teacher = t_logits.float().softmax(1).amax(1).mean()
     max_p_student = s_logits.detach().float().softmax(1).amax(1).mean()
@@ -365,11 +361,11 @@ def train(teacher, info, student, test, run):
         "student": make_optimizer("adam", student, args.lr_student),
     }
 
-    done = 0
+    steps_done = 0
     previews = []
     with run.open_checkpoint() as saved:
         if saved is not None:
-            done = saved["step"]
+            steps_done = saved["step"]
             previews = saved["previews"]
             generator.load_state_dict(saved["generator"])
             student.load_state_dict(saved["student"])
@@ -381,24 +377,24 @@ def train(teacher, info, student, test, run):
     def play():
         sums.add_(play_pseudo_batch(teacher, student, generator, optimizers, args))
 
-    captured_play = kernels.CapturedStep(play, enabled=args.graph and run.device == "cuda")
+    run_step = kernels.CapturedStep(play, enabled=args.graph and run.device == "cuda")
 
-    bar = tqdm(total=n_steps, initial=done, disable=None, mininterval=0.5)
+    bar = tqdm(total=n_steps, initial=steps_done, disable=None, mininterval=0.5)
     ends = list_window_ends(n_steps, args.evaluations)
     preview_ends = choose_evenly(ends, 10)
     for end in ends:
-        if end <= done:
+        if end <= steps_done:
             continue  # --resume: this window is finished
 
-        for step in range(done, end):
+        for step in range(steps_done, end):
             set_learning_rate(optimizers["generator"], args.lr_generator, step, n_steps)
             set_learning_rate(optimizers["student"], args.lr_student, step, n_steps)
-            captured_play()
+            run_step()
             bar.update()
 
-        means = (sums / (end - done)).tolist()
+        means = (sums / (end - steps_done)).tolist()
         sums.zero_()
-        done = end
+        steps_done = end
 
         if end in preview_ends:
             previews.append((end, generate_preview(generator, preview_z, info)))

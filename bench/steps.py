@@ -361,7 +361,7 @@ def make_conventional_pseudo_batch(args, device):
             distances = [(a - b).pow(2).mean() for a, b in zip(s_maps, t_maps, strict=True)]
             loss = loss + beta * sum(distances)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), args.clip)
+        torch.nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
         adam.step()
         return loss.item()
 

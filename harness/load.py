@@ -134,6 +134,24 @@ def find_dataset(spec):
     return describe(spec).get("dataset", "")
 
 
+def choose_preset_by_dataset(presets, teacher, dataset):
+    """The name of the preset that a method takes for a data set.
+
+    It is the preset of the real images, else of the teacher's data set, else "cifar10". Without a
+    teacher it is "digits", the default run.
+
+    Args:
+        presets: {name of a data set: Args}.
+        teacher, dataset: --teacher and --dataset, "" where the command line has none.
+    """
+    if dataset in presets:
+        return dataset
+    if not teacher:
+        return "digits"
+    dataset = find_dataset(teacher)
+    return dataset if dataset in presets else "cifar10"
+
+
 def make_info(spec, *descriptions):
     """NetworkInfo of `spec` from descriptions; later ones override earlier ones."""
     known = dict(DEFAULTS)
@@ -527,8 +545,7 @@ def load_teacher(args, device, size_multiple=4):
     """The network of --teacher, frozen and tried out.
 
     Args:
-        args: MethodOptions; read are teacher, weights, data_dir, num_classes, image_size, mean and
-            std.
+        args: TeacherOptions; data_dir is read too.
         device: "cpu" or "cuda".
         size_multiple: what the image size must be a multiple of.
 

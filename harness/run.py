@@ -48,8 +48,8 @@ class RunOptions:
 
 
 @dataclass
-class MethodOptions(RunOptions):
-    """The options of every method: RunOptions, the networks that it takes and how it runs."""
+class TeacherOptions:
+    """The teacher that a script takes, and the real images beside it."""
 
     teacher: str = "cifar10-resnet20"
     """Shipped or ImageNet name, a checkpoint of teacher.py (.pt), or file.py:factory."""
@@ -63,10 +63,19 @@ class MethodOptions(RunOptions):
     """Per-channel mean of the teacher's normalisation, in [0, 1]; empty: as named."""
     std: tuple[float, ...] = ()
     """Per-channel standard deviation, likewise."""
-    student: str = ""
-    """Network to train: a name of harness/networks.py, a shipped name, or file.py:factory."""
     dataset: Literal["auto", "digits", "mnist", "cifar10", "cifar100", "imagenet", "none"] = "auto"
     """Real test images. Training never sees them. auto: the teacher's."""
+
+    def __post_init__(self):
+        check_at_least(0, self, "num_classes", "image_size")
+
+
+@dataclass
+class MethodOptions(TeacherOptions, RunOptions):
+    """The options of every method: how it runs, its teacher and its student."""
+
+    student: str = ""
+    """Network to train: a name of harness/networks.py, a shipped name, or file.py:factory."""
     fused: bool = True
     """Use the fused ops of kernels/; --no-fused runs their plain references."""
     graph: bool = True
@@ -75,8 +84,8 @@ class MethodOptions(RunOptions):
     """On a GPU: bfloat16 activations. Moments, images and losses stay fp32."""
 
     def __post_init__(self):
-        super().__post_init__()
-        check_at_least(0, self, "num_classes", "image_size")
+        RunOptions.__post_init__(self)
+        TeacherOptions.__post_init__(self)
 
 
 def check_at_least(least, args, *names):

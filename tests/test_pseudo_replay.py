@@ -162,13 +162,13 @@ def test_entropy_is_finite_where_a_class_has_no_probability():
 
 
 def test_released_disagreement_by_hand():
-    # At T = 3, P = (1/2, 1/2) and Q = (1/4, 3/4), so M = (3/8, 5/8); in the second row P = Q.
+    # At tau = 3, P = (1/2, 1/2) and Q = (1/4, 3/4), so M = (3/8, 5/8); in the second row P = Q.
     t_logits = torch.zeros(2, 2)
     s_logits = torch.tensor([[0.0, 3 * math.log(3.0)], [0.0, 0.0]])
     kl_p = 3 / 8 * math.log(3 / 4) + 5 / 8 * math.log(5 / 4)  # KL(M || P)
     kl_q = 3 / 8 * math.log(3 / 2) + 5 / 8 * math.log(5 / 6)
     expected = (kl_p + kl_q) / 2 / 2 / 2  # the half, two classes, two rows
-    j = replay.disagreement(t_logits, s_logits, "released", True)
+    j = replay.disagreement(t_logits, s_logits, "released", 3.0, True)
     assert j.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_released_disagreement_by_hand():
 def test_released_disagreement_is_weak_at_its_strongest(n_classes, most):
     t_logits = 1e4 * torch.eye(n_classes)
     s_logits = t_logits.roll(1, 1)
-    j = replay.disagreement(t_logits, s_logits, "released", True)
+    j = replay.disagreement(t_logits, s_logits, "released", 3.0, True)
     assert j.item() == pytest.approx(most, rel=0.01)
 
 
@@ -184,7 +184,7 @@ def test_released_disagreement_is_weak_at_its_strongest(n_classes, most):
 def test_disagreement_has_no_gradient_to_the_teacher(divergence):
     t_logits = torch.randn(6, 10, requires_grad=True)
     s_logits = torch.randn(6, 10, requires_grad=True)
-    replay.disagreement(t_logits, s_logits, divergence, True).backward()
+    replay.disagreement(t_logits, s_logits, divergence, 3.0, True).backward()
     assert t_logits.grad is None
     assert s_logits.grad.any()
 
@@ -194,7 +194,7 @@ def test_textbook_disagreement_is_the_op_at_temperature_3(fused):
     t_logits = torch.randn(6, 10)
     s_logits = torch.randn(6, 10)
     expected = kernels.js_divergence_ref(t_logits, s_logits, 3.0).item()
-    j = replay.disagreement(t_logits, s_logits, "js", fused)
+    j = replay.disagreement(t_logits, s_logits, "js", 3.0, fused)
     assert j.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -202,7 +202,7 @@ def test_generator_loss_weighs_its_terms_as_released():
     t_logits = torch.randn(6, 10)
     s_logits = torch.randn(6, 10)
     features = torch.randn(6, 7)
-    j = replay.disagreement(t_logits, s_logits, "released", True)
+    j = replay.disagreement(t_logits, s_logits, "released", 3.0, True)
     expected = replay.onehot_loss(t_logits) + 5 * replay.entropy_loss(t_logits) + 1 - j
     paper = replay.PRESETS["cifar10"]
     loss = replay.generator_loss(t_logits, features, s_logits, paper)
@@ -283,7 +283,7 @@ def run_released_iteration(networks, args):
     hidden = F.max_pool2d(F.relu(teacher.conv1(x)), 2)
     hidden = F.max_pool2d(F.relu(teacher.conv2(hidden)), 2)
     features = F.relu(teacher.conv3(hidden)).flatten(1)
-    j = replay.disagreement(teacher(x), student(x), "released", False)
+    j = replay.disagreement(teacher(x), student(x), "released", 3.0, False)
     adam_g.zero_grad()
     (match_loss(x) - 0.1 * features.abs().mean() + 1 - j).backward()
     adam_g.step()

@@ -234,9 +234,10 @@ def test_these_rules_find_what_they_forbid():
 
 def find_option_classes(path):
     """The dataclasses of options in a file."""
+    option_classes = {"RunOptions", "TeacherOptions", "MethodOptions"}
     for node in parse(path).body:
         bases = [ast.unparse(base) for base in getattr(node, "bases", [])]
-        is_options = {"RunOptions", "MethodOptions"} & {*bases, getattr(node, "name", "")}
+        is_options = option_classes & {*bases, getattr(node, "name", "")}
         if isinstance(node, ast.ClassDef) and (is_options or node.name == "Args"):
             yield node
 

@@ -101,7 +101,7 @@ SOURCED = [  # (script, presets, field, value, where the value is from)
     ("zskt", "cifar10", "fresh_z", False, "released code"),
     ("zskt", "cifar10", "width", 128, "released code"),
     ("zskt", "cifar10", "affine", True, "released code since paper v3"),
-    ("zskt", "cifar10", "clip", 5.0, "released code"),
+    ("zskt", "cifar10", "clip_grad", 5.0, "released code"),
     ("zskt", "cifar10", "evaluations", 100, "released code: every N / 100 pseudo-batches"),
     ("zskt", "cifar10", "student", "wrn_16_1", "paper, table 1"),
     # Pseudo replay: the released configuration, CIFAR-100; the bank is of a re-implementation
@@ -254,7 +254,9 @@ def list_published():
         if kind == "inversion":
             yield path.name, "deepinversion", result["setting"], set()
         elif kind == "zskt":
-            yield path.name, "zskt", result["setting"], set()
+            setting = result["setting"]
+            setting["clip_grad"] = setting.pop("clip")  # the option's former name
+            yield path.name, "zskt", setting, set()
         elif kind == "ensemble" and "setting" in result:
             yield path.name, "generative_ensemble", result["setting"], set()
         elif kind == "replay":

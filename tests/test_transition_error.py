@@ -107,8 +107,9 @@ def test_paths_lead_agreed_images_to_every_class_but_their_label():
     teacher = Table([0, 1, 0, 0, 1])
     x = torch.arange(5.0).unsqueeze(1)
     labels = torch.tensor([0, 1, 2, 1, 1])
-    args = replace(ARGS, n_images=3)
-    images, goals = transition_error.choose_paths(student, teacher, x, labels, args)
+    chosen = transition_error.choose_images(student, teacher, x, 3)
+    assert chosen.tolist() == [0, 1, 3]
+    images, goals = transition_error.make_paths(x[chosen], labels[chosen], 3)
     pairs = list(zip(images[:, 0].int().tolist(), goals.tolist(), strict=True))
     # Image 3: both are wrong alike; its label is left out.
     assert sorted(pairs) == [(0, 1), (0, 2), (1, 0), (1, 2), (3, 0), (3, 2)]
@@ -169,7 +170,7 @@ def test_students_of_a_factory_are_named_beside_their_weights(tmp_path, capsys):
     student, _ = load_student(spec, info, "cpu")
     path = str(tmp_path / "student.pt")
     torch.save(dict(arch=spec, state_dict=student.state_dict()), path)
-    saved = run(tmp_path / "mte", path, student=spec)
+    saved = run(tmp_path / "mte", path, arch=spec)
     assert 0 < saved["students"][path]["paths"] <= 54
     assert "file.py:factory" in read_refusal(capsys, run, tmp_path / "no", path)
 

@@ -122,7 +122,7 @@ def test_disagreement_is_a_mean_over_batch_and_classes(fused):
         assert loss.item() == pytest.approx(value, rel=1e-5), name
 
     x, y = torch.randn(2, 6, 10)
-    for temperature in (1.0, 4.0):  # no factor T^2
+    for temperature in (1.0, 4.0):  # no factor tau^2
         loss = zskt.disagreement(x, y, "kl", temperature, fused)
         expected = mean_kl(x / temperature, y / temperature).item()
         assert loss.item() == pytest.approx(expected, rel=1e-4)
@@ -176,7 +176,7 @@ def test_a_pseudo_batch_is_the_released_loop(float64):
 
     The generator's gradient passes through teacher and student.
     """
-    options = dict(fresh_z=False, beta=25.0, clip=0.1, fused=False)
+    options = dict(fresh_z=False, beta=25.0, clip_grad=0.1, fused=False)
     ours = Game(**options)
     torch.manual_seed(5)
     figures = [ours.play() for _ in range(2)]
@@ -309,14 +309,14 @@ def test_a_graph_plays_the_same_game_as_eager_steps(options, tolerance):
         def play(game=game, total=total):
             total.add_(game.play())
 
-        captured_play = kernels.CapturedStep(play, enabled=graph)
+        run_step = kernels.CapturedStep(play, enabled=graph)
         for _ in range(4):  # warm-up, then the capture, which does wait
-            captured_play()
+            run_step()
         torch.cuda.set_sync_debug_mode("error")
         try:
             for _ in range(2):
                 zskt.set_learning_rate(game.optimizers["student"], 1e-3, 1, 2)
-                captured_play()
+                run_step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
         sums.append(total.cpu())
@@ -365,7 +365,7 @@ def play_toy_game(teacher, student, n_point_steps):
         t_logits = teacher(points)
         for _ in range(10):
             loss = zskt.disagreement(t_logits, student(points), "kl", 1.0, True)
-            zskt.update(student, student_adam, loss, clip=3)
+            zskt.update(student, student_adam, loss, clip_grad=3)
 
 
 def test_toy_points_that_seek_disagreement_teach_more_than_points_at_rest():
@@ -377,7 +377,7 @@ def test_toy_points_that_seek_disagreement_teach_more_than_points_at_rest():
     adam = torch.optim.Adam(teacher.parameters(), 1e-3)
     for _ in range(8):
         for index in torch.randperm(len(y)).split(100):
-            zskt.update(teacher, adam, F.cross_entropy(teacher(x[index]), y[index]), clip=100)
+            zskt.update(teacher, adam, F.cross_entropy(teacher(x[index]), y[index]), clip_grad=100)
     teacher.requires_grad_(False)
     believed = teacher(x).argmax(1)
     assert (believed == y).float().mean() > 0.93
