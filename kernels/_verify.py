@@ -178,7 +178,7 @@ def _describe_pass(ours, theirs):
             return f"its output differs by {error:.2%}"
 
     if len(ours.found) != len(theirs.found):
-        return f"{len(ours.found)} BatchNorms are measured in place of {len(theirs.found)}"
+        return f"of {len(theirs.found)} BatchNorms it measures {len(ours.found)}"
     for (ours_m, ours_var), (theirs_m, theirs_var) in zip(ours.found, theirs.found, strict=True):
         if ours_var.data_ptr() != theirs_var.data_ptr():
             return "its BatchNorms run in another order"

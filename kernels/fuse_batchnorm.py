@@ -320,7 +320,7 @@ def _rebuild_verified(model, layers, example):
         reason = f"its BatchNorms are measured by hooks, because {problem}"
         watched = Hooked(model, layers, moments, reason)
     if n_outside:
-        outside = f"{n_outside} batch normalisations outside of its BatchNorm layers are unseen"
+        outside = f"batch normalisations outside of its BatchNorm layers ({n_outside}) are unseen"
         watched.reason = f"{watched.reason}; {outside}" if watched.reason else outside
     return watched
 
@@ -330,7 +330,7 @@ def _try_to_rebuild(model, layers, example, expected):
     if example.dtype == torch.float64:
         return None, "the ops compute in fp32 and the example is float64"
     if not any(_is_plain(layer) for layer in layers):
-        return None, f"all are of a class of their own ({_list_classes(layers)})"
+        return None, f"all are of another class ({_list_classes(layers)})"
 
     counter = _verify.find_changed_attribute(expected)
     if counter:
@@ -419,8 +419,8 @@ def _rebuild_by_tracing(model, layers):
 
     if n_measured == 0:
         return Fused(traced, record, "fused")
-    classes = f"are of a class of their own ({_list_classes(layers)}) and measured apart"
-    return Fused(traced, record, "partly fused", f"{n_measured} of its BatchNorms {classes}")
+    others = f"its BatchNorms of another class ({n_measured} {_list_classes(layers)})"
+    return Fused(traced, record, "partly fused", f"{others} are measured apart")
 
 
 def _name_results_of_inplace_ops(traced):

@@ -117,7 +117,7 @@ MUTANTS = [
     Mutant(
         "the check does not count BatchNorms",
         VERIFY,
-        'return f"{len(ours.found)} BatchNorms are measured in place of {len(theirs.found)}"',
+        'return f"of {len(theirs.found)} BatchNorms it measures {len(ours.found)}"',
         'return ""',
     ),
     Mutant(
