@@ -14,8 +14,8 @@
     silu        u sigmoid(u)                    sigmoid(u) (1 + u (1 - sigmoid(u)))
     hardswish   u min(max(u + 3, 0), 6) / 6     0 where u <= -3, 1 where u >= 3, else u / 3 + 1 / 2
 
-Values and slopes are those of torch.nn.functional, at the borders too. The slopes of relu and relu6
-are taken at u rounded to the dtype of y, so they are 0 exactly where y is 0, or 6.
+Values and slopes are those of torch.nn.functional, at the borders too. relu and relu6 take their
+slope at u rounded to the dtype of y: it is 0 exactly where y, as stored, is 0 (or 6 for relu6).
 
 An inversion step (Yin et al., arXiv:1912.08795, eq. 4-6) needs two things of every BatchNorm of a
 frozen teacher: its output in eval mode, and how far the moments of its input are from the running
