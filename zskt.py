@@ -426,7 +426,9 @@ def draw_shots(images, labels, shots, seed):
     chosen = []
     for k in labels.unique():
         of_class = shuffled[labels[shuffled] == k]
-        chosen.append(of_class if shots == -1 else of_class[:shots])
+        if shots != -1:
+            of_class = of_class[:shots]
+        chosen.append(of_class)
     index = torch.cat(chosen)
     return images[index], labels[index]
 
