@@ -213,6 +213,44 @@ def test_watching_leaves_the_teacher_as_it_is(fused):
     assert not any(module._forward_pre_hooks for module in teacher.modules())
 
 
+class CallsTheOriginal(nn.Module):
+    """A copy of it still runs the first layers of what it was copied from."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        self.second = nn.BatchNorm2d(4)
+        self.run_first = lambda x: self.first(x)
+
+    def forward(self, x):
+        return self.second(self.run_first(x)).mean((2, 3))
+
+
+class CannotBeCopied(nn.Module):
+    """Keeps what it computed, with an autograd graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm2d(3)
+        self.kept = torch.ones(1, requires_grad=True) * 2
+
+    def forward(self, x):
+        return self.bn(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+@pytest.mark.parametrize(("make", "n_layers"), [(CallsTheOriginal, 2), (CannotBeCopied, 1)])
+def test_a_teacher_without_a_true_copy_is_watched_itself(make, n_layers, fused):
+    teacher = make().eval().requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8)
+    assert di.copy_network(teacher, x) is teacher
+    watched = di.watch_batchnorms(teacher, x, replace(TINY, fused=fused), "cuda")
+    y, found = watched(x)
+    assert torch.allclose(y, teacher(x), atol=1e-6)
+    assert len(found) == n_layers
+    assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("form", ["js", "released"])
 def test_competition_falls_with_disagreement_and_only_the_released_one_saturates(form):
     args = replace(TINY, student="lenet5", competition=form)
@@ -452,6 +490,14 @@ def one_size(num_classes, image_size):
 
 def without_batchnorm(num_classes, image_size):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * image_size**2, num_classes))
+
+class TanhNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+def derived(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), TanhNorm(4), nn.AdaptiveAvgPool2d(1),
+                         nn.Flatten(), nn.Linear(4, num_classes))
 """
 
 
@@ -489,6 +535,14 @@ def test_a_teacher_is_tried_at_half_resolution_only_where_a_stage_needs_it(capsy
     args = replace(TINY, **describe_own_teacher(tmp_path, "one_size", 16))
     assert "nets.py:one_size" in read_refusal(capsys, di.load_checked_teacher, args, "cpu")
     di.load_checked_teacher(replace(args, iterations_low=0), "cpu")
+
+
+def test_a_line_says_which_batchnorms_are_not_fused(capsys, tmp_path):
+    options = describe_own_teacher(tmp_path, "derived", 8)
+    di.main(replace(TINY, out=str(tmp_path / "run"), **options))
+    lines = capsys.readouterr().out.splitlines()
+    reason = "its BatchNorms are measured by hooks, because all are of another class (TanhNorm)"
+    assert lines.count(f"teacher: {reason}") == 1
 
 
 def test_a_teacher_without_batchnorm_is_refused(capsys, tmp_path):
