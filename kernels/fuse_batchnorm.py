@@ -475,7 +475,8 @@ def _replace_nodes(traced, name, fused, node, addition, end):
     inputs = [node.args[0] if node.args else node.kwargs["input"]]
     if addition is not None:
         left, right = addition.args
-        inputs.append(right if left is node else left)
+        residual = right if left is node else left
+        inputs.append(residual)
 
     # The last of the nodes is where all inputs are known: a residual may come after the BatchNorm.
     last = node if end is None else end

@@ -37,7 +37,7 @@ semnasnet_100 fbnetc_100 hardcorenas_a lcnet_050 tinynet_e mixnet_s ghostnet_100
 repghostnet_050 rexnet_100 efficientnet_b0 efficientnet_lite0 tf_efficientnetv2_b0 starnet_s1
 efficientvit_b0 mobilevit_xxs botnet26t_256 lambda_resnet26t coatnet_nano_rw_224 levit_128s
 efficientformer_l1 fastvit_t8 swiftformer_xs tiny_vit_5m_224 visformer_tiny xcit_nano_12_p16_224
-""".split()
+"""
 SIZES = (64, 128)  # of an image; a network that refuses them gets its own
 TOLERANCES = {"output": 1e-4, "moments": 1e-4, "gradient": 1e-3}
 
@@ -143,7 +143,7 @@ def try_network(name):
 
 def main(names):
     rows = []
-    for name in names or NAMES:
+    for name in names or NAMES.split():
         row = try_network(name)
         rows.append(row)
         print(f"{name}: {row['kind']}, right: {row['right']}, {row['errors']}; {row['reason']}")

@@ -268,6 +268,27 @@ def make_ensemble_speed():
     return f"{format_table(head, rows)}\n\n{note}"
 
 
+def make_architectures():
+    """What fuse_batchnorm makes of timm's networks, from results/architectures.json."""
+    saved = read_json("architectures.json")
+    rows = []
+    for row in saved["rows"]:
+        layers = f"{row['measured']} of {row['batchnorms']}"
+        error = f"{max(row['errors'].values()):.0e}"
+        rows.append([f"`{row['name']}`", layers, row["kind"], error, row["reason"]])
+    head = ["network", "BatchNorms measured", "kind", "largest error", "why not fused"]
+    kinds = [row["kind"] for row in saved["rows"]]
+    counts = [f"{kinds.count(kind)} {kind}" for kind in ("fused", "partly fused", "hooks")]
+    n_wrong = sum(not row["right"] for row in saved["rows"])
+    versions = saved["versions"]
+    where = f"timm {saved['timm']}, torch {versions['torch']}, commit {versions['commit']}"
+    note = (
+        f"{', '.join(counts)}; {n_wrong} wrong. Errors of output, moment loss and image gradient, "
+        f"relative to the largest value. {where}; `results/architectures.json`."
+    )
+    return f"{format_table(head, rows)}\n\n{note}"
+
+
 def make_trace():
     """A short run of zskt.py's paper setting beside the first window of the authors' log."""
     columns = ["loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student"]
@@ -343,6 +364,7 @@ MAKERS = {
     "ensemble_arms_digits": make_generators_digits,
     "ensemble_arms_mnist": make_generators_mnist,
     "ensemble_speed": make_ensemble_speed,
+    "architectures": make_architectures,
     "cpu_ops": make_cpu_ops,
     "cpu_step": make_cpu_step,
     "cpu_pseudo_batch": make_cpu_pseudo_batch,
