@@ -920,7 +920,10 @@ def main(args):
         watched = watch_batchnorms(teacher, sample_example(info, device), args, device)
     if watched.reason and rank == 0:
         print(f"teacher: {watched.reason}")
-    bar = tqdm(total=n_steps, disable=True if rank else None, mininterval=0.5)
+    hidden = None  # only without a terminal
+    if rank > 0:
+        hidden = True
+    bar = tqdm(total=n_steps, disable=hidden, mininterval=0.5)
     synthesis = Synthesis(watched, info, labels, run, bar, world)
     if student is not None:
         advice = "try a smaller --student-batch or --no-fused; on a GPU --no-graph or --no-bf16"

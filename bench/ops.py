@@ -395,7 +395,10 @@ def print_row(row):
     cells = []
     for name in ("eager", "compile", "ours"):
         ms = row.get(f"{name}_ms")
-        cells.append(f"{'-':>9}" if ms is None else f"{ms:9.4f}")
+        cell = f"{'-':>9}"
+        if ms is not None:
+            cell = f"{ms:9.4f}"
+        cells.append(cell)
     cells.append(f"{row['eager_ms'] / row['ours_ms']:6.2f}")
     cells.append(f"{row['percent_of_limit']:6.1f}")
     name = f"{row['op']:18} {row['shape']:28} {row['layout']:14} {row['mode']:8}"

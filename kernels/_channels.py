@@ -177,7 +177,8 @@ def plan(programs, shape, *strides):
     n_rows = math.prod([size for size, _ in rows])
 
     tile, num_warps = _choose_tile(math.prod(shape))
-    block_col = min(triton.next_power_of_2(n_columns), _CHANNEL_BLOCK if inside else tile)
+    widest = _CHANNEL_BLOCK if inside else tile
+    block_col = min(triton.next_power_of_2(n_columns), widest)
     block_row = min(triton.next_power_of_2(n_rows), tile // block_col)
 
     n_channel_programs = 1 if inside else n_channels
@@ -192,6 +193,7 @@ def plan(programs, shape, *strides):
     for i in range(len(strides)):
         row_strides = [stride[i] for _, stride in rows]
         all_strides.append((*row_strides, column_strides[i], channel_strides[i]))
+    n_partials = n_chunks if inside else n_column_tiles * n_chunks
     return Launch(
         grid=(n_channel_programs, n_column_tiles, n_chunks),
         sizes=(n_rows, n_columns, n_channels, rows_per_program, *inner_sizes),
@@ -202,7 +204,7 @@ def plan(programs, shape, *strides):
             "BLOCK_COL": block_col,
             "num_warps": num_warps,
         },
-        n_partials=n_chunks if inside else n_column_tiles * n_chunks,
+        n_partials=n_partials,
     )
 
 
