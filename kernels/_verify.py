@@ -15,12 +15,14 @@ from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# Largest difference relative to the largest value. Rounding alone gives at most a tenth of these
-# with the networks of harness/networks.py: an activation next to a kink may take its other side,
-# which changes a gradient more than an output.
+# Largest difference relative to the largest value. Rounding alone gave at most 2e-6 on a CPU, with
+# the networks of harness/networks.py and 61 others (results/architectures.json). A GPU rounds in
+# other places, and an activation next to a kink may take its other side, which changes a gradient
+# more than an output.
 TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-3
 
@@ -77,6 +79,20 @@ def keep_state(model, device):
                 tensor.detach().copy_(before)
 
 
+@contextlib.contextmanager
+def _forbid_tf32():
+    """Full fp32 precision on GPUs, where TF32 would turn rounding into differences of 1e-3."""
+    ops = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    before = [op.fp32_precision for op in ops]
+    for op in ops:
+        op.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for op, precision in zip(ops, before, strict=True):
+            op.fp32_precision = precision
+
+
 def run_twice(watched, model, example):
     """Results of two passes over the example; the model's state is put back.
 
@@ -88,13 +104,11 @@ def run_twice(watched, model, example):
         model: the user's network, whose state `watched` may change.
         example: images (N, C, H, W).
     """
-    cudnn = torch.backends.cudnn
-    full_precision = cudnn.flags(cudnn.enabled, deterministic=True, allow_tf32=False)
     without_autocast = torch.autocast(example.device.type, enabled=False)
     with contextlib.ExitStack() as stack:
         for network in (model, watched.network):  # a copy has attributes of its own
             stack.enter_context(keep_state(network, example.device))
-        for mode in (full_precision, without_autocast, torch.enable_grad()):
+        for mode in (_forbid_tf32(), without_autocast, torch.enable_grad()):
             stack.enter_context(mode)
         first = _run_once(watched, model, example, _output_loss)
         second = _run_once(watched, model, example, _moment_loss)
@@ -216,12 +230,12 @@ def _measure_moment_error(ours, theirs, running_var):
 
 
 class _NormalisationCounter(TorchDispatchMode):
-    """Counts the batch normalisations by running statistics that run outside of some layers."""
+    """Counts the batch normalisations by running statistics that run outside of BatchNorms."""
 
     def __init__(self):
         super().__init__()
         self.n_outside = 0
-        self.depth = 0  # how many of the layers run, one inside the other
+        self.depth = 0  # how many BatchNorms run, one inside the other
 
     def enter(self, module, inputs):
         self.depth += 1
@@ -238,13 +252,14 @@ class _NormalisationCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_normalisations_outside(model, layers, example):
-    """How many batch normalisations by running statistics run, but in none of the layers."""
+def count_normalisations_outside(model, example):
+    """How many batch normalisations by running statistics run, but in no BatchNorm of the model."""
     counter = _NormalisationCounter()
     hooks = []
-    for layer in layers:
-        hooks.append(layer.register_forward_pre_hook(counter.enter))
-        hooks.append(layer.register_forward_hook(counter.leave))
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            hooks.append(layer.register_forward_pre_hook(counter.enter))
+            hooks.append(layer.register_forward_hook(counter.leave))
     try:
         with keep_state(model, example.device), torch.no_grad(), counter:
             model(example.clone())

@@ -294,7 +294,8 @@ def _choose_layers(caller, model, kinds):
 def _rebuild_unverified(model, layers):
     """The traced network, or a copy where it cannot be traced."""
     try:
-        return _rebuild_by_tracing(model, layers)
+        with _verify.keep_state(model, layers[0].running_mean.device):
+            return _rebuild_by_tracing(model, layers)
     except Exception as error:  # whatever a network's code raises when its values are proxies
         problem = f"tracing by torch.fx fails ({_describe_error(error)})"
     return _rebuild_by_copying(model, layers, problem)
@@ -314,7 +315,7 @@ def _rebuild_verified(model, layers, example):
         )
 
     watched, problem = _try_to_rebuild(model, layers, example, expected)
-    n_outside = _verify.count_normalisations_outside(model, layers, example)
+    n_outside = _verify.count_normalisations_outside(model, example)
     if watched is None:
         moments = bn_moments_ref if example.dtype == torch.float64 else bn_moments
         reason = f"its BatchNorms are measured by hooks, because {problem}"
@@ -385,6 +386,17 @@ class _Tracer(fx.Tracer):
     def __init__(self, layers):
         super().__init__()
         self.layers = layers
+        self.device_type = next(iter(layers)).running_mean.device.type
+
+    def trace(self, root):
+        # In a region of autocast, so that a region without it inside of forward shows.
+        with torch.autocast(self.device_type, torch.bfloat16):
+            return super().trace(root)
+
+    def create_node(self, *args, **kwargs):
+        if not torch.is_autocast_enabled(self.device_type):
+            raise fx.proxy.TraceError("torch.fx drops torch.autocast")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, module, name):
         return module in self.layers or super().is_leaf_module(module, name)

@@ -129,6 +129,15 @@ class StopsGradient(Base):
         return super().forward(x - brightness)
 
 
+class WithoutAutocast(Base):
+    """A part that stays in fp32 where the rest runs in half precision."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            x = self.bn1(self.conv1(x.float()))
+        return self.linear(F.relu(self.bn2(self.conv2(F.relu(x)))).mean((2, 3)))
+
+
 class RoundStraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -340,6 +349,7 @@ NETWORKS = [
     (ByKeyword, "fused"),
     (Outside, "fused"),
     (StopsGradient, "partly fused"),
+    (WithoutAutocast, "partly fused"),
     (StraightThrough, "partly fused"),
     (ListOrTensor, "partly fused"),
     (AssertsShape, "partly fused"),
