@@ -40,8 +40,8 @@ from tqdm import tqdm
 import kernels
 from harness.data import evaluate, load_real_images, normalise
 from harness.images import augment, to_uint8
-from harness.load import find_dataset, load_student, load_teacher, make_info
-from harness.networks import compute_last_features
+from harness.load import choose_preset_by_dataset, load_student, load_teacher, make_info
+from harness.networks import compute_last_features, sample_example
 from harness.pictures import draw_classes
 from harness.run import (
     MethodOptions,
@@ -74,7 +74,8 @@ class Args(MethodOptions):
     out: str = "runs/generative_ensemble/default"
     """Output folder."""
     ensemble: str = ""
-    """A saved ensemble.pt that teaches another student: no generator is trained."""
+    """A saved ensemble.pt that teaches another student: no generator is trained. The file replaces
+    --generators, --latent, --width, --stages and --bn."""
     sample: int = 0
     """Only write samples.png into --out: about so many images of --ensemble (or of --out's)."""
 
@@ -167,13 +168,8 @@ PRESETS = {
 
 
 def choose_preset(teacher, dataset):
-    """The preset of the real images, else of the teacher's data set; the default run is digits."""
-    if dataset in PRESETS:
-        return dataset
-    if not teacher:
-        return "digits"
-    name = find_dataset(teacher)
-    return name if name in PRESETS else "cifar10"
+    """The name of the preset that follows from --teacher and --dataset."""
+    return choose_preset_by_dataset(PRESETS, teacher, dataset)
 
 
 def shrink(args):
@@ -376,14 +372,6 @@ def watch_batchnorm(teacher, n_generators, args, example=None):
         watched.close()
 
 
-def sample_example(ensemble):
-    """Four images of noise to compare networks with; no other random number depends on them."""
-    sizes = ensemble.sizes
-    shape = (4, sizes.channels, sizes.image_size, sizes.image_size)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    return x.to(ensemble.dense.device, memory_format=torch.channels_last)
-
-
 def pool_moments(moments):
     """Moments (2, P, C) of equally large parts -> (2, 1, C) of all, by the law of total variance.
 
@@ -484,7 +472,8 @@ def generator_step(ensemble, observe, optimizer, args):
     bn = moment_loss(moments, running_var, sizes, args)
     loss = ce + args.alpha_bn * bn
 
-    # Own moments: each generator gets the gradient of its own loss, not of a mean over all.
+    # ce and own moments are means over the P generators. Times P, each generator gets the gradient
+    # of its own loss, as if it trained alone.
     P = moments.shape[1]
     optimizer.zero_grad()
     (P * loss).backward()
@@ -532,7 +521,7 @@ def train_generators(ensemble, teacher, optimizer, run, done):
     hidden = run.rank > 0 or None  # None: hidden where there is no terminal
     bar = tqdm(total=args.steps, initial=done, disable=hidden, mininterval=0.5, desc="generators")
 
-    example = sample_example(ensemble)
+    example = sample_example(ensemble.sizes, device)
     with watch_batchnorm(teacher, len(ensemble.dense), args, example) as observe:
 
         def train_once():
@@ -792,8 +781,8 @@ def fit_sizes(args, info):
 
 
 def load_trained_ensemble(args, info, device):
-    """The Ensemble of --ensemble, and args with its sizes; info is of the teacher."""
-    ensemble, its_info, _ = load_ensemble(args.ensemble, device)
+    """The Ensemble of --ensemble, and args with its sizes and mode; info is of the teacher."""
+    ensemble, its_info, saved = load_ensemble(args.ensemble, device)
     for name in ("num_classes", "image_size", "mean", "std"):
         its = getattr(its_info, name)
         ours = getattr(info, name)
@@ -807,6 +796,7 @@ def load_trained_ensemble(args, info, device):
         latent=sizes.latent,
         width=sizes.width,
         stages=sizes.stages,
+        bn=saved["bn"],
     )
     return ensemble, args
 
