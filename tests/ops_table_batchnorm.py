@@ -87,7 +87,7 @@ SHAPES = {
         "layout": "channels_last",
         "dtype": HALF,
     },
-    "resnet20-layer1-bf16": {"shape": (8, 16, 32, 32), "dtype": BFLOAT},
+    "resnet20-layer1-bf16": {"shape": (2, 16, 32, 32), "dtype": BFLOAT},
     "resnet20-layer3": {"shape": (8, 64, 8, 8), "layout": "channels_last"},
 }
 

@@ -92,11 +92,18 @@ def run_batchnorm_ops():
         (y.sum() + kernels.moment_distance(moments, torch.ones(C), (C,))).backward()
 
     x = images((64, 96, 56, 56), BFLOAT, NHWC)
+    residual = images((64, 96, 56, 56), BFLOAT, NHWC)
     vectors = [torch.ones(96)] * 4
-    for activation in ("none", "relu6", "silu", "hardswish"):
-        for residual in (None, images((64, 96, 56, 56), BFLOAT, NHWC)):
-            options = {"residual": residual, "activation": activation}
-            kernels.bn_act_moments(x, *vectors, **options)[0].sum().backward()
+    for activation, added in (
+        ("none", None),
+        ("none", residual),
+        ("relu6", None),
+        ("silu", None),
+        ("silu", residual),
+        ("hardswish", residual),
+    ):
+        options = {"residual": added, "activation": activation}
+        kernels.bn_act_moments(x, *vectors, **options)[0].sum().backward()
 
 
 def run_image_ops():
