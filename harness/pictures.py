@@ -44,8 +44,37 @@ def draw_rows(rows, file, columns=10):
     sheet.save(file, format="PNG")
 
 
+def draw_tiles(titles, images, file, columns=5):
+    """Write a PNG of images with a title below each, in rows of `columns`.
+
+    Args:
+        titles: N strings.
+        images: (N, C, H, W) uint8.
+        file: path or file object.
+
+    >>> import io
+    >>> draw_tiles(["a", "b"], torch.zeros(2, 3, 8, 8, dtype=torch.uint8), io.BytesIO())
+    """
+    from PIL import Image, ImageDraw
+
+    size = images.shape[-1]
+    tile = size * max(1, TILE // size)
+    width = tile + 4
+    height = tile + 18  # of which 14 pixels for the title
+    n_rows = -(-len(images) // columns)
+    sheet = Image.new("RGB", (columns * width, n_rows * height), "white")
+    text = ImageDraw.Draw(sheet)
+    for i, pixels in enumerate(to_rgb(images)):
+        row, column = divmod(i, columns)
+        image = Image.fromarray(pixels.numpy())
+        image = image.resize((tile, tile), Image.Resampling.NEAREST)
+        sheet.paste(image, (column * width, row * height))
+        text.text((column * width + 2, row * height + tile + 2), titles[i], fill="black")
+    sheet.save(file, format="PNG")
+
+
 def draw_classes(images, labels, names, file, columns=10, rows=10):
-    """Write a PNG of images by class, one row a class.
+    """Write a PNG of images by class: one row a class; or tiles if each class has one large image.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -58,10 +87,16 @@ def draw_classes(images, labels, names, file, columns=10, rows=10):
     >>> images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
     >>> draw_classes(images, torch.tensor([0, 1, 0, 7]), ["zero"], io.BytesIO())
     """
-    sheet = []
-    for k in labels.unique()[:rows].tolist():
-        title = names[k] if k < len(names) else f"class {k}"
-        sheet.append((title, images[labels == k]))
+
+    def get_title(k):
+        return names[k] if k < len(names) else f"class {k}"
+
+    classes = labels.unique()
+    if len(classes) == len(labels) and images.shape[-1] > TILE:
+        shown = labels[: columns * rows].tolist()
+        draw_tiles([get_title(k) for k in shown], images[: len(shown)], file)
+        return
+    sheet = [(get_title(k), images[labels == k]) for k in classes[:rows].tolist()]
     draw_rows(sheet, file, columns)
 
 

@@ -69,6 +69,15 @@ def test_each_class_has_a_row_of_its_images(n_channels):
     assert red.tolist() == [[90, 255, 255], [190, 255, 255], [40, 140, 255]]
 
 
+def test_large_images_of_a_class_each_stand_in_tiles_in_their_order():
+    labels = torch.arange(12).flip(0)
+    images = labels.view(12, 1, 1, 1).expand(12, 1, 100, 100).to(torch.uint8)
+    picture = read_picture(draw_classes, images, labels, ["zero"])
+    assert picture.shape[:2] == (3 * 118, 5 * 104)  # rows of five, a title below each
+    assert picture[50::118, 50::104, 0].flatten().tolist() == [*range(11, -1, -1), 255, 255, 255]
+    assert (picture[100:118, :100] < 255).any()  # a title
+
+
 def test_the_lowest_classes_are_shown_where_there_are_too_many():
     labels = torch.arange(20).flip(0)
     images = labels.view(20, 1, 1, 1).expand(20, 1, 8, 8).to(torch.uint8)
