@@ -1,10 +1,11 @@
-"""Try `fuse_batchnorm` on networks of timm, with random weights.
+"""Try `fuse_batchnorm` on networks of torchvision and timm, with random weights.
 
-    python results/architectures.py [NAME …]
+    python results/architectures.py [LIBRARY/NAME …]
 
 For each network: how many of its BatchNorms are measured, what they become, and how far the
 output, the moment loss and its image gradient are from those of plain hooks on the network itself.
-Writes results/architectures.json; without arguments it takes all of NAMES, some minutes on a CPU.
+Writes results/architectures.json; without arguments it takes all of TORCHVISION and TIMM, some
+minutes on a CPU.
 """
 
 import json
@@ -22,12 +23,38 @@ sys.path.insert(0, str(ROOT))
 import kernels  # noqa: E402
 from harness.run import describe_machine  # noqa: E402
 
-try:
-    import timm
-except ImportError:
-    sys.exit("results/architectures.py: it needs timm; pip install timm")
+OPERATORS = torch.library.Library("torchvision", "FRAGMENT")
 
-NAMES = """
+
+def import_torchvision():
+    """Import torchvision, also where its compiled operators do not load.
+
+    They load beside one build of PyTorch alone. Without them the import stops where it describes
+    two operators that no classifier calls. We declare these two and import again.
+    """
+    try:
+        import torchvision
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            OPERATORS.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+    return torchvision
+
+
+try:
+    torchvision = import_torchvision()
+    import timm
+except ImportError as error:
+    sys.exit(f"results/architectures.py: it needs torchvision and timm ({error}); pip install timm")
+
+# The quantized_ ones are the floating-point networks that are made to be quantised later.
+TORCHVISION = """
+resnet18 DataParallel(resnet18) quantized_resnet18 resnet50 resnext50_32x4d wide_resnet50_2 vgg11_bn
+densenet121 googlenet inception_v3 mobilenet_v2 quantized_mobilenet_v2 mobilenet_v3_small
+mobilenet_v3_large mnasnet1_0 shufflenet_v2_x1_0 efficientnet_b0 efficientnet_v2_s regnet_x_400mf
+regnet_y_400mf maxvit_t
+"""
+TIMM = """
 resnet18 resnet50 resnext50_32x4d wide_resnet50_2 seresnet50 skresnet18 ecaresnet26t resnest14d
 res2net50_26w_4s gernet_s densenet121 vgg11_bn dla34 dpn68 hrnet_w18_small darknet53 cspresnet50
 cspdarknet53 ese_vovnet19b_dw selecsls42b inception_v3 inception_v4 inception_resnet_v2
@@ -38,14 +65,23 @@ repghostnet_050 rexnet_100 efficientnet_b0 efficientnet_lite0 tf_efficientnetv2_
 efficientvit_b0 mobilevit_xxs botnet26t_256 lambda_resnet26t coatnet_nano_rw_224 levit_128s
 efficientformer_l1 fastvit_t8 swiftformer_xs tiny_vit_5m_224 visformer_tiny xcit_nano_12_p16_224
 """
-SIZES = (64, 128)  # of an image; a network that refuses them gets its own
+SIZES = (64, 128, 224, 256)  # of an image; a network gets the smallest that it takes
 TOLERANCES = {"output": 1e-4, "moments": 1e-4, "gradient": 1e-3}
 
 
-def make_network(name):
+def build_network(library, name):
+    if library == "timm":
+        return timm.create_model(name, pretrained=False)
+    if name.startswith("DataParallel("):
+        inner = name.removeprefix("DataParallel(").removesuffix(")")
+        return nn.DataParallel(build_network(library, inner))
+    return torchvision.models.get_model(name, weights=None)
+
+
+def make_network(library, name):
     """A frozen network with statistics that its inputs miss."""
     torch.manual_seed(0)
-    network = timm.create_model(name, pretrained=False)
+    network = build_network(library, name)
     for layer in network.modules():
         if isinstance(layer, _BatchNorm) and layer.running_mean is not None:
             layer.running_mean.normal_(0, 0.3)
@@ -58,14 +94,13 @@ def make_network(name):
 
 def find_images(network):
     """Two random images of the smallest size that the network takes."""
-    own = network.default_cfg["input_size"][-1]
-    for size in (*SIZES, own):
+    for size in SIZES:
         x = torch.randn((2, 3, size, size), generator=torch.Generator().manual_seed(0))
         try:
             with torch.no_grad():
                 network(x)
         except Exception:  # whatever a network raises for a size that it does not take
-            if size == own:
+            if size == SIZES[-1]:
                 raise
         else:
             return x
@@ -107,9 +142,9 @@ def watch_fused(watched, x):
     return y.detach(), len(found), loss, gradient
 
 
-def try_network(name):
+def try_network(library, name):
     """A row of the table."""
-    network = make_network(name)
+    network = make_network(library, name)
     x = find_images(network)
     y, n_layers, loss, gradient = watch_by_hand(network, x)
 
@@ -129,6 +164,7 @@ def try_network(name):
     errors = {key: float(f"{error.item():.1e}") for key, error in errors.items()}
     is_right = all(errors[key] <= tolerance for key, tolerance in TOLERANCES.items())
     return {
+        "library": library,
         "name": name,
         "image_size": x.shape[-1],
         "batchnorms": n_layers,
@@ -141,15 +177,18 @@ def try_network(name):
     }
 
 
-def main(names):
+def main(chosen):
+    names = [f"torchvision/{name}" for name in TORCHVISION.split()]
+    names += [f"timm/{name}" for name in TIMM.split()]
     rows = []
-    for name in names or NAMES.split():
-        row = try_network(name)
+    for name in chosen or names:
+        row = try_network(*name.split("/"))
         rows.append(row)
         print(f"{name}: {row['kind']}, right: {row['right']}, {row['errors']}; {row['reason']}")
-    saved = {"timm": timm.__version__, **describe_machine("cpu"), "rows": rows}
-    if names:
+    if chosen:
         return
+    libraries = {"torchvision": torchvision.__version__, "timm": timm.__version__}
+    saved = {**libraries, **describe_machine("cpu"), "rows": rows}
     path = ROOT / "results/architectures.json"
     path.write_text(json.dumps(saved, indent=1) + "\n")
     print(f"wrote {path.name}")

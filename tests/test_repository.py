@@ -93,7 +93,10 @@ OWN_PACKAGES = {
     "results": {"harness", "kernels", *(path.stem for path in SCRIPTS)},
 }
 # packages that are not in requirements.txt; who imports them says what to install
-OPTIONAL = {"harness/load.py": {"safetensors"}, "results/architectures.py": {"timm"}}
+OPTIONAL = {
+    "harness/load.py": {"safetensors"},
+    "results/architectures.py": {"timm", "torchvision"},
+}
 
 
 @each(CODE)
