@@ -44,14 +44,17 @@ def make_layer_arguments(
     return args
 
 
-def make_distances(device, sizes, weights=None):
+def make_distances(device, sizes, weights=None, form="norms", eps=None):
     moments = random_tensor((2, sum(sizes)), device)
+    moments[1] = moments[1].abs()
     running_var = random_tensor((sum(sizes),), device, seed=1).abs() + 0.5
     return {
         "moments": moments,
         "running_var": running_var,
         "sizes": sizes,
         "weights": weights,
+        "form": form,
+        "eps": eps,
     }
 
 
@@ -311,10 +314,21 @@ MOMENT_DISTANCE = Op(
         "resnet50": {"sizes": (64, 2048, 7)},
         "weights": {"sizes": (3, 5, 40), "weights": (10.0, 1.0, 0.5)},
         "weight-zero": {"sizes": (3, 5, 40), "weights": (10, 1, 0)},
+        "relative-one-value": {"sizes": (1,), "form": "relative"},
+        "relative-odd": {"sizes": (3, 5, 1), "form": "relative", "weights": (10.0, 1.0, 0.5)},
+        "relative-block+-1": {"sizes": (511, 512, 513), "form": "relative"},
+        "relative-resnet50": {"sizes": (64, 2048, 7), "form": "relative"},
+        "kl-one-value": {"sizes": (1,), "form": "kl"},
+        "kl-odd": {"sizes": (3, 5, 1), "form": "kl", "weights": (10.0, 1.0, 0.5)},
+        "kl-eps": {"sizes": (3, 5, 1), "form": "kl", "eps": (1e-3, 1e-5, 10.0)},
+        "kl-block+-1": {"sizes": (511, 512, 513), "form": "kl"},
+        "kl-resnet50": {"sizes": (64, 2048, 7), "form": "kl"},
     },
     gradcheck={
         "equal-weights": {"sizes": (3, 2)},
         "weights": {"sizes": (3, 2), "weights": (10.0, 0.5)},
+        "relative": {"sizes": (3, 2), "weights": (10.0, 0.5), "form": "relative"},
+        "kl": {"sizes": (3, 2), "weights": (10.0, 0.5), "form": "kl", "eps": (1e-3, 0.1)},
     },
     refused={
         "half": ({"moments": MOMENTS.half()}, ValueError, "float32, got torch.float16 of strides"),
@@ -331,6 +345,10 @@ MOMENT_DISTANCE = Op(
             "weights to be a tuple, got list",
         ),
         "weights-short": ({"weights": (1.0,)}, ValueError, r"expected 3 weights, got \(1.0,\)"),
+        "eps-number": ({"eps": 1e-3}, TypeError, "expected eps to be a tuple, got float"),
+        "eps-short": ({"eps": (1e-3,)}, ValueError, r"expected 3 eps, got \(0.001,\)"),
+        "eps-zero": ({"eps": (1.0, 0.0, 1.0)}, ValueError, "expected eps > 0"),
+        "form": ({"form": "cosine"}, ValueError, "form in norms, relative, kl, got 'cosine'"),
         "devices": ({"running_var": torch.ones(9, device="meta")}, ValueError, "one device"),
     },
 )

@@ -3,14 +3,12 @@
 from wrong import Mutant
 
 FILE = "moment_distance.py"
-LOAD = "distance = load_distances(moments_ptr, running_var_ptr, row, offs, mask, n_channels)"
-
 MUTANTS = [
     Mutant(
         "squared norms",
         FILE,
-        "norm = tl.sqrt(tl.sum(total, 0))",
-        "norm = tl.sum(total, 0)",
+        "value = tl.sqrt(tl.sum(total, 0))",
+        "value = tl.sum(total, 0)",
     ),
     Mutant(
         "squares accumulated in fp16",
@@ -21,20 +19,20 @@ MUTANTS = [
     Mutant(
         "a layer reads on into the next",
         FILE,
-        f"mask = offs < end\n        {LOAD}\n        total",
-        f"mask = offs < n_channels\n        {LOAD}\n        total",
+        "mask = offs < end\n        moment, distance",
+        "mask = offs < n_channels\n        moment, distance",
     ),
     Mutant(
         "running variance subtracted from the means",
         FILE,
-        "mask=mask & (row == 1)",
-        "mask=mask",
+        "tl.where(row == 1, stored, 0.0)",
+        "stored",
     ),
     Mutant(
         "weights ignored",
         FILE,
-        "norm * tl.load(weights_ptr + layer)",
-        "norm",
+        "value * tl.load(weights_ptr + layer)",
+        "value",
     ),
     Mutant(
         "weights ignored in the gradient",
@@ -51,13 +49,49 @@ MUTANTS = [
     Mutant(
         "gradient of a norm at zero",
         FILE,
-        "scale = tl.where(norm == 0.0, 0.0, grad / tl.where(norm == 0.0, 1.0, norm))",
-        "scale = grad / norm",
+        "scale = tl.where(divisor == 0.0, 0.0, grad / tl.where(divisor == 0.0, 1.0, divisor))",
+        "scale = grad / divisor",
     ),
     Mutant(
         "gradient of a norm at zero on the CPU",
         FILE,
-        "norms.masked_fill(norms == 0, torch.inf)",
-        "norms",
+        "divisors.masked_fill(divisors == 0, torch.inf)",
+        "divisors",
+    ),
+    Mutant(
+        "relative to the norm of the running variance in both rows",
+        FILE,
+        "size += tl.where(row == 0, stored, stored * stored)",
+        "size += stored * stored",
+    ),
+    Mutant(
+        "relative distances with the gradient of the norms",
+        FILE,
+        "divisor = value * unit",
+        "divisor = value",
+    ),
+    Mutant(
+        "kl summed over channels",
+        FILE,
+        "divisor = (2 * (end - begin)).to(tl.float32)",
+        "divisor = 2.0",
+    ),
+    Mutant(
+        "one eps for all layers",
+        FILE,
+        "eps = tl.load(eps_ptr + layer)\n    total",
+        "eps = 1e-5\n    total",
+    ),
+    Mutant(
+        "one eps for all layers in the gradient",
+        FILE,
+        "eps = tl.load(eps_ptr + layer)\n    divisor",
+        "eps = 1e-5\n    divisor",
+    ),
+    Mutant(
+        "the wrong direction of the divergence",
+        FILE,
+        "slope / (moment + eps)",
+        "slope / (stored + eps)",
     ),
 ]
