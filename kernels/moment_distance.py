@@ -180,18 +180,21 @@ _META = {"BLOCK": 512, "num_warps": 4}
 def _describe_layers(sizes, weights, eps, device):
     """The layers' weights (L,), eps (L,), where each begins (L + 1,); each channel's layer (C,).
 
-    The tensors are made once: a CUDA graph may not copy them from the host.
+    The tensors are made once: a CUDA graph may not copy them from the host. They are made of python
+    numbers, which torch.compile can follow.
     """
-    lengths = torch.tensor([0, *sizes])
-    layer_of_channel = torch.repeat_interleave(torch.arange(len(sizes)), lengths[1:])
+    layer_of_channel = []
+    offsets = [0]
+    for layer, size in enumerate(sizes):
+        layer_of_channel += [layer] * size
+        offsets.append(offsets[-1] + size)
     layer_weights = torch.ones(len(sizes))
     if weights is not None:
         layer_weights = torch.tensor(weights, dtype=torch.float32)
     layer_eps = torch.full((len(sizes),), 1e-5)
     if eps is not None:
         layer_eps = torch.tensor(eps, dtype=torch.float32)
-    offsets = lengths.cumsum(0)
-    tensors = layer_weights, layer_eps, offsets, layer_of_channel
+    tensors = layer_weights, layer_eps, torch.tensor(offsets), torch.tensor(layer_of_channel)
     return tuple(tensor.to(device) for tensor in tensors)
 
 

@@ -130,3 +130,19 @@ def test_is_the_sum_of_the_layers_losses(backend, device):
     running_var = torch.cat([var for _, var in running])
     distance = kernels.moment_distance(torch.cat(moments, 1), running_var, (3, 8))
     assert distance.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*lru_cache")
+@pytest.mark.parametrize("form", ["norms", "relative", "kl"])
+def test_torch_compile_makes_one_graph_on_a_cpu(form, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    args = make_distances("cpu", (5, 4), form=form, weights=(2.0, 1.0))
+
+    def differentiate(distance):
+        moments = args["moments"].clone().requires_grad_()
+        distance(**{**args, "moments": moments}).backward()
+        return moments.grad
+
+    compiled = torch.compile(kernels.moment_distance, fullgraph=True, backend="aot_eager")
+    expected = differentiate(kernels.moment_distance)
+    torch.testing.assert_close(differentiate(compiled), expected)
