@@ -269,21 +269,26 @@ def make_ensemble_speed():
 
 
 def make_architectures():
-    """What fuse_batchnorm makes of timm's networks, from results/architectures.json."""
+    """What fuse_batchnorm makes of others' networks, from results/architectures.json."""
     saved = read_json("architectures.json")
     rows = []
     for row in saved["rows"]:
         layers = f"{row['measured']} of {row['batchnorms']}"
         error = f"{max(row['errors'].values()):.0e}"
-        rows.append([f"`{row['name']}`", layers, row["kind"], error, row["reason"]])
+        network = f"{row['library']} `{row['name']}`"
+        rows.append([network, layers, row["kind"], error, row["reason"]])
     head = ["network", "BatchNorms measured", "kind", "largest error", "why not fused"]
-    kinds = [row["kind"] for row in saved["rows"]]
-    counts = [f"{kinds.count(kind)} {kind}" for kind in ("fused", "partly fused", "hooks")]
+    counts = []
+    for library in ("torchvision", "timm"):
+        kinds = [row["kind"] for row in saved["rows"] if row["library"] == library]
+        sizes = [f"{kinds.count(kind)} {kind}" for kind in ("fused", "partly fused", "hooks")]
+        counts.append(f"{library}: {', '.join(sizes)}")
     n_wrong = sum(not row["right"] for row in saved["rows"])
     versions = saved["versions"]
-    where = f"timm {saved['timm']}, torch {versions['torch']}, commit {versions['commit']}"
+    libraries = f"torchvision {saved['torchvision']}, timm {saved['timm']}"
+    where = f"{libraries}, torch {versions['torch']}, commit {versions['commit']}"
     note = (
-        f"{', '.join(counts)}; {n_wrong} wrong. Errors of output, moment loss and image gradient, "
+        f"{'; '.join(counts)}; {n_wrong} wrong. Errors of output, moment loss and image gradient, "
         f"relative to the largest value. {where}; `results/architectures.json`."
     )
     return f"{format_table(head, rows)}\n\n{note}"
