@@ -105,6 +105,8 @@ class Args(MethodOptions):
     """Of the learning rate, restarted in each stage; cosine: warm-up, then to zero."""
     warmup: int = 10
     """Steps of linear warm-up, at most a quarter of the stage."""
+    moments: Literal["l2", "relative", "kl"] = "l2"
+    """Distance of a layer's moments from the stored ones: moment_loss; l2: the paper's."""
     alpha_bn: float = 1.0
     """Weight of R_feature (released flag: r_feature)."""
     first_bn: float = 10.0
@@ -239,20 +241,25 @@ class Target:
     """The student that the images compete with, frozen and in eval mode; None: no competition."""
 
 
-def moment_loss(found, args):
+def moment_loss(found, eps, args):
     """R_feature, eq. 4: how far a batch's moments are from those that the teacher stored.
 
     The stored ones stand for the training data's expectations (eq. 5 and 6).
 
-        R_feature(x) = sum_l w_l ( || mean_l(x) - running_mean_l ||_2
-                                 + || var_l(x)  - running_var_l  ||_2 )
+        R_feature(x) = sum_l w_l d_l
+        l2:        d_l = || mean_l(x) - running_mean_l ||_2 + || var_l(x) - running_var_l ||_2
+        relative:  the same with the norms divided by || sqrt(running_var_l) ||_2 and
+                   || running_var_l ||_2
+        kl:        d_l = mean over channels of KL( N(mean_l(x), var_l(x)) ||
+                                                   N(running_mean_l, running_var_l) )
 
-    The norms are not squared and the variances are biased. w_l is 1, but first_bn for the layer
-    that runs first.
+    `l2` is the paper's. They are not squared, and the variances are biased. The others are ours.
+    w_l is 1, but first_bn for the layer that runs first.
 
     Args:
         found: [(moments (2, C), running_var (C,)), …] of the layers l as they run. Row 0 of the
             moments is mean_l - running_mean_l already, row 1 is var_l.
+        eps: of each layer, which `kl` adds to both variances.
 
     Returns:
         () fp32.
@@ -262,7 +269,7 @@ def moment_loss(found, args):
     sizes = tuple(len(running_var) for _, running_var in found)
     weights = (args.first_bn, *[1.0] * (len(found) - 1))
     distance = kernels.moment_distance if args.fused else kernels.moment_distance_ref
-    return distance(moments, running_var, sizes, weights)
+    return distance(moments, running_var, sizes, weights, args.moments, eps)
 
 
 def competition_loss(t_logits, s_logits, args):
@@ -309,7 +316,7 @@ def synthesis_loss(x, move, target, args):
         t_logits, found = target.watched(view)  # (N, K)
     terms = {
         "ce": F.cross_entropy(t_logits.float(), target.labels),
-        "bn": moment_loss(found, args),
+        "bn": moment_loss(found, target.watched.eps, args),
         "tv_l1": tv_l1,
         "tv_l2": tv_l2,
         "l2": l2,

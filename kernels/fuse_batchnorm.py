@@ -62,11 +62,12 @@ class Record:
 
     def __init__(self):
         self.entries = None  # a list while a forward pass runs
+        self.eps = ()  # of the layers, in the order of the latest forward pass
 
-    def add(self, place, moments, running_var):
+    def add(self, place, moments, running_var, eps):
         # Gradient checkpointing runs layers again in the backward pass: these are not recorded.
         if self.entries is not None:
-            self.entries.append((place, moments, running_var))
+            self.entries.append((place, moments, running_var, eps))
 
     def run(self, network, x):
         """The network's output, and [(moments (2, C), running_var (C,)), …] as its layers run."""
@@ -76,7 +77,8 @@ class Record:
             entries = sorted(self.entries, key=lambda entry: entry[0])
         finally:
             self.entries = None  # nothing may keep the autograd graph of a step that is over
-        return y, [(moments, running_var) for _, moments, running_var in entries]
+        self.eps = tuple(eps for _, _, _, eps in entries)
+        return y, [(moments, running_var) for _, moments, running_var, _ in entries]
 
 
 class FusedBatchNorm(nn.Module):
@@ -96,6 +98,7 @@ class FusedBatchNorm(nn.Module):
         affine = fold_constants(weight, bias, bn.running_mean, bn.running_var, bn.eps)
         self.register_buffer("affine", affine)
         self.register_buffer("running_var", bn.running_var.detach())
+        self.eps = bn.eps
         self.activation = activation
         self.record = record
         self.place = place
@@ -108,7 +111,7 @@ class FusedBatchNorm(nn.Module):
             y = y + residual
             if self.activation != "none":
                 y = getattr(F, self.activation)(y)
-        self.record.add(self.place, moments, self.running_var)
+        self.record.add(self.place, moments, self.running_var, self.eps)
         return y
 
 
@@ -123,7 +126,7 @@ class MeasuredBatchNorm(nn.Module):
 
     def forward(self, *args, **kwargs):
         moments = _measure_input(self.bn, args, kwargs, bn_moments)
-        self.record.add(self.place, moments, self.bn.running_var)
+        self.record.add(self.place, moments, self.bn.running_var, self.bn.eps)
         return self.bn(*args, **kwargs)
 
 
@@ -155,6 +158,11 @@ class Fused(nn.Module):
         """The network's output, and [(moments (2, C), running_var (C,)), …] as its layers run."""
         return self.record.run(self.network, x)
 
+    @property
+    def eps(self):
+        """eps of the layers, a tuple in the order of the moments of the latest call."""
+        return self.record.eps
+
     def close(self):
         """Do nothing: no hooks lie on the original. `Hooked` has some to remove."""
 
@@ -178,10 +186,15 @@ class Hooked:
         if self.record.entries is None and not torch.is_grad_enabled():
             return  # somebody else evaluates the network
         moments = _measure_input(module, args, kwargs, self.moments)
-        self.record.add(0, moments, module.running_var)
+        self.record.add(0, moments, module.running_var, module.eps)
 
     def __call__(self, x):
         return self.record.run(self.network, x)
+
+    @property
+    def eps(self):
+        """eps of the layers, a tuple in the order of the moments of the latest call."""
+        return self.record.eps
 
     def close(self):
         """Remove the hooks from the network."""
@@ -238,7 +251,8 @@ def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):
         Fused or Hooked: called with x it returns (model(x), [(moments, running_var), …]) in the
             order in which the model's layers run. moments (2, C) are those of `bn_act_moments`:
             mean less running mean, and variance. Its attribute `kind` is one of the three above,
-            and `reason` says why it is not the first one. A warning says so too.
+            and `reason` says why it is not the first one. A warning says so too. `eps` holds those
+            of the layers in the order of the latest call.
 
     Raises:
         TypeError: the example is no tensor.

@@ -4,18 +4,18 @@
     m    = mean - running_mean, v the variance, s = running_var of layer l: (C_l,) each
 
     form      d_l
-    norms     ||m||_2 + ||v - s||_2
+    l2        ||m||_2 + ||v - s||_2
     relative  ||m||_2 / sqrt(sum_c s) + ||v - s||_2 / ||s||_2
     kl        mean_c KL(N(mean, v) || N(running_mean, s)), both variances with the layer's eps added
               = mean_c (m^2 / (s + eps) + t - ln(1 + t)) / 2,   t = (v - s) / (s + eps)
 
     form      gradient in m                         gradient in v
-    norms     m / ||m||                             (v - s) / ||v - s||
+    l2        m / ||m||                             (v - s) / ||v - s||
     relative  m / (||m|| sqrt(sum_c s))             (v - s) / (||v - s|| ||s||)
     kl        m / (C_l (s + eps))                   (v - s) / (2 C_l (s + eps) (v + eps))
               times g w_l; 0 where a norm is 0
 
-`norms` is Yin et al., "Dreaming to Distill", arXiv:1912.08795, eq. 4, where w_l = 1; the released
+`l2` is Yin et al., "Dreaming to Distill", arXiv:1912.08795, eq. 4, where w_l = 1; the released
 code has w_0 = 10 on ImageNet. The norms are not squared and not divided by C_l, as in the released
 code. Their size depends on the network: a layer of large variances outweighs all others. `relative`
 and `kl` have no unit, so that one weight of the loss serves many networks; both are ours.
@@ -34,10 +34,10 @@ import torch
 from kernels import _common
 from kernels._common import tl, triton
 
-FORMS = "norms", "relative", "kl"
+FORMS = "l2", "relative", "kl"
 
 
-def moment_distance_ref(moments, running_var, sizes, weights=None, form="norms", eps=None):
+def moment_distance_ref(moments, running_var, sizes, weights=None, form="l2", eps=None):
     """The definition in plain PyTorch: see moment_distance. float64 stays float64."""
     if weights is None:
         weights = [1.0] * len(sizes)
@@ -289,10 +289,10 @@ class _MomentDistance(torch.autograd.Function):
         return dmoments, None, None, None, None, None
 
 
-def moment_distance(moments, running_var, sizes, weights=None, form="norms", eps=None):
+def moment_distance(moments, running_var, sizes, weights=None, form="l2", eps=None):
     """Distance of the batch moments of all layers from their running statistics: R_feature.
 
-    norms:     sum_l weights_l (||mean_l - running_mean_l||_2 + ||var_l - running_var_l||_2)
+    l2:        sum_l weights_l (||mean_l - running_mean_l||_2 + ||var_l - running_var_l||_2)
     relative:  the same, each norm divided by that of the training data: sqrt(sum running_var_l) for
                the mean, ||running_var_l||_2 for the variance
     kl:        sum_l weights_l mean_c KL(N(mean, var + eps) || N(running_mean, running_var + eps))
@@ -304,7 +304,7 @@ def moment_distance(moments, running_var, sizes, weights=None, form="norms", eps
         running_var: (C,) float32, contiguous; a constant. relative: not 0 in a whole layer.
         sizes: the channels of each layer, a tuple of python integers >= 1 that add up to C.
         weights: of the layers, a tuple of python numbers as long as sizes. None: 1 each.
-        form: "norms", "relative" or "kl".
+        form: "l2", "relative" or "kl".
         eps: of kl, a tuple of python numbers > 0 as long as sizes: BatchNorm's own. Without it a
             channel that is nearly dead is the whole loss. None: 1e-5 each.
 

@@ -44,7 +44,7 @@ def make_layer_arguments(
     return args
 
 
-def make_distances(device, sizes, weights=None, form="norms", eps=None):
+def make_distances(device, sizes, weights=None, form="l2", eps=None):
     moments = random_tensor((2, sum(sizes)), device)
     moments[1] = moments[1].abs()
     running_var = random_tensor((sum(sizes),), device, seed=1).abs() + 0.5
@@ -348,7 +348,7 @@ MOMENT_DISTANCE = Op(
         "eps-number": ({"eps": 1e-3}, TypeError, "expected eps to be a tuple, got float"),
         "eps-short": ({"eps": (1e-3,)}, ValueError, r"expected 3 eps, got \(0.001,\)"),
         "eps-zero": ({"eps": (1.0, 0.0, 1.0)}, ValueError, "expected eps > 0"),
-        "form": ({"form": "cosine"}, ValueError, "form in norms, relative, kl, got 'cosine'"),
+        "form": ({"form": "cosine"}, ValueError, "form in l2, relative, kl, got 'cosine'"),
         "devices": ({"running_var": torch.ones(9, device="meta")}, ValueError, "one device"),
     },
 )

@@ -173,10 +173,28 @@ def test_terms_and_gradient_are_those_of_the_formulas(competition, fused):
 def test_moment_loss_adds_norms_and_the_first_layer_has_a_factor(fused):
     first = torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.ones(2)
     second = torch.tensor([[0.0], [6.0]]), torch.ones(1)
-    args = replace(TINY, first_bn=10.0, fused=fused)
-    assert di.moment_loss([first, second], args).item() == pytest.approx(10 * 5 + 5)
+    found = [first, second]
+    args = replace(TINY, first_bn=10.0, moments="l2", fused=fused)
+    assert di.moment_loss(found, (1e-5, 1e-5), args).item() == pytest.approx(10 * 5 + 5)
     args = replace(args, first_bn=1.0)
-    assert di.moment_loss([first, second], args).item() == pytest.approx(5 + 5)
+    assert di.moment_loss(found, (1e-5, 1e-5), args).item() == pytest.approx(5 + 5)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_moment_loss_without_a_unit(fused):
+    """The channels' KL divergences are averaged; each layer's eps is added to both variances."""
+    first = torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.ones(2)
+    second = torch.tensor([[0.0], [6.0]]), torch.ones(1)
+    found = [first, second]
+    args = replace(TINY, moments="relative", first_bn=10.0, fused=fused)
+    expected = 10 * 5 / 2**0.5 + 5
+    assert di.moment_loss(found, (1e-5, 1e-5), args).item() == pytest.approx(expected)
+
+    args = replace(args, moments="kl")
+    of_first = (9 / 1.5 + 16 / 1.5) / 2 / 2
+    of_second = (7 / 2 - 1 - math.log(7 / 2)) / 2
+    expected = 10 * of_first + of_second
+    assert di.moment_loss(found, (0.5, 1.0), args).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])

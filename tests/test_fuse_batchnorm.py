@@ -227,6 +227,25 @@ def test_hooks_are_the_plain_way_to_the_same(monkeypatch):
     assert_same_as_plain(kernels.hook_batchnorm(make_network("foreign")), network, x)
 
 
+@pytest.mark.parametrize("watch", [kernels.fuse_batchnorm, kernels.hook_batchnorm])
+def test_eps_is_that_of_the_layers_as_they_run(watch, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last = nn.BatchNorm2d(3, eps=1e-3)
+            self.first = nn.BatchNorm2d(3, eps=0.1)
+
+        def forward(self, x):
+            return self.last(self.first(x)).mean((2, 3))
+
+    watched = watch(Backwards().eval())
+    assert watched.eps == ()
+    watched(torch.randn(2, 3, 4, 4))
+    assert watched.eps == (0.1, 1e-3)
+
+
 def test_weights_are_shared_and_no_autograd_graph_is_kept(monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", False)
     network = make_network("resnet20")

@@ -100,7 +100,7 @@ def test_extreme_distances(scale, backend, device):
     assert got.gradients["moments"].isfinite().all()
 
 
-@pytest.mark.parametrize("form", ["norms", "relative", "kl"])
+@pytest.mark.parametrize("form", ["l2", "relative", "kl"])
 def test_equal_moments_have_no_distance_and_no_gradient(form, backend, device):
     args = make_distances(device, (5, 4))
     args["moments"] = torch.stack((torch.zeros(9, device=device), args["running_var"]))
@@ -133,7 +133,7 @@ def test_is_the_sum_of_the_layers_losses(backend, device):
 
 
 @pytest.mark.filterwarnings("ignore:.*lru_cache")
-@pytest.mark.parametrize("form", ["norms", "relative", "kl"])
+@pytest.mark.parametrize("form", ["l2", "relative", "kl"])
 def test_torch_compile_makes_one_graph_on_a_cpu(form, monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", False)
     args = make_distances("cpu", (5, 4), form=form, weights=(2.0, 1.0))
