@@ -1,7 +1,8 @@
 """Ops of kernels/ beside plain PyTorch and torch.compile, one by one.
 
-Before an op is timed it must agree with its float64 reference on that very shape. Columns: `eager`
-is the plain reference, `compile` torch.compile of it, `ours` the op. Minimal bytes: every large
+Before an op is timed it must agree with its float64 reference on that very shape. A row whose op
+does not is marked and has no times. Columns: `eager` is the plain reference, `compile`
+torch.compile of it, `ours` the op. Minimal bytes: every large
 input read once and every large output written once, each way, with what the backward pass must read
 again. FLOPs are counted per element from the formulas, roughly. `% of limit`: bench/timing.py; for
 these ops it is always the bytes that count.
@@ -16,7 +17,14 @@ from functools import partial
 import torch
 
 import kernels
-from bench.timing import can_compile, measure_peak, time_together
+from bench.timing import (
+    can_compile,
+    mark_row,
+    measure_peak,
+    name_columns,
+    time_together,
+)
+from harness.run import shorten_error
 from kernels import _channels
 
 # Candidates of the ops' tuning constants: the modules where they stand, {constant: [value, …]}.
@@ -75,6 +83,23 @@ SWEEPS = {
     "kl_divergence": LOGITS,
 }
 
+MODES = ("forward", "both")  # both: forward and backward pass
+DISAGREES = "disagrees with its float64 reference"
+
+# Where the slope of an activation jumps.
+KINKS = {"none": (), "relu": (0.0,), "relu6": (0.0, 6.0), "silu": (), "hardswish": (-3.0, 3.0)}
+
+# FLOPs an element of bn_act_moments without an activation, and what each activation adds, in the
+# forward pass and in both. A sigmoid counts as 4.
+PLAIN_FLOPS = (6, 12)
+ACTIVATION_FLOPS = {
+    "none": (0, 0),
+    "relu": (1, 2),
+    "relu6": (2, 3),
+    "silu": (5, 11),
+    "hardswish": (5, 10),
+}
+
 
 @dataclass
 class Case:
@@ -90,6 +115,9 @@ class Case:
     function: Callable | None = None
     """The op; None: that of kernels/ named `op`."""
     reference: Callable | None = None
+    find_kinks: Callable | None = None
+    """Called with the dtype of x and the inputs in float64, it returns a mask in the shape of every
+    gradient: the elements where either slope is right. None: there are no such elements."""
 
     def __post_init__(self):
         self.function = self.function or getattr(kernels, self.op)
@@ -110,12 +138,72 @@ def name_shape(x):
     return "x".join(str(size) for size in x.shape)
 
 
-def call_with_residual(op, x, residual, *vectors):
-    return op(x, *vectors, residual=residual)
+def make_affine(channels, device):
+    """Random weight, bias, running mean and running variance of a BatchNorm."""
+    weight = torch.randn(channels, device=device)
+    bias = torch.randn(channels, device=device)
+    mean = torch.randn(channels, device=device)
+    var = torch.rand(channels, device=device) + 0.5
+    return weight, bias, mean, var
 
 
-def call_with_activation(op, activation, x, *vectors):
-    return op(x, *vectors, activation=activation)
+def call_bn_act(op, activation, x, residual, *affine):
+    return op(x, *affine, residual=residual, activation=activation)
+
+
+def find_kinks(activation, dtype, x, residual, *affine):
+    """The elements that rounding may put on either side of one of the activation's kinks.
+
+    Args:
+        activation: of bn_act_moments.
+        dtype: of the activations before they became float64.
+        x, residual, affine: the op's inputs in float64.
+
+    Returns:
+        A mask of x's shape.
+    """
+    u, _ = call_bn_act(kernels.bn_act_moments_ref, "none", x, residual, *affine)
+
+    # The same of absolute values is the sum of all terms that u cancels from: fp32 arithmetic
+    # rounds u by a few eps of it.
+    weight, bias, mean, var = affine
+    sizes = (weight.abs(), bias.abs(), -mean.abs(), var)
+    residual_size = None if residual is None else residual.abs()
+    terms, _ = call_bn_act(kernels.bn_act_moments_ref, "none", x.abs(), residual_size, *sizes)
+    rounding = 4 * torch.finfo(torch.float32).eps * terms
+
+    near = torch.zeros_like(u, dtype=torch.bool)
+    for kink in KINKS[activation]:
+        stored = torch.finfo(dtype).eps / 2 * abs(kink)  # relu6 compares y as it is stored
+        near |= (u - kink).abs() <= rounding + stored
+    return near
+
+
+def make_bn_act_case(x, residual, affine, activation, layout="channels_last"):
+    """A row of bn_act_moments. The first activation of the ResNets, relu, is not named in it."""
+    n = x.numel()
+    passes = (2, 5) if residual is None else (3, 8)
+    n_additions = 0 if residual is None else 1
+    flops = []
+    for plain, extra in zip(PLAIN_FLOPS, ACTIVATION_FLOPS[activation], strict=True):
+        flops.append((plain + extra + n_additions) * n)
+
+    name = name_shape(x)
+    if residual is not None:
+        name += " + residual"
+    if activation != "relu":
+        name += f" {activation}"
+    return Case(
+        "bn_act_moments",
+        name,
+        layout,
+        (x, residual, *affine),
+        tuple(n_passes * x.nbytes for n_passes in passes),
+        tuple(flops),
+        partial(call_bn_act, kernels.bn_act_moments, activation),
+        partial(call_bn_act, kernels.bn_act_moments_ref, activation),
+        partial(find_kinks, activation),
+    )
 
 
 def make_batchnorm_cases(device, dtype):
@@ -135,12 +223,8 @@ def make_batchnorm_cases(device, dtype):
             (64, 2048, 7, 7),
         ]
     for shape in layers:
-        channels = shape[1]
-        weight = torch.randn(channels, device=device)
-        bias = torch.randn(channels, device=device)
-        mean = torch.randn(channels, device=device)
-        var = torch.rand(channels, device=device) + 0.5
-        affine = (weight, bias, mean, var)
+        affine = make_affine(shape[1], device)
+        _, _, mean, var = affine
         for layout in ("channels_last", "contiguous"):
             x = make_activations(shape, device, dtype, layout)
             name = name_shape(x)
@@ -149,48 +233,32 @@ def make_batchnorm_cases(device, dtype):
             yield Case(
                 "bn_moment_loss", name, layout, (x, mean, var), (size, 3 * size), (4 * n, 7 * n)
             )
-            yield Case(
-                "bn_act_moments", name, layout, (x, *affine), (2 * size, 5 * size), (7 * n, 14 * n)
-            )
+            yield make_bn_act_case(x, None, affine, "relu", layout)
         x = make_activations(shape, device, dtype)
         residual = make_activations(shape, device, dtype)
-        yield Case(
-            "bn_act_moments",
-            f"{name} + residual",
-            "channels_last",
-            (x, residual, *affine),
-            (3 * size, 8 * size),
-            (8 * n, 15 * n),
-            partial(call_with_residual, kernels.bn_act_moments),
-            partial(call_with_residual, kernels.bn_act_moments_ref),
-        )
+        yield make_bn_act_case(x, residual, affine, "relu")
+
+
+# Layers of networks at 224 px that end in an activation other than relu: (C, H, W).
+ACTIVATION_LAYERS = (
+    ("relu6", (96, 112, 112)),  # MobileNetV2, the first expansion, and two later ones
+    ("relu6", (144, 56, 56)),
+    ("relu6", (576, 14, 14)),
+    ("silu", (96, 112, 112)),  # EfficientNet-B0: expansions of its second, third and last stages
+    ("silu", (240, 28, 28)),
+    ("silu", (1152, 7, 7)),
+    ("hardswish", (240, 28, 28)),  # MobileNetV3-Large: its first expansion with it, and two later
+    ("hardswish", (672, 14, 14)),
+    ("hardswish", (960, 7, 7)),
+)
 
 
 def make_activation_cases(device, dtype):
-    """bn_act_moments with the activations of MobileNetV2 and EfficientNet, on one of their layers.
-
-    FLOPs: a sigmoid counts as 4.
-    """
-    shape = (64, 96, 56, 56) if device == "cuda" else (16, 96, 28, 28)
-    channels = shape[1]
-    weight = torch.randn(channels, device=device)
-    bias = torch.randn(channels, device=device)
-    mean = torch.randn(channels, device=device)
-    var = torch.rand(channels, device=device) + 0.5
-    x = make_activations(shape, device, dtype)
-    size = x.nbytes
-    n = x.numel()
-    for activation, flops in (("relu6", (8 * n, 15 * n)), ("silu", (11 * n, 23 * n))):
-        yield Case(
-            "bn_act_moments",
-            f"{name_shape(x)} {activation}",
-            "channels_last",
-            (x, weight, bias, mean, var),
-            (2 * size, 5 * size),
-            flops,
-            partial(call_with_activation, kernels.bn_act_moments, activation),
-            partial(call_with_activation, kernels.bn_act_moments_ref, activation),
-        )
+    """bn_act_moments with other activations than relu, on layers of the networks that have them."""
+    batch_size = 64 if device == "cuda" else 4
+    for activation, shape in ACTIVATION_LAYERS:
+        x = make_activations((batch_size, *shape), device, dtype)
+        yield make_bn_act_case(x, None, make_affine(shape[0], device), activation)
 
 
 def call_distance(op, sizes, moments, running_var):
@@ -312,7 +380,7 @@ def to_exact(x):
     """An input of the float64 reference."""
     if isinstance(x, torch.dtype):
         return torch.float64
-    if not x.is_floating_point():
+    if x is None or not x.is_floating_point():
         return x
     return x.detach().double().requires_grad_(x.requires_grad)
 
@@ -326,25 +394,48 @@ def compute_values(run, inputs, cotangents):
 
 
 def check_agreement(case, cotangents):
-    """The gate: values and gradients are as near float64 as plain fp32 is, by the tests' rule."""
-    exact = compute_values(case.reference, [to_exact(x) for x in case.inputs], cotangents)
+    """The gate: values and gradients are as near float64 as plain fp32 is, by the tests' rule.
+
+    Gradients count only away from an activation's kinks. Next to one, rounding decides which slope
+    an element gets, and either is right.
+    """
+    exact_inputs = [to_exact(x) for x in case.inputs]
+    exact = compute_values(case.reference, exact_inputs, cotangents)
     eager = compute_values(case.reference, case.inputs, cotangents)
     ours = compute_values(case.function, case.inputs, cotangents)
-    for one, plain, true in zip(ours, eager, exact, strict=True):
+
+    near_kink = None
+    if case.find_kinks is not None:
+        with torch.no_grad():
+            near_kink = case.find_kinks(case.inputs[0].dtype, *exact_inputs)
+
+    for place, (one, plain, true) in enumerate(zip(ours, eager, exact, strict=True)):
+        error = (one.double() - true).abs()
+        plain_error = (plain.double() - true).abs()
+        is_gradient = place >= len(cotangents)
+        if is_gradient and near_kink is not None:
+            error[near_kink & error.isfinite()] = 0.0
+            plain_error[near_kink] = 0.0
+
         rounding = 4 * torch.finfo(one.dtype).eps * true.abs().max()
-        allowed = 2 * (plain.double() - true).abs().max() + rounding
-        if not (one.double() - true).abs().max() <= allowed:
+        if not error.max() <= 2 * plain_error.max() + rounding:  # NaN is an error too
             return False
     return True
 
 
 def make_calls(case):
-    """{mode: function of an op to time}, and whether the case passes the gate.
+    """({mode: function of an op to time}, ""), or ({}, why the case does not pass the gate).
 
     Cotangents are made beforehand.
     """
-    with torch.no_grad():
-        cotangents = [torch.randn_like(result) for result in call(case.function, case.inputs)]
+    try:
+        with torch.no_grad():
+            cotangents = [torch.randn_like(result) for result in call(case.function, case.inputs)]
+        if not check_agreement(case, cotangents):
+            return {}, DISAGREES
+    except Exception as error:  # a kernel that does not compile, launch or fit the memory
+        return {}, shorten_error(error)
+
     leaves = find_leaves(case.inputs)
 
     def run_forward(run):
@@ -354,33 +445,47 @@ def make_calls(case):
     def run_both(run):
         torch.autograd.grad(call(run, case.inputs), leaves, cotangents)
 
-    return {"forward": run_forward, "both": run_both}, check_agreement(case, cotangents)
+    return dict(zip(MODES, (run_forward, run_both), strict=True)), ""
+
+
+def list_columns(case, calls, device):
+    """{column: what to time}; torch.compile has none where it fails."""
+    columns = {"eager": case.reference, "ours": case.function}
+    if not can_compile(device):
+        return columns
+
+    torch._dynamo.reset()  # each shape is compiled as if it were the only one
+    compiled = torch.compile(case.reference)
+    try:
+        for run in calls.values():
+            run(compiled)
+    except Exception as error:  # whatever the compiler raises
+        print(f"{case.op} {case.shape}: torch.compile fails: {shorten_error(error)}")
+        return columns
+    columns["compile"] = compiled
+    return columns
 
 
 def bench_ops(device, seconds, limits):
-    """Time every op; returns a row per op, shape and mode."""
+    """Time every op; returns a row per op, shape and mode. Rows of wrong ops have a `problem`."""
     title = f"{'op':18} {'shape':28} {'layout':14} {'mode':8}"
     print(f"\n{title}     eager   compile      ours  ratio %limit  (ms)")
     rows = []
     for case in make_cases(device):
-        calls, is_right = make_calls(case)
-        if not is_right:
-            name = f"{case.op} {case.shape} {case.layout}"
-            raise SystemExit(f"{name}: disagrees with its float64 reference; not timed")
-        columns = {"eager": case.reference, "ours": case.function}
-        if can_compile(device):
-            torch._dynamo.reset()  # each shape is compiled as if it were the only one
-            columns["compile"] = torch.compile(case.reference)
-        for mode, n_bytes, flops in zip(calls, case.n_bytes, case.flops, strict=True):
+        known = dict(op=case.op, shape=case.shape, layout=case.layout, dtype=case.dtype)
+        calls, problem = make_calls(case)
+        if problem:
+            rows += [mark_row(problem, **known, mode=mode) for mode in MODES]
+            continue
+
+        columns = list_columns(case, calls, device)
+        for mode, n_bytes, flops in zip(MODES, case.n_bytes, case.flops, strict=True):
             functions = {name: partial(calls[mode], run) for name, run in columns.items()}
-            ms = time_together(functions, device, seconds)
-            row = dict(op=case.op, shape=case.shape, layout=case.layout, mode=mode)
-            row["dtype"] = case.dtype
-            for name, (p50, p20, p80) in ms.items():
-                row[f"{name}_ms"] = p50
-                row[f"{name}_p20_ms"] = p20
-                row[f"{name}_p80_ms"] = p80
-            ours = ms["ours"][0]
+            times = time_together(functions, device, seconds)
+            row = known | dict(mode=mode)
+            for name in columns:
+                row |= name_columns(name, times[name])
+            ours = times["ours"].median
             row["minimal_bytes"] = n_bytes
             row["flops"] = flops
             row["gb_per_s"] = n_bytes / ours / 1e6
@@ -413,7 +518,7 @@ def set_constant(modules, name, value):
 
 
 def sweep(op, device, seconds):
-    """Time an op's cases with each candidate of its tuning constants; mark wrong results."""
+    """Time an op's cases with each candidate of its tuning constants; wrong ones are marked."""
     names, constants = SWEEPS[op]
     modules = [importlib.import_module(f"kernels.{name}") for name in names]
     cases = [case for case in make_cases(device) if case.op == op]
@@ -422,18 +527,22 @@ def sweep(op, device, seconds):
         chosen = getattr(modules[0], name)
         for value in [chosen, *(v for v in candidates if v != chosen)]:
             set_constant(modules, name, value)
-            for case in cases:
-                calls, is_right = make_calls(case)
-                functions = {"ours": partial(calls["both"], case.function)}
-                p50, p20, p80 = time_together(functions, device, seconds)["ours"]
-                row = dict(op=op, shape=case.shape, layout=case.layout, mode="sweep")
-                row |= dict(constant=name, value=str(value), right=is_right)
-                row |= dict(ours_ms=p50, ours_p20_ms=p20, ours_p80_ms=p80)
-                rows.append(row)
-                mark = "  (as it is)" if value == chosen else ""
-                if not is_right:
-                    mark += "  WRONG"
-                shape = f"{case.shape:28} {case.layout:14}"
-                print(f"{name} = {value!s:44} {shape} {p50:9.4f} ms{mark}")
+            mark = "  (as it is)" if value == chosen else ""
+            print(f"{name} = {value}{mark}")
+            rows += [time_candidate(case, name, value, device, seconds) for case in cases]
         set_constant(modules, name, chosen)
     return rows
+
+
+def time_candidate(case, constant, value, device, seconds):
+    """The row of a case with one candidate of a tuning constant, which is set already."""
+    known = dict(op=case.op, shape=case.shape, layout=case.layout, dtype=case.dtype, mode="sweep")
+    known |= dict(constant=constant, value=str(value))
+    calls, problem = make_calls(case)
+    if problem:
+        return mark_row(problem, **known)
+
+    functions = {"ours": partial(calls["both"], case.function)}
+    times = time_together(functions, device, seconds)["ours"]
+    print(f"    {case.shape:34} {case.layout:14} {times.median:9.4f} ms")
+    return known | name_columns("ours", times)

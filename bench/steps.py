@@ -10,6 +10,9 @@ Columns of one synthesis step, all with the same network, images and terms of th
 - tuned: the same frozen step in plain PyTorch, without fused ops and graph; `tuned compile` with
   torch.compile on its loss, `tuned compile graph` in a CUDA graph besides.
 
+Another table says what `fuse_batchnorm` costs once before the first step, in steps, and how much of
+that is the check of its result.
+
 Minimal bytes of a step: for each convolution and linear layer its input, output and weight read or
 written once each way; for each fused BatchNorm the 5 passes of `bn_act_moments`, 8 with a residual.
 """
@@ -27,10 +30,17 @@ from torch.utils.flop_counter import FlopCounterMode
 import deepinversion
 import kernels
 import zskt
-from bench.timing import can_compile, measure_peak, time_together
-from harness.load import list_imagenet, load_student, load_teacher
+from bench.timing import (
+    can_compile,
+    choose_slower,
+    mark_row,
+    measure_peak,
+    name_columns,
+    time_together,
+)
+from harness.load import list_imagenet, list_packaged, load_student, load_teacher
 from harness.networks import NETWORKS
-from harness.run import make_optimizer
+from harness.run import make_optimizer, shorten_error
 from kernels.fuse_batchnorm import FusedBatchNorm
 
 # all terms of the loss on
@@ -42,13 +52,16 @@ ALL_TERMS = replace(
     schedule="constant",
 )
 BOUNDS = -2.0, 2.0  # that pixels are clipped to
+N_STEPS = 1_000_000  # more than are timed
+N_EXAMPLES = 4  # images that fuse_batchnorm compares networks with, as sample_example has them
+IMAGENET_NETWORKS = {info["arch"] for info in (list_imagenet() | list_packaged()).values()}
 
 
 # Networks
 def make_teacher(name, device):
     """A network whose moments are neither 0 nor 1, as those of a trained one."""
     torch.manual_seed(0)
-    n_classes = 1000 if name in list_imagenet() else 10
+    n_classes = 1000 if name in IMAGENET_NETWORKS else 10
     network = NETWORKS[name](num_classes=n_classes)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -143,12 +156,12 @@ def make_ours(name, device, noise, labels, args=ALL_TERMS, without="", compiled=
     """
     teacher = make_frozen_teacher(name, device)
     watch_args = replace(args, fused=args.fused and without != "batchnorm")
-    watched = deepinversion.watch_batchnorms(teacher, noise[:4], watch_args, device)
+    watched = deepinversion.watch_batchnorms(teacher, noise[:N_EXAMPLES], watch_args, device)
     target = deepinversion.Target(labels, watched, None)
     bounds = [torch.tensor(bound, device=device) for bound in BOUNDS]
     x = noise.clone(memory_format=torch.channels_last).requires_grad_()
-    draws = torch.tensor([[1, -1, 0]] * 10_000, device=device)  # more steps than are timed
-    steps = deepinversion.optimise_images(x, draws, 1, target, bounds, args)
+    moves = torch.tensor([1, -1, 0], device=device).expand(N_STEPS, 3)
+    steps = deepinversion.optimise_images(x, moves, 1, target, bounds, args)
 
     stack = contextlib.ExitStack
     loss = deepinversion.synthesis_loss
@@ -221,8 +234,17 @@ def count_step(name, device, noise, labels):
     return count_bytes(network, x.detach()), counter.get_total_flops()
 
 
+def find_step_problem(name, device, noise, labels):
+    """The gate: "", or why a network's step is not timed."""
+    try:
+        is_right = check_first_losses(name, device, noise, labels)
+    except Exception as error:  # a kernel that does not compile, launch or fit the memory
+        return shorten_error(error)
+    return "" if is_right else "fused and plain steps disagree"
+
+
 def check_first_losses(name, device, noise, labels):
-    """The gate: fused and plain steps from the same noise have the same terms."""
+    """Whether fused and plain steps from the same noise have the same terms."""
     plain = replace(ALL_TERMS, fused=False, graph=False)
     ours = make_ours(name, device, noise, labels)()
     theirs = make_ours(name, device, noise, labels, plain)()
@@ -239,7 +261,7 @@ def time_makers(makers, device, seconds):
     On a GPU they are made one after another, because all at once may not fit it.
 
     Returns:
-        {name: (median, 20th, 80th percentile)} in ms, {name: peak memory in MB, None on a CPU}.
+        {name: Times}, {name: peak memory in MB, None on a CPU}.
     """
     if device == "cpu":
         functions = {name: make() for name, make in makers.items()}
@@ -265,20 +287,28 @@ def time_makers(makers, device, seconds):
             made.clear()
             torch.cuda.empty_cache()
         rounds.append(times)
-    return {name: max(rounds[0][name], rounds[1][name]) for name in names}, peaks
+    return choose_slower(rounds), peaks
+
+
+def name_step(name, noise):
+    """The shape of a step's rows: network and images."""
+    return f"{name} {'x'.join(str(size) for size in noise.shape)}"
 
 
 def bench_step(device, seconds, limits, name, size, batch_size):
     """Time one synthesis step of one network; returns a row per column."""
     labels = torch.arange(batch_size, device=device) % 10
     noise = torch.randn(batch_size, 3, size, size, device=device)
-    if not check_first_losses(name, device, noise, labels):
-        raise SystemExit(f"step of {name}: fused and plain disagree; not timed")
+    shape = name_step(name, noise)
+    problem = find_step_problem(name, device, noise, labels)
+    if problem:
+        return [mark_row(problem, op="step", shape=shape, mode="step")]
+
     n_bytes, flops = count_step(name, device, noise, labels)
     makers = {}
     for column, make in list_columns(device).items():
         makers[column] = partial(make, name, device, noise, labels)
-    ms, peaks = time_makers(makers, device, seconds)
+    times, peaks = time_makers(makers, device, seconds)
 
     bound = limits.compute_bound(n_bytes, flops)
     print(f"\none step, {name}, {batch_size} images of {size} px, {device}, all terms on;", end=" ")
@@ -286,18 +316,46 @@ def bench_step(device, seconds, limits, name, size, batch_size):
     title = f"{'column':30} {'ms':>9} {'p20':>9} {'p80':>9} {'x bare':>7} {'x conv.':>8}"
     print(f"{title} {'images/s':>9} {'%limit':>7}")
     rows = []
-    for column, (p50, p20, p80) in ms.items():
-        to_bare = p50 / ms["bare"][0]
-        to_conventional = p50 / ms["conventional"][0]
-        rate = 1e3 * batch_size / p50
-        percent = limits.compute_percent(p50, n_bytes, flops)
-        figures = f"{p50:9.2f} {p20:9.2f} {p80:9.2f} {to_bare:7.2f} {to_conventional:8.2f}"
-        print(f"{column:30} {figures} {rate:9.0f} {percent:7.1f}")
-        row = dict(op=f"step: {column}", shape=f"{name} {batch_size}x3x{size}x{size}", mode="step")
-        row |= dict(ours_ms=p50, ours_p20_ms=p20, ours_p80_ms=p80)
+    for column, time in times.items():
+        to_bare = time.median / times["bare"].median
+        to_conventional = time.median / times["conventional"].median
+        rate = 1e3 * batch_size / time.median
+        percent = limits.compute_percent(time.median, n_bytes, flops)
+        figures = f"{time.median:9.2f} {time.p20:9.2f} {time.p80:9.2f}"
+        ratios = f"{to_bare:7.2f} {to_conventional:8.2f}"
+        print(f"{column:30} {figures} {ratios} {rate:9.0f} {percent:7.1f}")
+        row = dict(op=f"step: {column}", shape=shape, mode="step") | name_columns("ours", time)
         row |= dict(times_bare=to_bare, times_conventional=to_conventional)
         row |= dict(minimal_bytes=n_bytes, flops=flops, percent_of_limit=percent)
         row |= dict(images_per_s=rate, peak_mb=peaks[column])
+        rows.append(row)
+    return rows
+
+
+# What fuse_batchnorm costs, once
+def bench_verification(device, seconds, name, size, batch_size):
+    """Time fuse_batchnorm with and without an example, beside a step of a run's own batch."""
+    labels = torch.arange(batch_size, device=device) % 10
+    noise = torch.randn(batch_size, 3, size, size, device=device)
+    network = make_frozen_teacher(name, device)
+    example = noise[:N_EXAMPLES].contiguous(memory_format=torch.channels_last)
+    columns = {
+        "step": make_ours(name, device, noise, labels),
+        "fuse_batchnorm, verified": partial(kernels.fuse_batchnorm, network, example),
+        "fuse_batchnorm, not verified": partial(kernels.fuse_batchnorm, network),
+    }
+    times = time_together(columns, device, seconds)
+
+    step = times["step"].median
+    title = f"{name}, {batch_size} images of {size} px, verified with {N_EXAMPLES}"
+    print(f"\nfuse_batchnorm before the first step, {title}, {device}")
+    print(f"{'column':30} {'ms':>9} {'p20':>9} {'p80':>9} {'steps':>7}")
+    rows = []
+    for column, time in times.items():
+        figures = f"{time.median:9.2f} {time.p20:9.2f} {time.p80:9.2f}"
+        print(f"{column:30} {figures} {time.median / step:7.2f}")
+        row = dict(op=f"once: {column}", shape=name_step(name, noise), mode="once")
+        row |= name_columns("ours", time) | dict(times_step=time.median / step)
         rows.append(row)
     return rows
 
@@ -375,6 +433,16 @@ def make_conventional_pseudo_batch(args, device):
     return run
 
 
+def check_first_loss(columns, device):
+    """Whether our pseudo-batch and the conventional one have the same loss of the generator."""
+    torch.manual_seed(1)
+    expected = columns["conventional"]()
+    torch.manual_seed(1)
+    loss = columns["ours"]()[0].item()
+    tolerance = 0.1 if device == "cuda" else 1e-3  # bf16
+    return abs(loss - expected) < tolerance * abs(expected)
+
+
 def bench_pseudo_batch(device, seconds, teacher, student, sizes):
     """Time a pseudo-batch of the paper's setting; sizes: options of zskt.py; a row per column."""
     args = replace(zskt.PRESETS["cifar10"], teacher=teacher, student=student, **sizes)
@@ -384,46 +452,52 @@ def bench_pseudo_batch(device, seconds, teacher, student, sizes):
         "ours --no-fused": partial(make_our_pseudo_batch, replace(args, fused=False)),
         "ours --fresh-z": partial(make_our_pseudo_batch, replace(args, fresh_z=True)),
     }
-    columns = {name: make(device) for name, make in makers.items()}
-    torch.manual_seed(1)
-    expected = columns["conventional"]()
-    torch.manual_seed(1)
-    loss = columns["ours"]()[0].item()
-    tolerance = 0.1 if device == "cuda" else 1e-3  # bf16
-    if not abs(loss - expected) < tolerance * abs(expected):
-        raise SystemExit(f"pseudo-batch of {teacher}: disagrees with the plain loop; not timed")
-    ms = time_together(columns, device, seconds)
-
     title = f"{teacher} to {student}, batch {args.batch_size}, width {args.width}"
+    columns = {name: make(device) for name, make in makers.items()}
+    if not check_first_loss(columns, device):
+        problem = "ours disagrees with the plain loop"
+        return [mark_row(problem, op="pseudo-batch", shape=title, mode="pseudo-batch")]
+    times = time_together(columns, device, seconds)
+
     print(f"\none pseudo-batch, {title}, {device}")
     print(f"{'column':16} {'ms':>9} {'p20':>9} {'p80':>9} {'x conventional':>15}")
     rows = []
-    for name, (p50, p20, p80) in ms.items():
-        to_conventional = p50 / ms["conventional"][0]
-        print(f"{name:16} {p50:9.2f} {p20:9.2f} {p80:9.2f} {to_conventional:15.2f}")
+    for name, time in times.items():
+        to_conventional = time.median / times["conventional"].median
+        figures = f"{time.median:9.2f} {time.p20:9.2f} {time.p80:9.2f}"
+        print(f"{name:16} {figures} {to_conventional:15.2f}")
         row = dict(op=f"pseudo-batch: {name}", shape=title, mode="pseudo-batch")
-        row |= dict(ours_ms=p50, ours_p20_ms=p20, ours_p80_ms=p80)
-        row["times_conventional"] = to_conventional
+        row |= name_columns("ours", time) | dict(times_conventional=to_conventional)
         rows.append(row)
     return rows
 
 
 def bench_steps(device, seconds, limits):
     """All tables of whole steps: ImageNet, CIFAR and small ones on a GPU, small ones on a CPU."""
-    steps = [("resnet20", 32, 100)]
+    steps = [
+        ("resnet20", 32, 100),
+        ("mobilenet_v2_cifar", 32, 32),
+        ("efficientnet_lite0", 224, 4),
+    ]
+    verifications = [("resnet20", 32, 100), ("resnet50", 224, 4)]
     wide = dict(batch_size=16, width=32)  # a CPU would take minutes for the paper's sizes
     if device == "cuda":
         steps = [
             ("resnet50", 224, 64),
             ("resnet18", 224, 128),
+            ("efficientnet_lite0", 224, 64),
             ("resnet34_cifar", 32, 256),
+            ("mobilenet_v2_cifar", 32, 256),
             ("resnet20", 32, 256),
             ("resnet20", 32, 64),
         ]
+        verifications = [("resnet20", 32, 256), ("resnet50", 224, 64)]
         wide = dict(batch_size=128, width=128)
     rows = []
     for name, size, batch_size in steps:
         rows += bench_step(device, seconds, limits, name, size, batch_size)
+    for name, size, batch_size in verifications:
+        rows += bench_verification(device, seconds, name, size, batch_size)
     small = dict(batch_size=128, width=16)
     rows += bench_pseudo_batch(device, seconds, "digits-lenet5", "lenet5_half", small)
     rows += bench_pseudo_batch(device, seconds, "cifar10-wrn-16-1", "wrn_16_1", wide)

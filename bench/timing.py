@@ -1,14 +1,46 @@
-"""How times are taken, and what the device could do at best."""
+"""How times are taken, and what the device could do at best.
+
+On a CPU the times are processor time: other programs on the machine stretch the wall clock. With
+one thread, both are the same on a machine that does nothing else.
+"""
 
 import shutil
 import statistics
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 
 COPY_BYTES = 256 * 2**20
+
+
+class Times(NamedTuple):
+    """How long calls of one function take, in ms: processor time on a CPU, do_bench's on a GPU."""
+
+    median: float
+    p20: float
+    """The 20th percentile."""
+    p80: float
+    wall: float | None = None
+    """Median by the wall clock; None on a GPU."""
+
+
+def name_columns(name, times):
+    """Times as columns of a row."""
+    columns = {f"{name}_ms": times.median}
+    columns |= {f"{name}_p20_ms": times.p20, f"{name}_p80_ms": times.p80}
+    if times.wall is not None:
+        columns[f"{name}_wall_ms"] = times.wall
+    return columns
+
+
+def mark_row(problem, **row):
+    """A row without times, and why it has none."""
+    names = [row[name] for name in ("op", "shape", "layout") if name in row]
+    print(f"{' '.join(names)}: {problem}; not timed")
+    return row | dict(problem=problem)
 
 
 @dataclass
@@ -42,7 +74,7 @@ def time_together(functions, device, seconds=3.0):
     (it clears the cache in between), in both orders; the slower of the two medians counts.
 
     Returns:
-        {name: (median, 20th percentile, 80th percentile)} in ms.
+        {name: Times}.
     """
     if device == "cuda":
         return _time_on_gpu(functions, seconds)
@@ -62,19 +94,29 @@ def _time_on_gpu(functions, seconds):
                 rep=max(100, int(500 * seconds)),
                 quantiles=[0.5, 0.2, 0.8],
             )
-            times[name] = tuple(quantiles)
+            times[name] = Times(*quantiles)
         rounds.append(times)
     for name in names:
-        first = rounds[0][name][0]
-        second = rounds[1][name][0]
+        first = rounds[0][name].median
+        second = rounds[1][name].median
         if abs(first - second) > 0.05 * min(first, second):
             print(f"  {name}: {first:.4f} ms in one order, {second:.4f} in the other")
-    return {name: max(rounds[0][name], rounds[1][name]) for name in names}
+    return choose_slower(rounds)
+
+
+def choose_slower(rounds):
+    """Of two rounds {name: Times}, for each name those with the larger median."""
+    first, second = rounds
+    slower = {}
+    for name, times in first.items():
+        slower[name] = max(times, second[name], key=lambda times: times.median)
+    return slower
 
 
 def _time_in_turns(functions, seconds):
     names = list(functions)
-    times = {name: [] for name in names}
+    processor = {name: [] for name in names}
+    wall = {name: [] for name in names}
     for name in names:
         functions[name]()
         functions[name]()
@@ -83,14 +125,16 @@ def _time_in_turns(functions, seconds):
     while time.perf_counter() < deadline or n_rounds < 20:
         order = names if n_rounds % 2 == 0 else names[::-1]
         for name in order:
-            start = time.perf_counter()
+            wall_start = time.perf_counter()
+            start = time.process_time()
             functions[name]()
-            times[name].append((time.perf_counter() - start) * 1e3)
+            processor[name].append((time.process_time() - start) * 1e3)
+            wall[name].append((time.perf_counter() - wall_start) * 1e3)
         n_rounds += 1
     found = {}
     for name in names:
-        deciles = statistics.quantiles(times[name], n=10)
-        found[name] = (deciles[4], deciles[1], deciles[7])
+        deciles = statistics.quantiles(processor[name], n=10)
+        found[name] = Times(deciles[4], deciles[1], deciles[7], statistics.median(wall[name]))
     return found
 
 
@@ -103,9 +147,9 @@ def measure_limits(device):
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
     columns = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-    ms = time_together(columns, device, 1.0)
-    bandwidth = 2 * COPY_BYTES / ms["copy"][0] * 1e3
-    flops = 2 * n**3 / ms["product"][0] * 1e3
+    times = time_together(columns, device, 1.0)
+    bandwidth = 2 * COPY_BYTES / times["copy"].median * 1e3
+    flops = 2 * n**3 / times["product"].median * 1e3
     product = f"product of {n} x {n} {dtype} {flops / 1e12:.2f} TFLOP/s"
     print(f"copy {bandwidth / 1e9:.1f} GB/s, {product}")
     return Limits(bandwidth, flops)
