@@ -38,7 +38,7 @@ import tyro
 from tqdm import tqdm
 
 from harness.data import FILES, FOLDERS, N_CLASSES, evaluate, load_dataset, normalise
-from harness.load import build_network, load_trained, make_info
+from harness.load import build_network, load_trained, make_info, refuse_misfits
 from harness.networks import IMAGENET_NETWORKS, NETWORKS
 from harness.run import (
     ROOT,
@@ -340,7 +340,7 @@ def ship(path, name):
 # The two uses
 def evaluate_file(args, device):
     """Print the test accuracy of the network in --evaluate; ship it if --export asks for that."""
-    with fail_in_one_line(f"--evaluate {args.evaluate}", "pass a teacher.pt"):
+    with refuse_misfits(f"--evaluate {args.evaluate}", {"other": "pass a teacher.pt"}):
         network, info = load_trained(args.evaluate, device, args.data_dir)
     images, labels = load_dataset(args.dataset, args.data_dir, "test")
     if info.channels != images.shape[1] or info.num_classes != N_CLASSES[args.dataset]:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import evaluate, load_real_images, normalise
-from harness.load import check_network, load_teacher, load_trained
+from harness.load import check_network, load_teacher, load_trained, refuse_misfits
 from harness.run import (
     TeacherOptions,
     check_at_least,
@@ -183,9 +183,9 @@ def draw_transitions(curves, file):
 def load_students(args, teacher_info, device):
     """{path: network} of --students, frozen and tried out."""
     students = {}
-    advice = "pass a student.pt; of a file.py:factory, that too as --arch"
+    advice = {"other": "pass a student.pt; of a file.py:factory, that too as --arch"}
     for path in args.students:
-        with fail_in_one_line(f"--students {path}", advice):
+        with refuse_misfits(f"--students {path}", advice):
             spec = args.arch or path
             weights = path if args.arch else ""
             student, info = load_trained(spec, device, args.data_dir, weights, like=teacher_info)

@@ -531,7 +531,7 @@ def main(args):
     # The student, and attention transfer if the two networks have activations in common.
     student, student_info = load_student(args.student, info, device)
     pair = f"{info.name} -> {student_info.name}"
-    advice = "its forward_groups returns logits and a tuple of activations"
+    advice = "let its forward_groups return logits and a tuple of activations"
     with fail_in_one_line(f"--student {args.student}", advice):
         comparable = args.beta == 0 or share_activations(teacher, student, info)
     if not comparable:

