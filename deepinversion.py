@@ -146,8 +146,9 @@ class Args(MethodOptions):
     """The student's updates in an epoch."""
     student_batch: int = 256
     """Images of an update, drawn from the pool."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """The student's; sgd: momentum 0.9, weight decay 5e-4."""
+    optimizer: Literal["sgd", "sgd-imagenet", "adam"] = "sgd"
+    """The student's; sgd: momentum 0.9, weight decay 5e-4; sgd-imagenet: momentum 0.875, weight
+    decay 1/32768 but for BatchNorms (paper 4.4)."""
     lr_student: float = 0.1
     """The student's initial learning rate."""
     schedule_student: Literal["cosine", "steps"] = "cosine"
@@ -205,7 +206,8 @@ IMAGENET = Args(  # the released default; the student of section 4.4, its shift 
     setting="imagenet-0", teacher="resnet50", batch_size=64, iterations=1000, iterations_low=2000,
     lr=0.2, warmup=100, alpha_bn=0.05, alpha_tv_l2=1e-4, alpha_l2=1e-5, jitter=30,
     alpha_competition=0.2, initial_batches=2188, batches_per_epoch=0, epochs=90,
-    steps_per_epoch=137, student_batch=1024, lr_student=1.024, warmup_student=1096, shift=32)
+    steps_per_epoch=137, student_batch=1024, optimizer="sgd-imagenet", lr_student=1.024,
+    warmup_student=1096, shift=32)
 PRESETS = {
     "cifar10": CIFAR10,
     "cifar10-long": replace(CIFAR10, setting="cifar10-long", iterations=1200, alpha_bn=3.0),

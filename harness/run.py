@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from torch.nn.modules.batchnorm import _BatchNorm
 
 ROOT = Path(__file__).resolve().parent.parent  # where teachers/ lies and git describes the code
 DISK_ADVICE = "free some space, then continue with --resume"
@@ -180,7 +181,9 @@ def make_optimizer(kind, network, lr):
     """A fused optimiser whose learning rate is a tensor, so that a CUDA graph can read it.
 
     Args:
-        kind: "adam", or "sgd" with momentum 0.9 and weight decay 5e-4.
+        kind: "adam"; "sgd": momentum 0.9, weight decay 5e-4 on all parameters; "sgd-imagenet":
+            momentum 0.875, weight decay 1/32768, none on BatchNorm's parameters (NVIDIA's recipe
+            of ResNet-50).
         network: its parameters are optimised.
         lr: initial learning rate.
     """
@@ -190,8 +193,24 @@ def make_optimizer(kind, network, lr):
         return torch.optim.SGD(
             network.parameters(), rate, momentum=0.9, weight_decay=5e-4, fused=True
         )
+    if kind == "sgd-imagenet":
+        groups = split_by_decay(network, weight_decay=1 / 32768)
+        return torch.optim.SGD(groups, rate, momentum=0.875, fused=True)
     capturable = device.type == "cuda"
     return torch.optim.Adam(network.parameters(), rate, fused=True, capturable=capturable)
+
+
+def split_by_decay(network, weight_decay):
+    """Two groups of parameters: all others, with weight decay, and BatchNorm's, without it."""
+    decayed = []
+    others = []
+    for module in network.modules():
+        group = others if isinstance(module, _BatchNorm) else decayed
+        group += module.parameters(recurse=False)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def restore_optimizer(optimizer, saved):

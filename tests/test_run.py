@@ -233,7 +233,7 @@ def test_a_process_alone_is_the_first_of_one(monkeypatch, capsys):
 # Optimisers
 
 
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("kind", ["adam", "sgd", "sgd-imagenet"])
 def test_the_learning_rate_is_a_tensor_that_steps_read(kind):
     network = nn.Linear(2, 1)
     optimizer = make_optimizer(kind, network, 0.1)
@@ -251,6 +251,24 @@ def test_the_learning_rate_is_a_tensor_that_steps_read(kind):
         assert {name: defaults[name] for name in expected} == expected
 
 
+def test_batchnorms_of_the_imagenet_recipe_do_not_decay():
+    """NVIDIA's ResNet-50: momentum 0.875, weight decay 1/32768, and one learning rate for all."""
+    network = nn.Sequential(nn.Linear(2, 3, bias=False), nn.BatchNorm1d(3))
+    optimizer = make_optimizer("sgd-imagenet", network, 1.0)
+    decayed, others = optimizer.param_groups
+    assert (decayed["momentum"], others["momentum"]) == (0.875, 0.875)
+    assert decayed["lr"] is others["lr"]
+    before = [parameter.detach().clone() for parameter in network.parameters()]
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    weight, *rest = network.parameters()
+    torch.testing.assert_close(weight, before[0] * (1 - 1 / 32768), rtol=1e-7, atol=0)
+    assert not torch.equal(weight, before[0])
+    for parameter, same in zip(rest, before[1:], strict=True):
+        assert torch.equal(parameter, same)
+
+
 def take_step(network, optimizer):
     """One step towards smaller outputs; a parameter that is not used has no gradient."""
     optimizer.zero_grad()
@@ -258,7 +276,7 @@ def take_step(network, optimizer):
     optimizer.step()
 
 
-@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("kind", ["adam", "sgd", "sgd-imagenet"])
 def test_a_restored_optimizer_goes_on_as_the_first_one(kind):
     networks = [nn.Linear(3, 4), nn.Linear(3, 4)]
     for network in networks:

@@ -66,6 +66,7 @@ SOURCED = [  # (script, presets, field, value, where the value is from)
     ("deepinversion", "imagenet-2", "betas", (0.9, 0.999), "released setting 2; supplement"),
     ("deepinversion", "imagenet-0 imagenet-1", "clip", True, "released settings 0 and 1"),
     ("deepinversion", "imagenet-2", "clip", False, "released setting 2"),
+    ("deepinversion", IMAGENET, "optimizer", "sgd-imagenet", "NVIDIA's recipe; paper 4.4"),
     ("deepinversion", IMAGENET, "batch_size", 64, "released default"),
     ("deepinversion", IMAGENET, "lr", 0.2, "released default"),
     ("deepinversion", IMAGENET, "schedule", "cosine", "released code"),
