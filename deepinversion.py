@@ -84,7 +84,8 @@ class Args(MethodOptions):
     """Images to make, or to make before the student learns, in whole batches. 0: one batch; with
     --student initial_batches, or none with --images."""
     classes: tuple[int, ...] = ()
-    """Wanted classes, repeated in turn; empty: all of them."""
+    """Wanted classes, repeated in turn; empty: all; of ImageNet without a student the 42 that the
+    released code shows."""
     log_every: int = 10
     """Steps between two rows of metrics.jsonl. The host waits for a GPU only there."""
 
@@ -202,26 +203,37 @@ DIGITS = replace(
     MNIST, setting="digits", teacher="digits-resnet8", iterations=40, lr=0.3, alpha_tv_l2=2e-2,
     jitter=1, start_blur=9, start_gain=0.7, start_margin=4, initial_batches=15, epochs=5,
     steps_per_epoch=300)
-IMAGENET = Args(  # the released default; the student of section 4.4, its shift is ours
+RELEASED_IMAGENET = Args(  # the default; the student of section 4.4, its shift is ours
     setting="imagenet-0", teacher="resnet50", batch_size=64, iterations=1000, iterations_low=2000,
     lr=0.2, warmup=100, alpha_bn=0.05, alpha_tv_l2=1e-4, alpha_l2=1e-5, jitter=30,
     alpha_competition=0.2, initial_batches=2188, batches_per_epoch=0, epochs=90,
     steps_per_epoch=137, student_batch=1024, optimizer="sgd-imagenet", lr_student=1.024,
     warmup_student=1096, shift=32)
+IMAGENET = replace(  # ours
+    RELEASED_IMAGENET, setting="imagenet", teacher="efficientnet-lite0", batch_size=10,
+    iterations=400, iterations_low=0, warmup=20, moments="kl", alpha_bn=1.0, first_bn=1.0,
+    alpha_tv_l2=3e-4, alpha_l2=0.0, jitter=28, initial_batches=14000)
 PRESETS = {
     "cifar10": CIFAR10,
     "cifar10-long": replace(CIFAR10, setting="cifar10-long", iterations=1200, alpha_bn=3.0),
     "cifar10-released": RELEASED,
     "mnist": MNIST,
     "digits": DIGITS,
-    "imagenet-0": IMAGENET,
-    "imagenet-1": replace(IMAGENET, setting="imagenet-1", iterations=2000, iterations_low=0),
+    "imagenet": IMAGENET,
+    "imagenet-0": RELEASED_IMAGENET,
+    "imagenet-1": replace(
+        RELEASED_IMAGENET, setting="imagenet-1", iterations=2000, iterations_low=0),
     "imagenet-2": replace(  # nearest the paper's section 4.2
-        IMAGENET, setting="imagenet-2", iterations=20000, iterations_low=0, betas=(0.9, 0.999),
-        clip=False),
+        RELEASED_IMAGENET, setting="imagenet-2", iterations=20000, iterations_low=0,
+        betas=(0.9, 0.999), clip=False),
 }
+# The 42 classes of ImageNet that the released code makes images of.
+SHOWN_CLASSES = (
+    1, 25, 63, 92, 94, 107, 151, 154, 207, 250, 270, 277, 283, 292, 294, 309, 311, 325, 340, 360,
+    386, 402, 403, 409, 417, 440, 468, 487, 530, 574, 590, 670, 762, 817, 920, 933, 946, 949, 963,
+    967, 980, 985)
 # fmt: on
-PRESET_OF_DATASET = {"mnist": "mnist", "digits": "digits", "imagenet": "imagenet-0"}
+PRESET_OF_DATASET = {"mnist": "mnist", "digits": "digits", "imagenet": "imagenet"}
 VERIFIERS = {
     "cifar10": "cifar10-wrn-16-1",
     "mnist": "mnist-lenet5",
@@ -592,16 +604,24 @@ class Synthesis:
 
 
 # Files and labels
-def choose_labels(n_classes, n_batches, args):
+def choose_classes(info, args):
+    """The wanted classes, (n,) int64."""
+    wanted = args.classes
+    if not wanted and info.dataset == "imagenet" and not args.student:
+        wanted = SHOWN_CLASSES
+    if not wanted:
+        wanted = range(info.num_classes)
+    if min(wanted) < 0 or max(wanted) >= info.num_classes:
+        fail(f"--classes: expected numbers from 0 to {info.num_classes - 1}, got {wanted}")
+    return torch.tensor(wanted)
+
+
+def choose_labels(classes, n_batches, args):
     """Labels (n_batches, N): the wanted classes in turn.
 
     Where a batch cannot hold them all, each takes the next ones of a random order. Batches are
     whole, because their size is part of the method.
     """
-    wanted = args.classes or range(n_classes)
-    if min(wanted) < 0 or max(wanted) >= n_classes:
-        fail(f"--classes: expected numbers from 0 to {n_classes - 1}, got {args.classes}")
-    classes = torch.tensor(wanted)
     if len(classes) > args.batch_size:
         generator = torch.Generator().manual_seed(args.seed)
         classes = classes[torch.randperm(len(classes), generator=generator)]
@@ -914,7 +934,7 @@ def main(args):
         student, student_info = load_student(args.student, info, device)
         dataset, test = load_real_images(info, args, device)
     given = find_given_images(args, info)
-    labels = choose_labels(info.num_classes, count_batches(args, world), args)
+    labels = choose_labels(choose_classes(info, args), count_batches(args, world), args)
 
     # The folder, then the images, or the student with its images.
     clears = ("images-[0-9]*.npz",) if rank == 0 else ()

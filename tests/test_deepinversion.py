@@ -77,7 +77,7 @@ def make_teacher():
 def make_synthesis(out, teacher, args, n_batches=1):
     args = replace(args, out=str(out))
     watched = di.watch_batchnorms(teacher, torch.randn(2, 3, 8, 8), args, "cpu")
-    labels = di.choose_labels(10, n_batches, args)
+    labels = di.choose_labels(torch.arange(10), n_batches, args)
     return di.Synthesis(watched, TINY_INFO, labels, RunFolder(args, "cpu"), tqdm(disable=True))
 
 
@@ -359,24 +359,37 @@ def test_grey_sets_start_from_a_blur_in_the_middle_and_others_from_noise():
 
 def test_labels_are_the_wanted_classes_in_turn():
     args = replace(TINY, batch_size=4)
-    assert di.choose_labels(3, 2, args).tolist() == [[0, 1, 2, 0], [1, 2, 0, 1]]
-    assert di.choose_labels(10, 1, replace(args, classes=(7, 2))).tolist() == [[7, 2, 7, 2]]
-    assert di.choose_labels(10, 0, args).shape == (0, 4)
+    labels = di.choose_labels(torch.arange(3), 2, args)
+    assert labels.tolist() == [[0, 1, 2, 0], [1, 2, 0, 1]]
+    assert di.choose_labels(torch.tensor([7, 2]), 1, args).tolist() == [[7, 2, 7, 2]]
+    assert di.choose_labels(torch.arange(10), 0, args).shape == (0, 4)
 
 
 def test_classes_that_do_not_fit_a_batch_come_in_a_random_order():
-    labels = di.choose_labels(1000, 250, TINY)
+    classes = torch.arange(1000)
+    labels = di.choose_labels(classes, 250, TINY)
     assert labels.shape == (250, 4)
     assert sorted(labels.flatten().tolist()) == list(range(1000))
     assert labels[0].tolist() != [0, 1, 2, 3]
-    assert torch.equal(labels[:3], di.choose_labels(1000, 3, TINY))
-    assert not torch.equal(labels, di.choose_labels(1000, 250, replace(TINY, seed=1)))
+    assert torch.equal(labels[:3], di.choose_labels(classes, 3, TINY))
+    assert not torch.equal(labels, di.choose_labels(classes, 250, replace(TINY, seed=1)))
+
+
+def test_which_classes_are_made():
+    """A student needs all of ImageNet's; a picture shows those of the released code."""
+    assert di.choose_classes(TINY_INFO, TINY).tolist() == list(range(10))
+    assert di.choose_classes(TINY_INFO, replace(TINY, classes=(7, 2))).tolist() == [7, 2]
+
+    info = replace(TINY_INFO, dataset="imagenet", num_classes=1000)
+    assert len(di.choose_classes(info, TINY)) == len(set(di.SHOWN_CLASSES)) == 42
+    assert len(di.choose_classes(info, replace(TINY, student="resnet18"))) == 1000
+    assert di.choose_classes(info, replace(TINY, classes=(7,))).tolist() == [7]
 
 
 @pytest.mark.parametrize("classes", [(3, 10), (-1,), (10**30,)])
 def test_classes_that_the_teacher_lacks_are_refused(capsys, classes):
     args = replace(TINY, classes=classes)
-    says = read_refusal(capsys, di.choose_labels, 10, 1, args)
+    says = read_refusal(capsys, di.choose_classes, TINY_INFO, args)
     assert "--classes: expected numbers from 0 to 9" in says
 
 
@@ -413,7 +426,7 @@ def test_a_batch_is_made_by_plain_adam_low_resolution_first(tmp_path, options):
     number = 2
     noise, draws = di.sample_randomness(number, (4, 3, 8, 8), args)
     x = noise.clone().requires_grad_()
-    labels = di.choose_labels(10, 3, args)[number]
+    labels = di.choose_labels(torch.arange(10), 3, args)[number]
     expected_rows = []
     for stage, (n_steps, pool) in enumerate([(4, 2), (6, 1)]):
         optimizer = torch.optim.Adam([x], betas=args.betas, foreach=False)
@@ -462,7 +475,7 @@ def test_a_batch_made_alone_is_that_of_a_run(tmp_path):
         assert not torch.equal(a, b)
     images, labels = read_images(tmp_path / "run/images-00003.npz")
     assert torch.equal(images, made[3])
-    assert torch.equal(labels, di.choose_labels(10, 4, TINY)[3])
+    assert torch.equal(labels, di.choose_labels(torch.arange(10), 4, TINY)[3])
 
 
 @pytest.mark.parametrize(

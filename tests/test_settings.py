@@ -208,7 +208,7 @@ def test_a_run_takes_the_preset_of_its_images_or_its_teacher(script):
         assert module.choose_preset(spec, dataset) == preset, (spec, dataset)
     default = "cifar10" if script == "deepinversion" else "digits"
     assert module.choose_preset("", "") == default
-    imagenet = "imagenet-0" if script == "deepinversion" else "cifar10"
+    imagenet = "imagenet" if script == "deepinversion" else "cifar10"
     assert module.choose_preset("resnet50", "") == imagenet
 
 
