@@ -78,7 +78,7 @@ def make_synthesis(out, args, n_batches=1):
     args = replace(args, out=str(out))
     teacher, info = load_teacher(args, "cpu", 1)
     watched = di.watch_batchnorms(teacher, di.sample_example(info, "cpu"), args, "cpu")
-    labels = di.choose_labels(10, n_batches, args)
+    labels = di.choose_labels(torch.arange(10), n_batches, args)
     return di.Synthesis(watched, info, labels, RunFolder(args, "cpu"), tqdm(disable=True))
 
 
