@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from harness.networks import NETWORKS, ResBlock
+from harness.networks import IMAGENET_NETWORKS, NETWORKS, ResBlock
 
 # Parameters with 3 channels, and 10 classes or ImageNet's 1000.
 PARAMETERS = {
@@ -27,13 +27,16 @@ PARAMETERS = {
     "resnet50": 25_557_032,
     "resnet101": 44_549_160,
     "resnet152": 60_192_808,
+    "efficientnet_lite0": 4_652_008,
+    "efficientnet_lite1": 5_416_680,
+    "efficientnet_lite2": 6_092_072,
+    "mobilenet_v2_cifar": 591_178,
 }
-IMAGENET = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_has_the_published_number_of_parameters(name):
-    num_classes = 1000 if name in IMAGENET else 10
+    num_classes = 1000 if name in IMAGENET_NETWORKS else 10
     with torch.device("meta"):
         network = NETWORKS[name](num_classes=num_classes, in_channels=3)
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
