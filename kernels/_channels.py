@@ -40,6 +40,20 @@ def compute_row_offsets(
 
 
 @triton.jit
+def locate_program(
+    n_columns,  # C if the columns are channels, else positions along the columns
+    BLOCK_COL: tl.constexpr,  # columns of a tile
+):
+    """This program's channel (0 if the columns are channels), tile of columns and chunk of rows.
+
+    Channel and tile share the first axis of the grid: a GPU allows 65,535 programs on the others.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    n_tiles = tl.cdiv(n_columns, BLOCK_COL)
+    return pid // n_tiles, pid % n_tiles, tl.program_id(1).to(tl.int64)
+
+
+@triton.jit
 def merge_groups(
     count,  # values in each group, fp32; 0 is allowed
     mean,  # mean of each group
@@ -145,7 +159,7 @@ class Launch(NamedTuple):
     """How to launch a kernel on tensors of one shape."""
 
     grid: tuple
-    """Programs along the channels (1 if these are the columns), the columns, the rows."""
+    """Programs along channels and columns, and along the rows: see locate_program."""
     sizes: tuple
     """n_rows, n_columns, n_channels, rows_per_program, then size_1, size_2, size_3 of the rows."""
     strides: list
@@ -195,7 +209,7 @@ def plan(programs, shape, *strides):
         all_strides.append((*row_strides, column_strides[i], channel_strides[i]))
     n_partials = n_chunks if inside else n_column_tiles * n_chunks
     return Launch(
-        grid=(n_channel_programs, n_column_tiles, n_chunks),
+        grid=(n_channel_programs * n_column_tiles, n_chunks),
         sizes=(n_rows, n_columns, n_channels, rows_per_program, *inner_sizes),
         strides=all_strides,
         blocks={
@@ -254,15 +268,16 @@ def merge_partials(partial):
     moments = torch.empty((2, n_channels), device=partial.device, dtype=torch.float32)
     block_part = min(triton.next_power_of_2(n_partials), 1024)
     block_c = min(triton.next_power_of_2(n_channels), 2048 // block_part, 32)
-    _merge_kernel[(triton.cdiv(n_channels, block_c),)](
-        moments,
-        partial,
-        n_channels,
-        n_partials,
-        BLOCK_PART=block_part,
-        BLOCK_C=block_c,
-        num_warps=4,
-    )
+    with _common.on_device_of(partial):
+        _merge_kernel[(triton.cdiv(n_channels, block_c),)](
+            moments,
+            partial,
+            n_channels,
+            n_partials,
+            BLOCK_PART=block_part,
+            BLOCK_C=block_c,
+            num_warps=4,
+        )
     return moments
 
 

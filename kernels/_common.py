@@ -1,5 +1,6 @@
 """What every op shares: the optional import of Triton, the choice of path, checks of arguments."""
 
+import contextlib
 import os
 
 import torch
@@ -31,6 +32,17 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def runs_triton(x):
     """Whether `x` goes through the Triton kernels: on a GPU, or under TRITON_INTERPRET=1."""
     return x.is_cuda or INTERPRET
+
+
+def on_device_of(x):
+    """A context in which kernels run on the GPU of `x`, which may be another than the current one.
+
+    Triton launches on the current device. Every launch stands in this context; torch.compile enters
+    one of its own.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
 
 
 def check_float(op, **tensors):

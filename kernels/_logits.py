@@ -31,6 +31,23 @@ def load_tile(
 
 
 @triton.jit
+def locate_tile(
+    K,  # classes
+    BLOCK_N: tl.constexpr,  # rows of a tile
+    BLOCK_K: tl.constexpr,  # classes of a tile
+):
+    """The rows (BLOCK_N,) and the classes (BLOCK_K,) of this program of a backward kernel.
+
+    Both are counted along the first axis of the grid: a GPU allows 65,535 programs on the others.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    n_tiles = tl.cdiv(K, BLOCK_K)
+    rows = (pid // n_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = (pid % n_tiles) * BLOCK_K + tl.arange(0, BLOCK_K)
+    return rows, cols
+
+
+@triton.jit
 def add_block(logits, row_max, row_sum, inv_temperature):
     """Continue the maximum and the sum of exponentials of each row over one more block.
 
@@ -128,11 +145,13 @@ def sum_rows(
     return tl.where(row_mask, third, 0.0)
 
 
-# Chosen by arithmetic, not yet measured on a GPU.
-_FORWARD_BLOCK = 4096  # most classes of a tile
-_BACKWARD_BLOCK = 1024
-_SHORT = 512  # elements of a tile that holds several short rows: up to 8 a lane
-_WARPS = [  # (most classes in a tile, warps): 8 elements a lane, 16 for 2048 and 4096 classes
+# Chosen by arithmetic, not yet measured on a GPU. With larger tiles, the compiler spills registers
+# for some pairs of dtypes.
+_WHOLE_ROW = 4096  # most classes that the forward pass holds at once
+_PART_OF_ROW = 2048  # classes of a forward tile where there are more
+_BACKWARD_BLOCK = 512  # most classes of a backward tile
+_SHORT = 512  # elements of a tile that holds several short rows: 4 a lane
+_WARPS = [  # (most classes in a tile, warps): up to 8 elements a lane, 16 for 4096 classes
     (1024, 4),
     (math.inf, 8),
 ]
@@ -163,24 +182,26 @@ def forward(ctx, kernel, forward_torch, p_logits, q_logits, temperature):
         return value
 
     N, K = p_logits.shape
-    meta = tiling(K, _FORWARD_BLOCK)
+    max_block = _WHOLE_ROW if K <= _WHOLE_ROW else _PART_OF_ROW
+    meta = tiling(K, max_block)
     n_programs = triton.cdiv(N, meta["BLOCK_N"])
     partials = torch.empty(n_programs, device=p_logits.device, dtype=torch.float32)
     stats = torch.empty(6, N, device=p_logits.device, dtype=torch.float32)
-    kernel[(n_programs,)](
-        partials,
-        stats,
-        p_logits,
-        q_logits,
-        N,
-        K,
-        *p_logits.stride(),
-        *q_logits.stride(),
-        1 / temperature,
-        1 / N,
-        ONE_BLOCK=meta["BLOCK_K"] >= K,
-        **meta,
-    )
+    with _common.on_device_of(p_logits):
+        kernel[(n_programs,)](
+            partials,
+            stats,
+            p_logits,
+            q_logits,
+            N,
+            K,
+            *p_logits.stride(),
+            *q_logits.stride(),
+            1 / temperature,
+            1 / N,
+            ONE_BLOCK=meta["BLOCK_K"] >= K,
+            **meta,
+        )
     ctx.save_for_backward(p_logits, q_logits, stats)
     return partials.sum()
 
@@ -207,26 +228,27 @@ def backward(ctx, op, kernel, factor, grad):
 
     N, K = p_logits.shape
     meta = tiling(K, _BACKWARD_BLOCK)
-    grid = (triton.cdiv(N, meta["BLOCK_N"]), triton.cdiv(K, meta["BLOCK_K"]))
-    kernel[grid](
-        dp,
-        dq,
-        grad,
-        stats,
-        p_logits,
-        q_logits,
-        N,
-        K,
-        *_strides(dp),
-        *_strides(dq),
-        *p_logits.stride(),
-        *q_logits.stride(),
-        1 / ctx.temperature,
-        factor / (ctx.temperature * N),
-        NEEDS_P=needs_p,
-        NEEDS_Q=needs_q,
-        **meta,
-    )
+    grid = (triton.cdiv(N, meta["BLOCK_N"]) * triton.cdiv(K, meta["BLOCK_K"]),)
+    with _common.on_device_of(p_logits):
+        kernel[grid](
+            dp,
+            dq,
+            grad,
+            stats,
+            p_logits,
+            q_logits,
+            N,
+            K,
+            *_strides(dp),
+            *_strides(dq),
+            *p_logits.stride(),
+            *q_logits.stride(),
+            1 / ctx.temperature,
+            factor / (ctx.temperature * N),
+            NEEDS_P=needs_p,
+            NEEDS_Q=needs_q,
+            **meta,
+        )
     return dp, dq, None
 
 

@@ -194,12 +194,14 @@ def _attention_map_bwd_dx_kernel(
     BLOCK_C: tl.constexpr,  # channels of a tile
 ):
     pid = tl.program_id(0).to(tl.int64)
+    n_channel_tiles = tl.cdiv(C, BLOCK_C)
     n_tiles = tl.cdiv(n_positions, BLOCK_P)
-    image = pid // n_tiles
-    tile = pid % n_tiles
+    image = pid // n_channel_tiles // n_tiles
+    tile = pid // n_channel_tiles % n_tiles
+    channel_tile = pid % n_channel_tiles
 
     offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    offs_c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_p = offs_p < n_positions
     mask = mask_p[:, None] & _channel_mask(offs_c, C, ALIGN)[None, :]
 
@@ -287,7 +289,8 @@ def _mean_square(x):
     if _common.runs_triton(x):
         m = torch.empty(N, H * W, device=x.device, dtype=torch.float32)
         n_programs, sizes, (strides,), meta = _plan(x)
-        _attention_map_fwd_kernel[(n_programs,)](m, x, *sizes, *strides, 1 / C, **meta)
+        with _common.on_device_of(x):
+            _attention_map_fwd_kernel[(n_programs,)](m, x, *sizes, *strides, 1 / C, **meta)
         return m
 
     # The fastest on a CPU, measured. Where the channels lie side by side, the norm makes no copy
@@ -309,10 +312,11 @@ def _mean_square_backward(x, dm, grad=None):
     if _common.runs_triton(x):
         dx = torch.empty_like(x)
         n_programs, sizes, (dx_strides, x_strides), meta = _plan(dx, x)
-        grid = (n_programs, triton.cdiv(C, meta["BLOCK_C"]))
-        _attention_map_bwd_dx_kernel[grid](
-            dx, x, dm, grad, *sizes, *dx_strides, *x_strides, 2 / C, **meta
-        )
+        grid = (n_programs * triton.cdiv(C, meta["BLOCK_C"]),)
+        with _common.on_device_of(x):
+            _attention_map_bwd_dx_kernel[grid](
+                dx, x, dm, grad, *sizes, *dx_strides, *x_strides, 2 / C, **meta
+            )
         return dx
 
     factor = 2 / C if grad is None else grad * (2 / C)
@@ -366,17 +370,18 @@ class _AttentionTransfer(torch.autograd.Function):
         block = min(triton.next_power_of_2(n_positions), _SAMPLE_BLOCK)
         num_warps = next(warps for limit, warps in _SAMPLE_WARPS if block <= limit)
         partials = torch.empty(N, device=x.device, dtype=torch.float32)
-        _attention_transfer_fwd_kernel[(N,)](
-            partials,
-            m,
-            target,
-            n_positions,
-            *target.stride(),
-            1 / target.numel(),
-            eps,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+        with _common.on_device_of(x):
+            _attention_transfer_fwd_kernel[(N,)](
+                partials,
+                m,
+                target,
+                n_positions,
+                *target.stride(),
+                1 / target.numel(),
+                eps,
+                BLOCK=block,
+                num_warps=num_warps,
+            )
         dm = m  # the kernel has replaced one by the other
         ctx.save_for_backward(x, dm)
         return partials.sum()

@@ -53,6 +53,7 @@ from kernels._channels import (
     add_value,
     check_channels,
     compute_row_offsets,
+    locate_program,
     merge_partials,
     plan,
     store_partial,
@@ -187,9 +188,7 @@ def _bn_act_moments_fwd_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
-    channel = tl.program_id(0).to(tl.int64)
-    column_tile = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(2).to(tl.int64)
+    channel, column_tile, chunk = locate_program(n_columns, BLOCK_COL)
     offs_col = column_tile * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     if CHANNELS_INSIDE:
@@ -199,7 +198,8 @@ def _bn_act_moments_fwd_kernel(
     else:
         channels = channel
         mask_c = channel < n_channels  # always
-        offs_partial = (chunk * tl.num_programs(1) + column_tile) * n_channels + channels
+        part = chunk * tl.cdiv(n_columns, BLOCK_COL) + column_tile
+        offs_partial = part * n_channels + channels
         x_ptr += channel * stride_xc
         y_ptr += channel * stride_yc
         residual_ptr += channel * stride_rc
@@ -294,9 +294,7 @@ def _bn_act_moments_bwd_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
-    channel = tl.program_id(0).to(tl.int64)
-    column_tile = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(2).to(tl.int64)
+    channel, column_tile, chunk = locate_program(n_columns, BLOCK_COL)
     offs_col = column_tile * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     if CHANNELS_INSIDE:
@@ -369,27 +367,28 @@ def _forward_on_gpu(x, residual, affine, activation):
     x_strides, y_strides, other_strides = launch.strides
     n_channels = x.size(1)
     partial = torch.empty((3, launch.n_partials, n_channels), device=x.device, dtype=torch.float32)
-    _bn_act_moments_fwd_kernel[launch.grid](
-        y,
-        partial,
-        x,
-        other,
-        affine,
-        *launch.sizes,
-        launch.n_partials * n_channels,
-        *x_strides,
-        *y_strides,
-        *other_strides,
-        has_residual,
-        activation,
-        **launch.blocks,
-    )
+    with _common.on_device_of(x):
+        _bn_act_moments_fwd_kernel[launch.grid](
+            y,
+            partial,
+            x,
+            other,
+            affine,
+            *launch.sizes,
+            launch.n_partials * n_channels,
+            *x_strides,
+            *y_strides,
+            *other_strides,
+            has_residual,
+            activation,
+            **launch.blocks,
+        )
     return y, merge_partials(partial)
 
 
 def _backward_on_gpu(ctx, dy, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, _, moments = ctx.saved_tensors
+    x, saved, affine, moments = ctx.saved_tensors
     dx = torch.empty_like(x)
     needs_residual = ctx.needs_input_grad[1] and ctx.activation != "none"
     dresidual = torch.empty_like(x) if needs_residual else None
@@ -400,36 +399,37 @@ def _backward_on_gpu(ctx, dy, grads):
     launch = plan(BACKWARD_PROGRAMS, x.shape, *strides)
     x_strides, dx_strides, dy_strides, other_strides = launch.strides
     inverse_n = x.size(1) / x.numel()
-    _bn_act_moments_bwd_kernel[launch.grid](
-        dx,
-        dresidual if needs_residual else dx,
-        x,
-        dy,
-        other,
-        affine,
-        moments,  # the kernel reads its first row
-        row_grads,
-        *launch.sizes,
-        row_grads.stride(0),
-        *x_strides,
-        *dx_strides,
-        *dy_strides,
-        *other_strides,
-        inverse_n,
-        ctx.saved,
-        needs_residual,
-        ctx.activation,
-        **launch.blocks,
-    )
+    with _common.on_device_of(x):
+        _bn_act_moments_bwd_kernel[launch.grid](
+            dx,
+            dresidual if needs_residual else dx,
+            x,
+            dy,
+            other,
+            affine,
+            moments,  # the kernel reads its first row
+            row_grads,
+            *launch.sizes,
+            row_grads.stride(0),
+            *x_strides,
+            *dx_strides,
+            *dy_strides,
+            *other_strides,
+            inverse_n,
+            ctx.saved,
+            needs_residual,
+            ctx.activation,
+            **launch.blocks,
+        )
     if ctx.needs_input_grad[1] and ctx.activation == "none":
         return dx, dy
     return dx, dresidual
 
 
 def _forward_on_cpu(x, residual, affine, activation):
-    """y, what to save beside x, the moments (2, C) less `origin`, and the origin.
+    """y, what to save beside x, and the moments (2, C).
 
-    To save: y or u, as plain PyTorch does, or None. Origin: the running mean, or None for zero.
+    To save: y or u, as plain PyTorch does, or None.
     """
     shift, scale, bias = affine
     ones = torch.ones_like(scale)
@@ -446,8 +446,7 @@ def _forward_on_cpu(x, residual, affine, activation):
     else:
         y = ACTIVATIONS[activation](u).to(x.dtype)
         saved = u
-    moments, origin = compute_moments_on_cpu(x, shift)
-    return y, saved, moments, origin
+    return y, saved, compute_moments_on_cpu(x, shift)
 
 
 def _multiply_by_slope_on_cpu(dy, saved, activation):
@@ -465,11 +464,11 @@ def _multiply_by_slope_on_cpu(dy, saved, activation):
 
 def _backward_on_cpu(ctx, dy, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, origin, moments = ctx.saved_tensors
+    x, saved, affine, moments = ctx.saved_tensors
     g = _multiply_by_slope_on_cpu(dy, saved, ctx.activation)
-    dx = compute_dx_on_cpu(x, origin, moments[0], grads)
+    dx = compute_dx_on_cpu(x, affine[0], moments, grads)
     scale = affine[1].to(dx.dtype).view(-1, *[1] * (x.dim() - 2))  # (C, *1)
-    dx = torch.addcmul(dx, g, scale)
+    dx.addcmul_(g, scale)
     dresidual = g if ctx.needs_input_grad[1] else None
     return dx, dresidual
 
@@ -489,14 +488,10 @@ class _BNActMoments(torch.autograd.Function):
             y, moments = _forward_on_gpu(x, residual, affine, activation)
             ctx.saved = _choose_saved(activation, residual)
             saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
-            ctx.save_for_backward(x, saved, affine, None, moments)
-            return y, moments
-
-        y, saved, moments, origin = _forward_on_cpu(x, residual, affine, activation)
-        ctx.save_for_backward(x, saved, affine, origin, moments)
-        mean, var = moments
-        from_running_mean = mean - affine[0] if origin is None else mean
-        return y, torch.stack((from_running_mean, var))
+        else:
+            y, saved, moments = _forward_on_cpu(x, residual, affine, activation)
+        ctx.save_for_backward(x, saved, affine, moments)
+        return y, moments
 
     @staticmethod
     def backward(ctx, dy, grads):
@@ -541,8 +536,8 @@ def bn_act_moments(
         a BatchNorm and an addition in half precision round twice. Repeated calls are bit-equal.
 
         Until the backward pass y may be modified in place, unless the activation is relu. On a GPU
-        the residual may not be, if the activation is relu6, silu or hardswish, and moments may
-        not be at all. Autograd raises where it matters.
+        the residual may not be, if the activation is relu6, silu or hardswish. moments may not be
+        at all. Autograd raises where it matters.
 
     Example:
         >>> x = torch.tensor([[[1.0, 3.0], [5.0, 5.0]]])  # N 1, C 2, length 2

@@ -21,6 +21,7 @@ Traffic, in sizes of x:
     best possible ratio: forward 6 / 1 = 6, with backward 18 / 3 = 6.
 """
 
+import functools
 import math
 
 import torch
@@ -33,6 +34,7 @@ from kernels._channels import (
     add_value,
     check_channels,
     compute_row_offsets,
+    locate_program,
     merge_partials,
     plan,
     store_partial,
@@ -90,9 +92,7 @@ def _bn_moments_partial_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
-    channel = tl.program_id(0).to(tl.int64)
-    column_tile = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(2).to(tl.int64)
+    channel, column_tile, chunk = locate_program(n_columns, BLOCK_COL)
     offs_col = column_tile * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     if CHANNELS_INSIDE:
@@ -102,7 +102,8 @@ def _bn_moments_partial_kernel(
     else:
         channels = channel
         mask_c = channel < n_channels  # always
-        offs_partial = (chunk * tl.num_programs(1) + column_tile) * n_channels + channels
+        part = chunk * tl.cdiv(n_columns, BLOCK_COL) + column_tile
+        offs_partial = part * n_channels + channels
         x_ptr += channel * stride_xc
     shift = tl.load(shift_ptr + channels, mask=mask_c, other=0.0).to(tl.float32)
 
@@ -160,9 +161,7 @@ def _bn_moments_bwd_dx_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_COL: tl.constexpr,
 ):
-    channel = tl.program_id(0).to(tl.int64)
-    column_tile = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(2).to(tl.int64)
+    channel, column_tile, chunk = locate_program(n_columns, BLOCK_COL)
     offs_col = column_tile * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     if CHANNELS_INSIDE:
@@ -201,15 +200,16 @@ def _compute_moments_on_gpu(x, shift):
     launch = plan(FORWARD_PROGRAMS, x.shape, x.stride())
     n_channels = x.size(1)
     partial = torch.empty((3, launch.n_partials, n_channels), device=x.device, dtype=torch.float32)
-    _bn_moments_partial_kernel[launch.grid](
-        partial,
-        x,
-        shift,
-        *launch.sizes,
-        launch.n_partials * n_channels,
-        *launch.strides[0],
-        **launch.blocks,
-    )
+    with _common.on_device_of(x):
+        _bn_moments_partial_kernel[launch.grid](
+            partial,
+            x,
+            shift,
+            *launch.sizes,
+            launch.n_partials * n_channels,
+            *launch.strides[0],
+            **launch.blocks,
+        )
     return merge_partials(partial)
 
 
@@ -218,18 +218,19 @@ def _compute_dx_on_gpu(x, shift, mean, grads):
     launch = plan(BACKWARD_PROGRAMS, x.shape, x.stride(), dx.stride())
     x_strides, dx_strides = launch.strides
     inverse_n = x.size(1) / x.numel()
-    _bn_moments_bwd_dx_kernel[launch.grid](
-        dx,
-        x,
-        shift,
-        mean,
-        grads,
-        *launch.sizes,
-        *x_strides,
-        *dx_strides,
-        inverse_n,
-        **launch.blocks,
-    )
+    with _common.on_device_of(x):
+        _bn_moments_bwd_dx_kernel[launch.grid](
+            dx,
+            x,
+            shift,
+            mean,
+            grads,
+            *launch.sizes,
+            *x_strides,
+            *dx_strides,
+            inverse_n,
+            **launch.blocks,
+        )
     return dx
 
 
@@ -238,34 +239,58 @@ _SMALL = 1 << 15
 
 
 def compute_moments_on_cpu(x, shift):
-    """The moments (2, C), mean - origin and var, and the origin: `shift`, or None for zero."""
+    """The moments (2, C): mean - shift and the biased variance."""
+    shift = shift.float()
     moments = _compute_moments_in_one_pass(x)
-    if moments is not None:
-        return moments, None
+    if moments is None:
+        return _compute_centred_moments(x, shift)
+    coarse = _find_far_channels(*moments)
+    moments[0] -= shift
+    if len(coarse):
+        moments[:, coarse] = _compute_centred_moments(x[:, coarse], shift[coarse])
+    return moments
 
+
+def _compute_centred_moments(x, shift):
+    """mean - shift and the variance, from a copy of x from which shift is subtracted first."""
     dims = list(range(x.dim() - 1))
-    centred = x.movedim(1, -1) - shift.float()  # (N, *spatial, C)
+    centred = x.movedim(1, -1) - shift  # (N, *spatial, C)
     mean = centred.mean(dims)  # (C,)
     centred -= mean
     residue = centred.mean(dims)  # what rounding left in `mean`
     var = centred.square_().mean(dims) - residue.square()
-    return torch.stack((mean + residue, var)), shift
+    return torch.stack((mean + residue, var))
+
+
+def _find_far_channels(mean, var):
+    """The channels whose mean is so far from 0 that sums of x itself would lose its variance.
+
+    A network has some nearly dead channels, so these are taken apart and not the whole layer.
+    """
+    return (mean.square() > 25 * var).nonzero().squeeze(1)
+
+
+@functools.lru_cache(maxsize=256)
+def _find_divisor(n):
+    """The largest divisor of n up to 256."""
+    return max(k for k in range(1, 257) if n % k == 0)
 
 
 def _compute_moments_in_one_pass(x):
-    """The moments (2, C), mean and var, from one read of x; None where that is slow or inexact.
+    """The moments (2, C), mean and var, from one read of x; None where that is slow.
 
-    torch.batch_norm_update_stats reduces the columns of x seen as (N, rest), and Chan's rule merges
-    the columns of a channel. For (256, 16, 32, 32) on one thread this takes 0.2 of the time of
-    bn_moments_ref and 0.04 of that of torch.var_mean; no other op does as well in both layouts.
-    The op's sums are plain, so each column gets at most 256 terms, and where |mean| > 5 sqrt(var)
-    its means are too coarse.
+    torch.batch_norm_update_stats reduces the columns of x seen as (rows, rest), and Chan's rule
+    merges the columns of a channel. Rows are images, or pixels of few images in channels_last. For
+    (256, 16, 32, 32) on one thread this takes 0.2 of the time of bn_moments_ref and 0.04 of that of
+    torch.var_mean; no other op does as well in both layouts. The op's sums are plain, so each
+    column gets at most 256 terms, and _find_far_channels tells where its means are too coarse.
     """
     N, C = x.shape[:2]
     n_parts = 1 << ((N - 1) // 256).bit_length()  # of the batch, at most 256 images each
-    if x.numel() < _SMALL or N < 16 or N % n_parts != 0:
+    if x.numel() < _SMALL or N % n_parts != 0:
         return None
 
+    n_rows = N // n_parts
     by_channel = x.movedim(1, -1)  # (N, *spatial, C)
     if x.is_contiguous():
         dense = x
@@ -275,82 +300,85 @@ def _compute_moments_in_one_pass(x):
         dense = by_channel
         groups = (-1, C)
         dims = (0,)
+        if N < 16:
+            n_rows = _find_divisor(x.numel() // C)
     else:
         return None
+    if n_rows < 16:
+        return None
 
-    columns = dense.float().view(N // n_parts, -1)
+    columns = dense.float().view(n_rows, -1)
     mean, var = torch.batch_norm_update_stats(columns, None, None, 0.0)  # var is biased
     mean = mean.view(groups)
     var = var.view(groups)
     pooled = mean.mean(dims, keepdim=True)
     delta = mean - pooled
-    moments = torch.stack((pooled.view(C), torch.addcmul(var, delta, delta).mean(dims)))  # (2, C)
-    exact = (moments[0].square() <= 25 * moments[1]).all()
-    return moments if bool(exact) else None
+    return torch.stack((pooled.view(C), torch.addcmul(var, delta, delta).mean(dims)))  # (2, C)
 
 
-def compute_dx_on_cpu(x, origin, mean, grads):
-    """dx = a + b (x - mean), for the moments and the origin of `compute_moments_on_cpu`."""
+def compute_dx_on_cpu(x, shift, moments, grads):
+    """dx = a + b (x - mean), for the moments of `compute_moments_on_cpu`."""
+    shift = shift.float()
+    distance, var = moments
     inverse_n = x.size(1) / x.numel()
     a = grads[0] * inverse_n
     b = grads[1] * (2 * inverse_n)
-    if origin is None and x.dtype == torch.float32:
-        # As b x + (a - b mean), in one pass: |mean| <= 5 sqrt(var), so this does not cancel.
-        ones = torch.ones_like(mean)
-        return F.batch_norm(x, mean, ones, b, a, training=False, eps=0.0)
-
     by_channel = x.movedim(1, -1)  # (N, *spatial, C)
-    if origin is None:
-        centred = by_channel.float() - mean
-    else:
-        centred = (by_channel - origin.float()).sub_(mean)
-    return centred.mul_(b).add_(a).to(x.dtype).movedim(-1, 1)
+    is_dense = x.is_contiguous() or by_channel.is_contiguous()
+    if x.dtype != torch.float32 or not is_dense:
+        centred = (by_channel.float() - shift).sub_(distance)
+        return centred.mul_(b).add_(a).to(x.dtype).movedim(-1, 1)
+
+    # As b x + (a - b mean), in one pass. Where |mean| > 5 sqrt(var) this would cancel.
+    mean = distance + shift
+    dx = F.batch_norm(x, mean, torch.ones_like(mean), b, a, training=False, eps=0.0)
+    far = _find_far_channels(mean, var)
+    if len(far):
+        centred = (x[:, far].movedim(1, -1) - shift[far]).sub_(distance[far])
+        dx[:, far] = centred.mul_(b[far]).add_(a[far]).movedim(-1, 1)
+    return dx
 
 
 def _compute_moments(x, shift):
-    """The moments (2, C), mean - origin and var, and the origin: `shift`, or None for zero."""
+    """The moments (2, C): mean - shift and the biased variance."""
     if _common.runs_triton(x):
-        return _compute_moments_on_gpu(x, shift), shift
+        return _compute_moments_on_gpu(x, shift)
     return compute_moments_on_cpu(x, shift)
 
 
-def _compute_dx(x, origin, mean, grads):
+def _compute_dx(x, shift, moments, grads):
     """dx from the gradients (2, C) of mean and var."""
     if _common.runs_triton(x):
-        return _compute_dx_on_gpu(x, origin, mean, grads)
-    return compute_dx_on_cpu(x, origin, mean, grads)
+        return _compute_dx_on_gpu(x, shift, moments[0], grads)
+    return compute_dx_on_cpu(x, shift, moments, grads)
 
 
 class _BNMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift):
-        moments, origin = _compute_moments(x, shift)
-        ctx.save_for_backward(x, origin, moments)
-        mean, var = moments
-        if origin is None:
-            return mean.clone(), var.clone()
-        return mean + origin, var.clone()
+        moments = _compute_moments(x, shift)
+        ctx.save_for_backward(x, shift, moments)
+        distance, var = moments
+        return distance + shift, var.clone()
 
     @staticmethod
     def backward(ctx, grad_mean, grad_var):
         _common.refuse_double_backward("bn_moments")
         if not ctx.needs_input_grad[0]:
             return None, None
-        x, origin, moments = ctx.saved_tensors
+        x, shift, moments = ctx.saved_tensors
         grads = torch.stack((grad_mean, grad_var))  # (2, C)
-        return _compute_dx(x, origin, moments[0], grads), None
+        return _compute_dx(x, shift, moments, grads), None
 
 
 class _BNMomentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, running_mean, running_var):
-        moments, origin = _compute_moments(x, running_mean)
-        mean, var = moments
-        mean_distance = mean - running_mean if origin is None else mean
-        distance = torch.stack((mean_distance, var - running_var))  # (2, C)
+        moments = _compute_moments(x, running_mean)
+        distance = torch.stack((moments[0], moments[1] - running_var))  # (2, C)
         norms = torch.linalg.vector_norm(distance, dim=1, keepdim=True)  # (2, 1)
         units = distance / norms.masked_fill(norms == 0, math.inf)  # (2, C), the norms' gradients
-        ctx.save_for_backward(x, origin, moments, units)
+        ctx.save_for_backward(x, running_mean, moments, units)
         return norms.sum()
 
     @staticmethod
@@ -358,8 +386,8 @@ class _BNMomentLoss(torch.autograd.Function):
         _common.refuse_double_backward("bn_moment_loss")
         if not ctx.needs_input_grad[0]:
             return None, None, None
-        x, origin, moments, units = ctx.saved_tensors
-        return _compute_dx(x, origin, moments[0], units * grad), None, None
+        x, running_mean, moments, units = ctx.saved_tensors
+        return _compute_dx(x, running_mean, moments, units * grad), None, None
 
 
 def bn_moments(x, shift=None):

@@ -285,20 +285,21 @@ class _JitteredView(torch.autograd.Function):
         (planes, C, H, L), step, (x_strides, view_strides) = walk_planes(x, view)
         grid, meta = tiling(planes, H, L, "forward")
         partials = torch.empty(6, grid[0], device=x.device, dtype=torch.float32)
-        _jittered_view_fwd_kernel[grid](
-            view,
-            partials,
-            x,
-            draw,
-            C,
-            H,
-            L,
-            *view_strides,
-            *x_strides,
-            step,
-            *inverse_counts(*x.shape),
-            **meta,
-        )
+        with _common.on_device_of(x):
+            _jittered_view_fwd_kernel[grid](
+                view,
+                partials,
+                x,
+                draw,
+                C,
+                H,
+                L,
+                *view_strides,
+                *x_strides,
+                step,
+                *inverse_counts(*x.shape),
+                **meta,
+            )
         tv_l1 = partials[0].sum()
         norms = partials[1:5].sum(1).sqrt()  # (4,)
         image_norms = partials[5].view(N, -1).sum(1).sqrt()  # (N,)
@@ -319,25 +320,26 @@ class _JitteredView(torch.autograd.Function):
         dx = torch.empty_like(x)
         (planes, C, H, L), step, (dx_strides, dview_strides, x_strides) = walk_planes(dx, dview, x)
         grid, meta = tiling(planes, H, L, "backward")
-        _jittered_view_bwd_kernel[grid](
-            dx,
-            dview,
-            x,
-            draw,
-            norms,
-            image_norms,
-            torch.stack(grads),
-            1 / len(x),
-            C,
-            H,
-            L,
-            *dx_strides,
-            *dview_strides,
-            *x_strides,
-            step,
-            *inverse_counts(*x.shape),
-            **meta,
-        )
+        with _common.on_device_of(x):
+            _jittered_view_bwd_kernel[grid](
+                dx,
+                dview,
+                x,
+                draw,
+                norms,
+                image_norms,
+                torch.stack(grads),
+                1 / len(x),
+                C,
+                H,
+                L,
+                *dx_strides,
+                *dview_strides,
+                *x_strides,
+                step,
+                *inverse_counts(*x.shape),
+                **meta,
+            )
         return dx, None, None
 
 

@@ -37,7 +37,7 @@ import torch
 
 from kernels import _logits
 from kernels._common import tl, triton
-from kernels._logits import load_tile, probabilities, sum_rows
+from kernels._logits import load_tile, locate_tile, probabilities, sum_rows
 
 
 def js_divergence_ref(p_logits, q_logits, temperature=1.0):
@@ -192,8 +192,7 @@ def _js_divergence_bwd_kernel(
     BLOCK_N: tl.constexpr,  # rows of a program
     BLOCK_K: tl.constexpr,  # classes of a program
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows, cols = locate_tile(K, BLOCK_N, BLOCK_K)
     row_mask = rows < N
     mask = row_mask[:, None] & (cols < K)[None, :]
 

@@ -36,7 +36,7 @@ import torch
 
 from kernels import _logits
 from kernels._common import tl, triton
-from kernels._logits import load_tile, probabilities, sum_rows
+from kernels._logits import load_tile, locate_tile, probabilities, sum_rows
 
 
 def kl_divergence_ref(p_logits, q_logits, temperature=1.0):
@@ -147,8 +147,7 @@ def _kl_divergence_bwd_kernel(
     BLOCK_N: tl.constexpr,  # rows of a program
     BLOCK_K: tl.constexpr,  # classes of a program
 ):
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    cols = tl.program_id(1).to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
+    rows, cols = locate_tile(K, BLOCK_N, BLOCK_K)
     row_mask = rows < N
     mask = row_mask[:, None] & (cols < K)[None, :]
 

@@ -333,9 +333,10 @@ class _TotalVariation(torch.autograd.Function):
         (planes, C, H, L), step, (strides,) = walk_planes(x)
         grid, meta = tiling(planes, H, L, "forward")
         partials = torch.empty(5, grid[0], device=x.device, dtype=torch.float32)
-        _total_variation_fwd_kernel[grid](
-            partials, x, C, H, L, *strides, step, *inverse_counts(*x.shape), **meta
-        )
+        with _common.on_device_of(x):
+            _total_variation_fwd_kernel[grid](
+                partials, x, C, H, L, *strides, step, *inverse_counts(*x.shape), **meta
+            )
         l1 = partials[0].sum()
         norms = partials[1:].sum(1).sqrt()  # (4,)
         ctx.save_for_backward(x, norms)
@@ -357,21 +358,22 @@ class _TotalVariation(torch.autograd.Function):
         dx = torch.empty_like(x)
         (planes, C, H, L), step, (dx_strides, x_strides) = walk_planes(dx, x)
         grid, meta = tiling(planes, H, L, "backward")
-        _total_variation_bwd_kernel[grid](
-            dx,
-            x,
-            norms,
-            grad_l1,
-            grad_l2,
-            C,
-            H,
-            L,
-            *dx_strides,
-            *x_strides,
-            step,
-            *inverse_counts(*x.shape),
-            **meta,
-        )
+        with _common.on_device_of(x):
+            _total_variation_bwd_kernel[grid](
+                dx,
+                x,
+                norms,
+                grad_l1,
+                grad_l2,
+                C,
+                H,
+                L,
+                *dx_strides,
+                *x_strides,
+                step,
+                *inverse_counts(*x.shape),
+                **meta,
+            )
         return dx
 
 

@@ -1,6 +1,8 @@
-"""Random inputs, memory layouts and the measured-tolerance rule for ops; runs of the scripts."""
+"""Inputs, memory layouts, the measured-tolerance rule and launches of ops; runs of the scripts."""
 
+import importlib
 import json
+import pkgutil
 from typing import NamedTuple
 
 import pytest
@@ -196,6 +198,35 @@ def assert_equal_bits(first, second):
         assert torch.equal(a, b)
     for name, gradient in first.gradients.items():
         assert torch.equal(gradient, second.gradients[name]), name
+
+
+# Launches of kernels
+
+
+class Recorder:
+    """Stands in place of a kernel: keeps what each launch is given, and launches nothing."""
+
+    def __init__(self, name, kernel):
+        self.name = name
+        self.kernel = kernel
+        self.launches = []  # (grid, args, kwargs)
+
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.launches.append((grid, args, kwargs))
+
+
+def record_kernels(monkeypatch):
+    """Replace every `_*_kernel` of every module of the package. New kernels are found as well."""
+    recorders = []
+    for found in pkgutil.iter_modules(kernels.__path__, "kernels."):
+        module = importlib.import_module(found.name)
+        for name, kernel in list(vars(module).items()):
+            is_kernel = name.startswith("_") and name.endswith("_kernel")
+            if is_kernel and kernel.fn.__module__ == found.name:
+                recorder = Recorder(name, kernel)
+                monkeypatch.setattr(module, name, recorder)
+                recorders.append(recorder)
+    return recorders
 
 
 # Runs of the scripts

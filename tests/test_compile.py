@@ -7,10 +7,8 @@ compiled ahead of time. By hand, as a table of registers:
     python tests/test_compile.py cuda:90
 """
 
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import record_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
@@ -29,34 +28,6 @@ WIDE_LOADS = re.compile(  # PTX instructions that load 16 bytes a lane
 BFLOAT = torch.bfloat16
 NCHW = torch.contiguous_format
 NHWC = torch.channels_last
-
-
-class Recorder:
-    """Stands in place of a kernel: keeps the arguments of each launch and launches nothing."""
-
-    def __init__(self, name, kernel):
-        self.name = name
-        self.kernel = kernel
-        self.launches = []
-
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.launches.append((args, kwargs))
-
-
-def record_kernels():
-    """Replace every `_*_kernel` of every module of the package. New kernels are found as well."""
-    import kernels
-
-    recorders = []
-    for found in pkgutil.iter_modules(kernels.__path__, "kernels."):
-        module = importlib.import_module(found.name)
-        for name, kernel in list(vars(module).items()):
-            is_kernel = name.startswith("_") and name.endswith("_kernel")
-            if is_kernel and kernel.__module__ == found.name:
-                recorder = Recorder(name, kernel)
-                setattr(module, name, recorder)
-                recorders.append(recorder)
-    return recorders
 
 
 def images(shape, dtype, memory_format):
@@ -136,6 +107,13 @@ def run_divergences():
         kernels.js_divergence(p_logits, q_logits, 3.0).backward()
         kernels.kl_divergence(p_logits, q_logits).backward()
 
+    for p_dtype, q_dtype in ((BFLOAT, torch.float32), (torch.float16, BFLOAT)):
+        for K in (1000, 21841):
+            p_logits = torch.ones(256, K, dtype=p_dtype, requires_grad=True)
+            q_logits = torch.ones(256, K, dtype=q_dtype, requires_grad=True)
+            kernels.js_divergence(p_logits, q_logits).backward()
+            kernels.kl_divergence(p_logits, q_logits).backward()
+
     teacher_logits = torch.ones(128, 10)
     student_logits = torch.ones(128, 10, requires_grad=True)
     kernels.kl_divergence(teacher_logits, student_logits).backward()
@@ -210,7 +188,7 @@ def compile_all(target):
 
     from kernels import _common
 
-    recorders = record_kernels()
+    recorders = record_kernels(pytest.MonkeyPatch())
     _common.runs_triton = lambda x: True
     run_ops()
 
@@ -222,7 +200,7 @@ def compile_all(target):
     for recorder in recorders:
         kernel = recorder.kernel
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-        for args, kwargs in recorder.launches:
+        for _, args, kwargs in recorder.launches:
             # As the launcher does: divisibility by 16 and the integer 1 become part of the key.
             bound, specialization, _ = bind(*args, **kwargs)
             options, signature, constants, attributes = kernel._pack_args(
