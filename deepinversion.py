@@ -100,6 +100,8 @@ class Args(MethodOptions):
     """Steps per batch before them, at half resolution."""
     lr: float = 0.3
     """Adam's peak learning rate, in normalised units."""
+    lr_low: float = 0.0
+    """The same at half resolution; 0: as at full resolution (ours)."""
     betas: tuple[float, float] = (0.5, 0.9)
     """Adam's decay rates of its two averages (released code, ImageNet)."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -176,7 +178,7 @@ class Args(MethodOptions):
         check_at_least(0, self, "num_images", "iterations_low", "warmup", "first_bn", "jitter")
         check_at_least(0, self, "alpha_bn", "alpha_tv_l2", "alpha_tv_l1", "alpha_l2")
         check_at_least(0, self, "alpha_competition", "initial_batches", "batches_per_epoch")
-        check_at_least(0, self, "warmup_student", "shift", "start_margin")
+        check_at_least(0, self, "warmup_student", "shift", "start_margin", "lr_low")
         if self.start_blur % 2 == 0:
             raise ValueError(f"--start-blur: expected an odd number, got {self.start_blur}")
         if not self.student and (self.images or self.competition != "none"):
@@ -400,14 +402,17 @@ class Stage(NamedTuple):
     """Factor by which the teacher sees the images smaller."""
     jitter: int
     """Largest roll in pixels that the teacher sees."""
+    lr: float
+    """Peak learning rate."""
 
 
 def list_stages(args):
     """The stages of a batch, the low-resolution one first."""
     stages = []
     if args.iterations_low:
-        stages.append(Stage(args.iterations_low, scale=2, jitter=args.jitter // 2))
-    stages.append(Stage(args.iterations, scale=1, jitter=args.jitter))
+        lr = args.lr_low or args.lr
+        stages.append(Stage(args.iterations_low, scale=2, jitter=args.jitter // 2, lr=lr))
+    stages.append(Stage(args.iterations, scale=1, jitter=args.jitter, lr=args.lr))
     return stages
 
 
@@ -463,13 +468,13 @@ def make_start_images(noise, info, args):
     return torch.where(inside, x, low).clamp(low, high)
 
 
-def optimise_images(x, moves, scale, target, bounds, args):
+def optimise_images(x, moves, stage, target, bounds, args):
     """One stage: an Adam step on the images for each move of the view.
 
     Args:
         x: (N, C, H, W) fp32, channels_last, a leaf; changed in place.
         moves: (n_steps, 3) int64, as of sample_randomness, on x's device.
-        scale: factor by which the teacher sees the images smaller.
+        stage: Stage.
         target: Target.
         bounds: lowest and highest value of a pixel, (1, C, 1, 1) each.
 
@@ -485,7 +490,7 @@ def optimise_images(x, moves, scale, target, bounds, args):
     optimizer = torch.optim.Adam([x], lr, args.betas, fused=True, capturable=x.is_cuda)
 
     def update_images():
-        seen = F.avg_pool2d(x, scale) if scale > 1 else x
+        seen = F.avg_pool2d(x, stage.scale) if stage.scale > 1 else x
         total, values = synthesis_loss(seen, move, target, args)
         (gradient,) = torch.autograd.grad(total, x)
         # fused Adam walks through both memories side by side, whatever their strides say
@@ -498,9 +503,9 @@ def optimise_images(x, moves, scale, target, bounds, args):
 
     run_step = kernels.CapturedStep(update_images, enabled=args.graph and x.is_cuda)
     for step in range(n_steps):
-        rate = args.lr
+        rate = stage.lr
         if args.schedule == "cosine":
-            rate = compute_cosine(step, n_steps, args.lr, args.warmup)
+            rate = compute_cosine(step, n_steps, stage.lr, args.warmup)
         lr.fill_(rate)
         move.copy_(moves[step])
         run_step()
@@ -583,7 +588,7 @@ class Synthesis:
         for i, stage in enumerate(list_stages(self.args)):
             stage_moves = moves[i].to(device)
             # each stage has a fresh Adam, as in the released code
-            for terms in optimise_images(x, stage_moves, stage.scale, target, bounds, self.args):
+            for terms in optimise_images(x, stage_moves, stage, target, bounds, self.args):
                 step += 1
                 self.bar.update()
                 if step % self.args.log_every == 0 or step == last_step:

@@ -161,7 +161,8 @@ def make_ours(name, device, noise, labels, args=ALL_TERMS, without="", compiled=
     bounds = [torch.tensor(bound, device=device) for bound in BOUNDS]
     x = noise.clone(memory_format=torch.channels_last).requires_grad_()
     moves = torch.tensor([1, -1, 0], device=device).expand(N_STEPS, 3)
-    steps = deepinversion.optimise_images(x, moves, 1, target, bounds, args)
+    stage = deepinversion.Stage(len(moves), scale=1, jitter=args.jitter, lr=args.lr)
+    steps = deepinversion.optimise_images(x, moves, stage, target, bounds, args)
 
     stack = contextlib.ExitStack
     loss = deepinversion.synthesis_loss

@@ -417,6 +417,7 @@ def test_images_come_in_whole_batches(options, world, n_batches):
     [
         pytest.param(dict(), id="cosine, clipped, fused"),
         pytest.param(dict(schedule="constant", clip=False, fused=False), id="constant, plain"),
+        pytest.param(dict(lr_low=0.02), id="another rate at low resolution"),
     ],
 )
 def test_a_batch_is_made_by_plain_adam_low_resolution_first(tmp_path, options):
@@ -428,12 +429,13 @@ def test_a_batch_is_made_by_plain_adam_low_resolution_first(tmp_path, options):
     x = noise.clone().requires_grad_()
     labels = di.choose_labels(torch.arange(10), 3, args)[number]
     expected_rows = []
+    peaks = (args.lr_low or args.lr, args.lr)
     for stage, (n_steps, pool) in enumerate([(4, 2), (6, 1)]):
         optimizer = torch.optim.Adam([x], betas=args.betas, foreach=False)
         for n in range(n_steps):
-            rate = args.lr
+            rate = peaks[stage]
             if args.schedule == "cosine":
-                rate = di.compute_cosine(n, n_steps, args.lr, warmup=2)
+                rate = di.compute_cosine(n, n_steps, rate, warmup=2)
             optimizer.param_groups[0]["lr"] = rate
             view = F.avg_pool2d(x, pool)
             total, terms = write_out_loss(view, draws[stage][n], labels, teacher, args)
