@@ -66,8 +66,8 @@ def can_compile(device):
     return device == "cuda" or shutil.which("g++") is not None
 
 
-def time_together(functions, device, seconds=3.0):
-    """Time each function for about `seconds`.
+def time_together(functions, device, seconds, n_least=20):
+    """Time each function for about `seconds`; on a CPU at least `n_least` times.
 
     On a CPU the functions take turns, every other round backwards, so that no one always follows
     the same neighbour and a drifting machine slows all alike. On a GPU triton's do_bench times each
@@ -78,7 +78,7 @@ def time_together(functions, device, seconds=3.0):
     """
     if device == "cuda":
         return _time_on_gpu(functions, seconds)
-    return _time_in_turns(functions, seconds)
+    return _time_in_turns(functions, seconds, n_least)
 
 
 def _time_on_gpu(functions, seconds):
@@ -113,7 +113,7 @@ def choose_slower(rounds):
     return slower
 
 
-def _time_in_turns(functions, seconds):
+def _time_in_turns(functions, seconds, n_least):
     names = list(functions)
     processor = {name: [] for name in names}
     wall = {name: [] for name in names}
@@ -122,7 +122,7 @@ def _time_in_turns(functions, seconds):
         functions[name]()
     deadline = time.perf_counter() + seconds * len(names)
     n_rounds = 0
-    while time.perf_counter() < deadline or n_rounds < 20:
+    while time.perf_counter() < deadline or n_rounds < n_least:
         order = names if n_rounds % 2 == 0 else names[::-1]
         for name in order:
             wall_start = time.perf_counter()
