@@ -11,16 +11,18 @@ Nothing of this stays: parameters, buffers, attributes and random number generat
 import contextlib
 import copy
 import random
+import sys
 from collections import OrderedDict
 from typing import NamedTuple
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Largest difference relative to the largest value. Rounding alone gave at most 2e-6 on a CPU, with
-# the networks of harness/networks.py and 61 others (results/architectures.json). A GPU rounds in
+# the networks of harness/networks.py and 82 others (results/architectures.json). A GPU rounds in
 # other places, and an activation next to a kink may take its other side, which changes a gradient
 # more than an output.
 TOLERANCE = 1e-4
@@ -37,7 +39,7 @@ class Results(NamedTuple):
     gradient: torch.Tensor
     """With respect to the images."""
     attributes: dict
-    """{(module, attribute): value} of the numbers and strings that the model's modules hold."""
+    """{(module, attribute): value} of what the model's modules hold besides parameters."""
 
 
 # Running a network without a trace
@@ -59,12 +61,16 @@ def keep_state(model, device):
     saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     python_state = random.getstate()
+    numpy = sys.modules.get("numpy")
+    numpy_state = numpy.random.get_state() if numpy else None
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
         random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
         for module, before in attributes:
             module.__dict__.clear()
             module.__dict__.update(before)
@@ -77,6 +83,18 @@ def keep_state(model, device):
         for tensor, before in saved:
             if not torch.equal(tensor, before):
                 tensor.detach().copy_(before)
+
+
+def read_generators(device):
+    """The states of the random number generators, to find out whether code draws from them."""
+    states = [random.getstate(), torch.random.get_rng_state().tolist()]
+    if device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(device).tolist())
+    numpy = sys.modules.get("numpy")
+    if numpy:
+        _, keys, position, *_ = numpy.random.get_state()
+        states.append((keys.tolist(), position))
+    return states
 
 
 @contextlib.contextmanager
@@ -154,16 +172,31 @@ def _differentiate(loss, x):
 
 
 def _read_attributes(model):
+    """Numbers and strings, how long lists and the like are, and the sums of tensors."""
     attributes = {}
     for name, module in model.named_modules():
-        for key, value in vars(module).items():
+        for key, value in {**vars(module), **module._buffers}.items():
+            if isinstance(value, dict):
+                for part, entry in value.items():
+                    if isinstance(entry, (bool, int, float, str)):
+                        attributes[name, f"{key}[{part!r}]"] = entry
             if isinstance(value, (bool, int, float, str)):
                 attributes[name, key] = value
+            elif isinstance(value, (dict, list, set)):
+                attributes[name, key] = len(value)
+            elif _can_be_summed(value):
+                attributes[name, key] = str(value.sum(dtype=torch.float64).item())  # NaN is itself
     return attributes
 
 
+def _can_be_summed(value):
+    if not torch.is_tensor(value) or is_lazy(value) or value.is_meta:
+        return False
+    return value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+
+
 def find_changed_attribute(passes):
-    """The name of a number or string that the second pass changed, as a counter; "" for none."""
+    """The name of what the second pass changed, as a counter; "" for nothing."""
     first, second = passes
     for place, value in second.attributes.items():
         if first.attributes.get(place) != value:
@@ -230,42 +263,67 @@ def _measure_moment_error(ours, theirs, running_var):
 
 
 class _NormalisationCounter(TorchDispatchMode):
-    """Counts the batch normalisations by running statistics that run outside of BatchNorms."""
+    """Counts the batch normalisations by running statistics that the BatchNorms' inputs miss."""
 
     def __init__(self):
         super().__init__()
         self.n_outside = 0
-        self.depth = 0  # how many BatchNorms run, one inside the other
+        self.changing = []  # the BatchNorms that normalise something else than their input
+        self.running = []  # (BatchNorm, its input) of those that run, one inside the other
 
-    def enter(self, module, inputs):
-        self.depth += 1
+    def enter(self, module, args, kwargs):
+        self.running.append((module, args[0] if args else next(iter(kwargs.values()))))
 
     def leave(self, module, inputs, output):
-        self.depth -= 1
+        self.running.pop()
+
+    def count(self, normalised):
+        if not self.running:
+            self.n_outside += 1
+            return
+        module, x = self.running[-1]
+        if module not in self.changing and not _have_same_moments(normalised, x):
+            self.changing.append(module)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        is_normalisation = name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
-        if is_normalisation and self.depth == 0:
+        if name in ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm"):
             trains = args[5]
-            self.n_outside += not trains
+            if not trains:
+                self.count(args[0])
         return func(*args, **(kwargs or {}))
 
 
-def count_normalisations_outside(model, example):
-    """How many batch normalisations by running statistics run, but in no BatchNorm of the model."""
+def _have_same_moments(x, y):
+    """Whether two inputs (N, C, *spatial) of BatchNorms have the same moments, up to rounding."""
+    if min(x.ndim, y.ndim) < 2 or x.size(1) != y.size(1):
+        return False
+    moments = []
+    for value in (x, y):
+        dims = [0, *range(2, value.ndim)]
+        moments.append(torch.stack(torch.var_mean(value.double(), dims, correction=0)))
+    return torch.allclose(*moments, rtol=1e-3, equal_nan=True)
+
+
+def find_unseen_normalisations(model, example):
+    """What the inputs of a model's BatchNorms do not show.
+
+    Returns:
+        How many batch normalisations by running statistics run in no BatchNorm, and a list of the
+        BatchNorms that change their input before they normalise it.
+    """
     counter = _NormalisationCounter()
     hooks = []
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
-            hooks.append(layer.register_forward_pre_hook(counter.enter))
+            hooks.append(layer.register_forward_pre_hook(counter.enter, with_kwargs=True))
             hooks.append(layer.register_forward_hook(counter.leave))
     try:
         with keep_state(model, example.device), torch.no_grad(), counter:
             model(example.clone())
     except Exception:  # code that no dispatch mode can watch
-        return 0
+        return 0, []
     finally:
         for hook in hooks:
             hook.remove()
-    return counter.n_outside
+    return counter.n_outside, counter.changing

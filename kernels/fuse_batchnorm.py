@@ -133,6 +133,12 @@ class MeasuredBatchNorm(nn.Module):
 def _measure_input(bn, args, kwargs, moments):
     """Moments (2, C) of what a BatchNorm is called with: mean - running_mean, variance."""
     x = args[0] if args else next(iter(kwargs.values()))
+    n_channels = len(bn.running_mean)
+    if x.ndim < 2 or x.size(1) != n_channels:
+        raise ValueError(
+            f"fuse_batchnorm: expected a {type(bn).__name__} to get (N, {n_channels}, …), got "
+            f"{tuple(x.shape)}; let it get its channels in dimension 1"
+        )
     mean, var = moments(x, bn.running_mean)  # (C,), (C,)
     return torch.stack((mean - bn.running_mean, var))
 
@@ -329,15 +335,29 @@ def _rebuild_verified(model, layers, example):
         )
 
     watched, problem = _try_to_rebuild(model, layers, example, expected)
-    n_outside = _verify.count_normalisations_outside(model, example)
+    unseen = _describe_unseen(model, layers, example)
     if watched is None:
         moments = bn_moments_ref if example.dtype == torch.float64 else bn_moments
         reason = f"its BatchNorms are measured by hooks, because {problem}"
         watched = Hooked(model, layers, moments, reason)
-    if n_outside:
-        outside = f"batch normalisations outside of its BatchNorm layers ({n_outside}) are unseen"
-        watched.reason = f"{watched.reason}; {outside}" if watched.reason else outside
+    if unseen:
+        watched.reason = f"{watched.reason}; {unseen}" if watched.reason else unseen
     return watched
+
+
+def _describe_unseen(model, layers, example):
+    """What the moments of these layers do not show of a model, in a few words; "" for nothing."""
+    n_outside, changing = _verify.find_unseen_normalisations(model, example)
+    parts = []
+    if n_outside:
+        parts.append(
+            f"batch normalisations outside of its BatchNorm layers ({n_outside}) are unseen"
+        )
+    changing = [type(layer).__name__ for layer in changing if layer in layers]
+    if changing:
+        names = f"{len(changing)} {', '.join(sorted(set(changing)))}"
+        parts.append(f"BatchNorms that change their input ({names}) are measured before that")
+    return "; ".join(parts)
 
 
 def _try_to_rebuild(model, layers, example, expected):
@@ -400,15 +420,19 @@ class _Tracer(fx.Tracer):
     def __init__(self, layers):
         super().__init__()
         self.layers = layers
-        self.device_type = next(iter(layers)).running_mean.device.type
+        self.device = next(iter(layers)).running_mean.device
 
     def trace(self, root):
+        generators = _verify.read_generators(self.device)
         # In a region of autocast, so that a region without it inside of forward shows.
-        with torch.autocast(self.device_type, torch.bfloat16):
-            return super().trace(root)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            graph = super().trace(root)
+        if _verify.read_generators(self.device) != generators:
+            raise fx.proxy.TraceError("torch.fx takes random numbers for constants")
+        return graph
 
     def create_node(self, *args, **kwargs):
-        if not torch.is_autocast_enabled(self.device_type):
+        if not torch.is_autocast_enabled(self.device.type):
             raise fx.proxy.TraceError("torch.fx drops torch.autocast")
         return super().create_node(*args, **kwargs)
 

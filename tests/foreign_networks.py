@@ -8,6 +8,7 @@ import operator
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
 
@@ -72,6 +73,71 @@ class Patched(Base):
         self.bn1.forward = lambda x: plain(x).abs()
 
 
+class HookedBackward(Base):
+    """Somebody else's hook changes the gradient alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1.register_full_backward_hook(lambda module, dx, dy: (dx[0] * 0.5,))
+
+
+class HookedActivation(nn.Module):
+    """A hook lies on a layer that would be fused into the BatchNorm before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.block[2].register_forward_hook(lambda module, inputs, output: output + 1)
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.linear(self.block(x).mean((2, 3)))
+
+
+class PrunedNorm(Base):
+    """A hook computes the layer's weight before each call."""
+
+    def __init__(self):
+        super().__init__()
+        prune.l1_unstructured(self.bn1, "weight", 0.5)
+
+
+class Exponential(nn.Module):
+    def forward(self, weight):
+        return weight.exp()
+
+
+class Parametrised(Base):
+    """Weights are computed before each call: of two convolutions and of a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        parametrizations.weight_norm(self.conv1)
+        parametrizations.spectral_norm(self.conv2)
+        parametrize.register_parametrization(self.bn1, "weight", Exponential())
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(2 * x + 1)
+
+
+class ChangesItsInput(Base):
+    """The layer normalises something else than what it is called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1 = ScaledNorm(6)
+
+
+class LowPrecision(Base):
+    """A part in bfloat16: to fuse it would round in other places."""
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x).float()
+
+
 # Modules that are reached in another way
 
 
@@ -85,6 +151,33 @@ class InADictionary(Base):
         if x.sum() < -1:  # cannot be traced
             x = -x
         return self.linear(F.relu(self.by_name["second"](self.conv2(x))).mean((2, 3)))
+
+
+class InAList(Base):
+    """A BatchNorm in a plain list alone is no layer of the network."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = [nn.BatchNorm2d(6).eval().requires_grad_(False)]
+        self.layers = [(self.conv1, self.bn1), (self.conv2, self.bn2)]
+
+    def forward(self, x):
+        for conv, bn in self.layers:
+            x = F.relu(bn(conv(x)))
+        return self.linear(self.hidden[0](x).mean((2, 3)))
+
+
+class Scripted(Base):
+    """TorchScript's copy of a BatchNorm is none for PyTorch."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1 = torch.jit.script(nn.BatchNorm2d(6).eval())
+
+
+class AnyArguments(Base):
+    def forward(self, *args, scale=2.0, **kwargs):
+        return super().forward(args[0] * scale)
 
 
 class BoundMethod(Base):
@@ -181,6 +274,59 @@ class Checkpointed(Base):
         return F.relu(x)
 
 
+class Halved(torch.Tensor):
+    """A tensor whose ReLU is half as large."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        y = super().__torch_function__(function, types, args, kwargs)
+        return y * 0.5 if function is F.relu else y
+
+
+class TensorSubclass(Base):
+    def forward(self, x):
+        return super().forward(x.as_subclass(Halved)).as_subclass(torch.Tensor)
+
+
+class WithAndWithoutGradient(Base):
+    """One layer, called twice on the same input."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        with torch.no_grad():
+            gate = torch.sigmoid(self.bn1(x))
+        return self.linear(F.relu(self.bn1(x) * gate).mean((2, 3)))
+
+
+class AssignsChannels(Base):
+    def forward(self, x):
+        y = self.bn1(self.conv1(x))
+        y[:, :2] = 0
+        y[:, 2:4].mul_(2)
+        return self.linear(F.relu(y).mean((2, 3)))
+
+
+class ChangesItsResidual(Base):
+    """Between the addition and the ReLU after it."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        y = self.bn1(x)
+        residual = x * 1
+        total = y + residual
+        residual.mul_(3)
+        return self.linear((F.relu(total) + residual).mean((2, 3)))
+
+
+class RareBranch(Base):
+    """Random numbers decide, but hardly ever otherwise than when the network is traced."""
+
+    def forward(self, x):
+        if torch.rand(()) < 0.01:
+            x = -x
+        return super().forward(x)
+
+
 class ConstantNoise(Base):
     def forward(self, x):
         return super().forward(x + torch.randn(3, 1, 1))
@@ -220,6 +366,42 @@ class CountsWithoutUse(Base):
         return super().forward(x)
 
 
+class CountsInADictionary(Base):
+    def __init__(self):
+        super().__init__()
+        self.counts = {"calls": 0}
+
+    def forward(self, x):
+        self.counts["calls"] += 1
+        if self.counts["calls"] > 2:
+            x = -x
+        return super().forward(x)
+
+
+class CountsInAList(Base):
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, x):
+        self.calls.append(None)
+        if len(self.calls) > 2:
+            x = -x
+        return super().forward(x)
+
+
+class CountsInABuffer(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls > 2:
+            x = -x
+        return super().forward(x)
+
+
 class DecaysABuffer(Base):
     def __init__(self):
         super().__init__()
@@ -231,7 +413,7 @@ class DecaysABuffer(Base):
 
 
 class BuildsItsGrid(Base):
-    """Makes a tensor in the first call, and appends to a list in each."""
+    """Makes a tensor in the first call, and a list in each."""
 
     def __init__(self):
         super().__init__()
@@ -241,7 +423,7 @@ class BuildsItsGrid(Base):
     def forward(self, x):
         if self.grid is None:
             self.grid = torch.linspace(0, 1, 8) * x.new_ones(1)
-        self.means.append(x.mean())
+        self.means = [x.mean()]
         return super().forward(x + self.grid)
 
 
@@ -331,6 +513,57 @@ class Perceptron(nn.Module):
         return self.linear2(self.batch_statistics(self.dropout(x.relu())))
 
 
+class Sequence(nn.Module):
+    """One BatchNorm1d for (N, C, L) and for (N, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(3, 6, 3)
+        self.bn = nn.BatchNorm1d(6)
+        self.linear = nn.Linear(6, 5)
+
+    def forward(self, x):
+        x = F.relu(self.bn(self.conv(x.flatten(2))))
+        return self.linear(F.relu(self.bn(x.mean(2)) + x[:, :, 0]))
+
+
+class Layouts(Base):
+    """Inputs that are expanded along channels and images, transposed, and sliced channels_last."""
+
+    def forward(self, x):
+        x = self.conv1(x)
+        x = x + F.relu(self.bn1(x[:, :1].expand(-1, 6, -1, -1)))
+        x = x + F.relu(self.bn1(x[:1].expand(4, -1, -1, -1)))
+        x = x + F.relu(self.bn1(x.transpose(2, 3)))
+        x = x.to(memory_format=torch.channels_last)[:, :, ::2, 1:]
+        x = F.relu(self.bn2(x) + x[:, :, :, :1])
+        return self.linear(x.mean((2, 3)))
+
+
+class OddBatchNorms(Base):
+    """Without momentum, without weights, with the batch's statistics, and built at first use."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(6, momentum=None)
+        self.bn2 = nn.BatchNorm2d(6, affine=False)
+        self.bn3 = nn.BatchNorm2d(6, track_running_stats=False)
+        self.bn4 = nn.LazyBatchNorm2d()
+        self.bn4(torch.zeros(2, 6, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.bn3(self.bn1(self.conv1(x))))
+        x = F.relu(self.bn4(self.bn2(self.conv2(x))))
+        return self.linear(x.mean((2, 3)))
+
+
+class ReturnsViews(Base):
+    def forward(self, x):
+        features = F.relu(self.bn1(self.conv1(x)))
+        y = self.linear(F.relu(self.bn2(self.conv2(features))).mean((2, 3)))
+        return {"logits": y, "images": x[:, :2], "features": features.transpose(0, 1)}
+
+
 class TwoOutputs(Base):
     def forward(self, x):
         features = F.relu(self.bn1(self.conv1(x)))
@@ -344,7 +577,16 @@ NETWORKS = [
     (Synchronised, "fused"),
     (Hooked, "hooks"),
     (Patched, "hooks"),
+    (HookedBackward, "hooks"),
+    (HookedActivation, "partly fused"),
+    (PrunedNorm, "hooks"),
+    (Parametrised, "partly fused"),
+    (ChangesItsInput, "partly fused"),
+    (LowPrecision, "hooks"),
     (InADictionary, "hooks"),
+    (InAList, "hooks"),
+    (Scripted, "fused"),
+    (AnyArguments, "partly fused"),
     (BoundMethod, "hooks"),
     (ByKeyword, "fused"),
     (Outside, "fused"),
@@ -354,10 +596,18 @@ NETWORKS = [
     (ListOrTensor, "partly fused"),
     (AssertsShape, "partly fused"),
     (Checkpointed, "partly fused"),
+    (TensorSubclass, "partly fused"),
+    (WithAndWithoutGradient, "partly fused"),
+    (AssignsChannels, "partly fused"),
+    (ChangesItsResidual, "partly fused"),
+    (RareBranch, "partly fused"),
     (ConstantNoise, "partly fused"),
     (RandomDropout, "fused"),
     (CountsCalls, "partly fused"),
     (CountsWithoutUse, "partly fused"),
+    (CountsInADictionary, "partly fused"),
+    (CountsInAList, "partly fused"),
+    (CountsInABuffer, "partly fused"),
     (DecaysABuffer, "partly fused"),
     (BuildsItsGrid, "fused"),
     (InPlace, "fused"),
@@ -366,5 +616,9 @@ NETWORKS = [
     (DenseBlock, "fused"),
     (Shortcut, "fused"),
     (Perceptron, "fused"),
+    (Sequence, "fused"),
+    (Layouts, "fused"),
+    (OddBatchNorms, "fused"),
+    (ReturnsViews, "fused"),
     (TwoOutputs, "fused"),
 ]

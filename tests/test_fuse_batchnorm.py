@@ -14,10 +14,14 @@ from foreign_networks import (
     AssertsShape,
     Base,
     BoundMethod,
+    ChangesItsInput,
+    InAList,
     InPlace,
     MobileActivations,
     OtherHardtanh,
     Outside,
+    RareBranch,
+    Scripted,
     Shortcut,
 )
 from helpers import assert_as_exact_as_eager
@@ -311,7 +315,7 @@ def watch_by_hand(network, x):
 
     def measure(layer, args, kwargs):
         value = args[0] if args else kwargs["input"]
-        rows = value.transpose(0, 1).flatten(1)  # (C, N H W)
+        rows = value.float().transpose(0, 1).flatten(1)  # (C, N H W)
         moments = rows.mean(1) - layer.running_mean, rows.var(1, unbiased=False)
         if is_forward:  # and not a checkpoint's second forward pass
             found.append((moments, layer.running_var))
@@ -368,6 +372,7 @@ def assert_same_state(network, before):
 
 
 @pytest.mark.parametrize(("make", "kind"), FOREIGN)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_foreign_network_is_measured_as_it_is(make, kind, monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", False)
     x = torch.randn(4, 3, 8, 8)
@@ -386,7 +391,7 @@ def test_a_foreign_network_is_measured_as_it_is(make, kind, monkeypatch):
     assert watched.kind == kind, watched.reason
     lines = [str(warning.message) for warning in caught if "fuse_batchnorm" in str(warning.message)]
     assert lines == [f"fuse_batchnorm: {watched.reason}"] * bool(watched.reason)
-    assert bool(watched.reason) == (kind != "fused" or make is Outside)
+    assert bool(watched.reason) == (kind != "fused" or make in (Outside, Scripted))
 
     if kind == "hooks":
         watched = kernels.hook_batchnorm(network)
@@ -411,9 +416,18 @@ def test_a_foreign_network_is_measured_as_it_is(make, kind, monkeypatch):
     [
         pytest.param(AssertsShape, "without additions and activations, .*TraceError", id="copy"),
         pytest.param(BoundMethod, "by hooks, .*of 2 BatchNorms it measures 1", id="hooks"),
+        pytest.param(RareBranch, "torch.fx takes random numbers for constants", id="random"),
         pytest.param(Outside, r"^batch normalisations outside .* \(1\) are unseen", id="outside"),
+        pytest.param(InAList, r"normalisations outside .* \(1\) are unseen", id="list"),
+        pytest.param(Scripted, r"^batch normalisations outside .* \(1\) are unseen", id="script"),
+        pytest.param(
+            ChangesItsInput,
+            r"change their input \(1 ScaledNorm\) are measured before that",
+            id="changed-input",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:fuse_batchnorm")
 def test_the_reason_says_what_is_not_fused(make, reason, monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", False)
@@ -426,6 +440,23 @@ def test_the_reason_says_what_is_not_fused(make, reason, monkeypatch):
 class Reentrant(Base):
     def forward(self, x):
         return checkpoint(super().forward, x, use_reentrant=True)
+
+
+class ChannelsLastNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Rearranged(Base):
+    """Its BatchNorm gets (N, H, W, C)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn1 = ChannelsLastNorm(6)
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x).permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return self.linear(F.relu(self.bn2(self.conv2(x))).mean((2, 3)))
 
 
 class NotCalled(Base):
@@ -442,6 +473,12 @@ class Failing(Base):
     ("make", "error", "message"),
     [
         pytest.param(Reentrant, ValueError, "pass use_reentrant=False", id="reentrant"),
+        pytest.param(
+            Rearranged,
+            ValueError,
+            r"expected a ChannelsLastNorm to get \(N, 6, …\), got \(4, 8, 8, 6\)",
+            id="rearranged",
+        ),
         pytest.param(NotCalled, ValueError, "got 2 that do not run", id="not-called"),
         pytest.param(Failing, KeyError, "no such image", id="own-error"),
     ],
