@@ -127,9 +127,9 @@ class Args(MethodOptions):
     clip: bool = True
     """Clip to the range of real pixels after each step: -m/s to (1 - m)/s per channel."""
     start_blur: int = 1
-    """Side of a box filter on the initial noise in pixels, odd; 1: none (ours, grey images)."""
+    """Side of a box filter on the initial noise in pixels, odd; 1: none (ours)."""
     start_gain: float = 1.0
-    """Factor on the initial noise (ours, grey images)."""
+    """Factor on the initial noise (ours)."""
     start_margin: int = 0
     """Pixels along each edge that start at the darkest value (ours, grey images)."""
 
@@ -213,8 +213,9 @@ RELEASED_IMAGENET = Args(  # the default; the student of section 4.4, its shift 
     warmup_student=1096, shift=32)
 IMAGENET = replace(  # ours
     RELEASED_IMAGENET, setting="imagenet", teacher="efficientnet-lite0", batch_size=10,
-    iterations=400, iterations_low=0, warmup=20, moments="kl", alpha_bn=1.0, first_bn=1.0,
-    alpha_tv_l2=3e-4, alpha_l2=0.0, jitter=28, initial_batches=14000)
+    iterations=200, iterations_low=800, lr=0.05, lr_low=0.2, warmup=20, moments="kl", alpha_bn=0.3,
+    first_bn=1.0, alpha_tv_l2=1e-3, alpha_l2=0.0, jitter=28, start_blur=5, start_gain=0.3,
+    initial_batches=14000)
 PRESETS = {
     "cifar10": CIFAR10,
     "cifar10-long": replace(CIFAR10, setting="cifar10-long", iterations=1200, alpha_bn=3.0),
@@ -222,6 +223,9 @@ PRESETS = {
     "mnist": MNIST,
     "digits": DIGITS,
     "imagenet": IMAGENET,
+    "imagenet-long": replace(
+        IMAGENET, setting="imagenet-long", batch_size=20, iterations=300, iterations_low=1600,
+        initial_batches=7000),
     "imagenet-0": RELEASED_IMAGENET,
     "imagenet-1": replace(
         RELEASED_IMAGENET, setting="imagenet-1", iterations=2000, iterations_low=0),
@@ -450,11 +454,12 @@ def sample_randomness(number, shape, args):
 
 
 def make_start_images(noise, info, args):
-    """What a batch starts from: N(0, 1) noise; for grey images blurred, in the middle, darker.
+    """What a batch starts from: N(0, 1) noise, which our presets blur and weaken.
 
-    The latter is knowledge about digits that comes from us and not from the teacher: strokes are
-    some pixels wide (start_blur), stand in the middle (start_margin) and cover less than the dark
-    does (start_gain). The figures of MNIST and digits depend on it.
+    For grey images that is knowledge about digits that comes from us and not from the teacher:
+    strokes are some pixels wide (start_blur), stand in the middle (start_margin) and cover less
+    than the dark does (start_gain). The figures of MNIST and digits depend on it. On ImageNet it
+    spares some images from staying noise.
     """
     if args.start_blur == 1 and args.start_margin == 0:
         return noise * args.start_gain

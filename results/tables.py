@@ -116,6 +116,70 @@ def make_inversion():
     return format_table([*head, "seeds", "seconds, device", "files"], rows)
 
 
+ARM_TITLES = {
+    "imagenet": "`imagenet`",
+    "imagenet-long": "`imagenet-long`",
+    "single": "all at 224 px, in as much time",
+    "paper": "the paper's moment loss, released weight",
+    "dream": "no moment loss (DeepDream)",
+}
+
+
+def make_imagenet():
+    """Agreement of three networks with the ImageNet classes inverted from the first."""
+    saved = read_json("imagenet.json")
+    rows = []
+    for arm, title in ARM_TITLES.items():
+        if arm not in saved:
+            continue
+        runs = saved[arm]["runs"]
+        row = [title]
+        for name in runs[0]["agreement"]:
+            row.append(format_percent([run["agreement"][name] for run in runs], 1))
+        n_images = sum(run["n_images"] for run in runs)
+        seconds = statistics.mean(run["seconds"] / run["n_images"] for run in runs)
+        row += [f"{len(runs)} × {n_images // len(runs)}", f"{10 * seconds:.0f}"]
+        row.append(format_spread([run["diversity"] for run in runs]))
+        rows.append(row)
+    head = ["arm", "Lite0, inverted", "Lite1", "Lite2", "seeds × images", "s per 10 images"]
+    where = saved["imagenet"]["runs"][0]["device_name"]
+    return f"{format_table([*head, 'diversity'], rows)}\n\n{where}, beside other work."
+
+
+def make_moment_grid():
+    """Mean agreement of the verifiers for each form and weight of the moment loss."""
+    saved = read_json("moment-forms.json")
+    rows = []
+    for form in ("l2", "relative", "kl"):
+        found = [row for row in saved["grid"] if row["form"] == form]
+        for weight in sorted({row["weight"] for row in found}):
+            at_weight = [row for row in found if row["weight"] == weight]
+            verifier = [row["verifier_agreement"] for row in at_weight]
+            teacher = [row["teacher_agreement"] for row in at_weight]
+            means = [f"{statistics.mean(verifier):.1f} %", f"{min(verifier):.0f} %"]
+            means += [f"{statistics.mean(teacher):.1f} %", f"{min(teacher):.0f} %"]
+            rows.append([f"`{form}`", f"{weight:g}", *means])
+    head = ["form", "weight", "verifier, mean", "lowest", "teacher, mean", "lowest"]
+    return format_table(head, rows)
+
+
+def make_moment_forms():
+    """Agreement and distances of the three forms, each with its one weight, by network."""
+    saved = read_json("moment-forms.json")
+    rows = []
+    for network in dict.fromkeys(row["network"] for row in saved["rows"]):
+        for form in ("l2", "relative", "kl"):
+            runs = [r for r in saved["rows"] if (r["network"], r["form"]) == (network, form)]
+            row = [network, f"`{form}`, {runs[0]['weight']:g}"]
+            row.append(format_percent([run["teacher_agreement"] for run in runs], 1))
+            row.append(format_percent([run["verifier_agreement"] for run in runs], 1))
+            for other in ("l2", "relative", "kl"):
+                row.append(f"{statistics.mean(run[f'distance_{other}'] for run in runs):.3g}")
+            rows.append(row)
+    head = ["network", "form, weight", "teacher agrees", "verifier agrees"]
+    return format_table([*head, "left: `l2`", "`relative`", "`kl`"], rows)
+
+
 def make_zskt():
     """Final-iterate accuracies of zero-shot students, over the seeds of a setting."""
     rows = []
@@ -361,6 +425,9 @@ MAKERS = {
     "teachers": make_teachers,
     "inversion": make_inversion,
     "students": make_students,
+    "imagenet": make_imagenet,
+    "moment_grid": make_moment_grid,
+    "moment_forms": make_moment_forms,
     "zskt": make_zskt,
     "mte": make_mte,
     "trace": make_trace,

