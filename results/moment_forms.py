@@ -43,9 +43,15 @@ WEIGHTS = {
 GRID_SEED = 100
 SEEDS = (0, 1, 2)
 
-CIFAR = ["--setting=cifar10", "--batch-size=50", "--iterations=100"]
+CIFAR = ["--setting=cifar10", "--batch-size=50", "--iterations=60"]
 PUBLIC_RANGE = ["--mean", "0.485", "0.456", "0.406", "--std", "0.229", "0.224", "0.225"]
-LITE = ["--setting=imagenet", "--image-size=160", "--batch-size=10", "--iterations=100"]
+LITE = [
+    "--setting=imagenet",
+    "--image-size=160",
+    "--iterations-low=0",
+    "--iterations=100",
+    "--lr=0.2",
+]
 
 
 @dataclass
