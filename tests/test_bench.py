@@ -291,7 +291,7 @@ def test_a_wrong_pseudo_batch_marks_its_row(monkeypatch):
 def test_verification_is_counted_in_steps(monkeypatch):
     monkeypatch.setattr(kernels._common, "INTERPRET", False)
 
-    def pretend_to_time(functions, *rest):
+    def pretend_to_time(functions, *rest, n_least):
         for run in functions.values():
             run()
         return dict(
