@@ -224,7 +224,7 @@ PRESETS = {
     "digits": DIGITS,
     "imagenet": IMAGENET,
     "imagenet-long": replace(
-        IMAGENET, setting="imagenet-long", batch_size=20, iterations=300, iterations_low=1600,
+        IMAGENET, setting="imagenet-long", batch_size=20, iterations_low=1000,
         initial_batches=7000),
     "imagenet-0": RELEASED_IMAGENET,
     "imagenet-1": replace(
