@@ -89,7 +89,7 @@ def main(arms):
         for seed, folder in enumerate(folders):
             result = json.loads((folder / "result.json").read_text())
             row = {"seed": seed, "n_images": result["n_images"], "seconds": result["seconds"]}
-            row |= {"diversity": result["diversity"], "device_name": result["device_name"]}
+            row["device_name"] = result["device_name"]
             row["agreement"] = measure_agreements(list_image_files(folder))
             rows.append(row)
             print(arm, row, flush=True)

@@ -139,11 +139,10 @@ def make_imagenet():
         n_images = sum(run["n_images"] for run in runs)
         seconds = statistics.mean(run["seconds"] / run["n_images"] for run in runs)
         row += [f"{len(runs)} × {n_images // len(runs)}", f"{10 * seconds:.0f}"]
-        row.append(format_spread([run["diversity"] for run in runs]))
         rows.append(row)
     head = ["arm", "Lite0, inverted", "Lite1", "Lite2", "seeds × images", "s per 10 images"]
     where = saved["imagenet"]["runs"][0]["device_name"]
-    return f"{format_table([*head, 'diversity'], rows)}\n\n{where}, beside other work."
+    return f"{format_table(head, rows)}\n\n{where}, beside other work."
 
 
 def make_moment_grid():
