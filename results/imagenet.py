@@ -35,7 +35,7 @@ from harness.run import describe_machine  # noqa: E402
 
 RUNS = "runs/imagenet"
 NETWORKS = "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"
-SHOWN = deepinversion.SHOWN_CLASSES
+SHOWN = sorted(deepinversion.SHOWN_CLASSES)
 CLASSES = SHOWN[:20], SHOWN[20:40], (*SHOWN[40:], *SHOWN[:18])  # of seed 0, 1 and 2
 # a batch of 10 takes the first ten of a random order of these
 ARMS = {
