@@ -159,15 +159,7 @@ def _differentiate(loss, x):
     if not torch.is_tensor(loss) or not loss.requires_grad:
         return torch.zeros_like(x)
 
-    try:
-        (gradient,) = torch.autograd.grad(loss, x, allow_unused=True)
-    except RuntimeError as error:
-        if "use_reentrant=True" not in str(error):
-            raise
-        raise ValueError(
-            "fuse_batchnorm: expected a network that torch.autograd.grad can differentiate, got "
-            "reentrant gradient checkpointing; pass use_reentrant=False to its checkpoint"
-        ) from error
+    (gradient,) = torch.autograd.grad(loss, x, allow_unused=True)
     return torch.zeros_like(x) if gradient is None else gradient
 
 

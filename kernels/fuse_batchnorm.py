@@ -23,6 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from kernels import _verify
 from kernels.bn_act_moments import bn_act_moments_folded, fold_constants
@@ -178,10 +179,12 @@ class Hooked:
 
     kind = "hooks"
 
-    def __init__(self, network, layers, moments, reason=""):
+    def __init__(self, network, layers, moments, reason="", caller="fuse_batchnorm"):
         self.network = network
         self.moments = moments
         self.reason = reason
+        self.caller = caller
+        self.is_checked = False
         self.record = Record()
         self.handles = []
         for layer in layers:
@@ -195,7 +198,31 @@ class Hooked:
         self.record.add(0, moments, module.running_var, module.eps)
 
     def __call__(self, x):
-        return self.record.run(self.network, x)
+        y, found = self.record.run(self.network, x)
+        if not self.is_checked:
+            self.is_checked = self.refuse_reentrant_checkpoints(y)
+        return y, found
+
+    def refuse_reentrant_checkpoints(self, y):
+        """Raise if y depends on one. Returns whether y has an autograd graph, which shows that.
+
+        Such a checkpoint runs its layers without gradients: their moments would have none either.
+        """
+        outputs = [value for value in tree_leaves(y) if torch.is_tensor(value)]
+        nodes = {value.grad_fn for value in outputs} - {None}
+        has_graph = bool(nodes)
+        seen = set()
+        while nodes:
+            node = nodes.pop()
+            if type(node).__name__ == "CheckpointFunctionBackward":
+                raise ValueError(
+                    f"{self.caller}: expected a network that torch.autograd.grad can "
+                    "differentiate, got reentrant gradient checkpointing; "
+                    "pass use_reentrant=False to its checkpoint"
+                )
+            seen.add(node)
+            nodes |= {parent for parent, _ in node.next_functions} - seen - {None}
+        return has_graph
 
     @property
     def eps(self):
@@ -224,7 +251,8 @@ def hook_batchnorm(model, kinds=BATCHNORMS, moments=bn_moments):
             `fuse_batchnorm` returns does.
 
     Raises:
-        ValueError: such a BatchNorm is in train mode, or there is none.
+        ValueError: such a BatchNorm is in train mode, or there is none. The first call raises it
+            too, if the model uses reentrant gradient checkpointing.
 
     Example:
         >>> hooked = hook_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
@@ -232,7 +260,8 @@ def hook_batchnorm(model, kinds=BATCHNORMS, moments=bn_moments):
         >>> [moments.shape for moments, running_var in found]
         [torch.Size([2, 4])]
     """
-    return Hooked(model, _choose_layers("hook_batchnorm", model, kinds), moments)
+    layers = _choose_layers("hook_batchnorm", model, kinds)
+    return Hooked(model, layers, moments, caller="hook_batchnorm")
 
 
 def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):

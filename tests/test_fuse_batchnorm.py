@@ -493,6 +493,18 @@ def test_networks_that_fail_with_the_example(make, error, message, monkeypatch):
     assert_same_state(network, before)
 
 
+def test_hooks_refuse_reentrant_checkpoints_at_the_first_call(monkeypatch):
+    """Their layers run without gradients, and so would the loss of the moments."""
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    hooked = kernels.hook_batchnorm(make_foreign(Reentrant))
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad(), pytest.warns(UserWarning, match="None of the inputs"):
+        hooked(x)  # where nothing has a gradient, nothing is wrong
+    message = "hook_batchnorm: expected a network .* got reentrant .*; pass use_reentrant=False"
+    with pytest.raises(ValueError, match=message):
+        hooked(x.requires_grad_())
+
+
 def test_an_example_is_a_tensor():
     with pytest.raises(TypeError, match="expected example to be a tensor, got type; pass images"):
         kernels.fuse_batchnorm(make_foreign(Base), nn.BatchNorm2d)
