@@ -34,6 +34,13 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
+def deterministic_convolutions(monkeypatch):
+    """On a GPU, cuDNN takes the same algorithm each time, in a captured step as in an eager one."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """Fill what torch.empty, empty_like and new_empty return with NaN.
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import record_kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
@@ -182,6 +181,7 @@ def amd_usage(compiled):
 def compile_all(target):
     """Compile each distinct launch for `target`, "cuda:90" or "hip:gfx942"; a row for each."""
     import triton
+    from helpers import record_kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, make_backend
     from triton.runtime.jit import create_function_from_signature

@@ -1,10 +1,17 @@
 """CapturedStep: which calls warm up, capture and replay; on a GPU the result of a training loop."""
 
+import ast
+import runpy
+import sys
+
 import pytest
 import torch
+from scripts import ROOT
+from test_scripts import COMMANDS
 from torch import nn
 
 import kernels
+from kernels import _common
 
 
 class Recording(kernels.CapturedStep):
@@ -91,6 +98,43 @@ def test_no_warmup_is_refused(n_warmup):
         kernels.CapturedStep(lambda: None, n_warmup=n_warmup)
 
 
+def list_captured_steps():
+    """The calls of CapturedStep in scripts and benchmarks, as (file, expression of `enabled`)."""
+    rows = []
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("bench/*.py")]:
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("CapturedStep"):
+                keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+                rows.append((path.name, keywords.get("enabled", "missing")))
+    return rows
+
+
+def test_steps_are_captured_only_where_the_run_is_on_a_gpu():
+    """Not merely where the machine has one."""
+    rows = list_captured_steps()
+    assert len(rows) >= 7
+    for name, enabled in rows:
+        assert enabled.endswith(("x.is_cuda", "== 'cuda'")), f"{name}: enabled={enabled}"
+
+
+@pytest.mark.parametrize(
+    "name", ["deepinversion-student", "generative_ensemble", "pseudo_replay", "zskt"]
+)
+def test_a_run_on_the_cpu_of_a_machine_with_a_gpu_captures_nothing(name, tmp_path, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("a run on the CPU touches the GPU")
+
+    monkeypatch.setattr(_common, "INTERPRET", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse)
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    script, *options = COMMANDS[name].split()
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", [script, *options, "--device", "cpu", "--out", str(out)])
+    runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert (out / "result.json").exists()
+
+
 def train(device, n_steps, captured):
     """Distil one small network into another, on noise, at a falling rate; all that changes."""
     torch.manual_seed(0)
@@ -134,9 +178,13 @@ def test_training_on_cpu_is_the_plain_loop(monkeypatch):
         assert torch.equal(a, b)
 
 
+def test_convolutions_are_deterministic_in_every_test():
+    assert torch.backends.cudnn.deterministic
+    assert not torch.backends.cudnn.benchmark
+
+
 @pytest.mark.gpu
-def test_captured_training_is_the_plain_loop(monkeypatch):
+def test_captured_training_is_the_plain_loop():
     """The same noise, the same steps, every sum in the same order."""
-    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     for a, b in zip(train("cuda", 10, False), train("cuda", 10, True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
