@@ -7,10 +7,10 @@ mean over the networks, is the form's. Then seeds 0 to 2 with that weight. Every
 deepinversion.py; a finished one is not repeated. Everything but form and weight is as in the preset
 of the network's data set, with fewer steps. Writes results/moment-forms.json.
 
-The two CIFAR-10 networks that are not shipped are trained first:
+The two networks of ours that are not shipped are trained first, in few epochs:
 
-    python teacher.py --dataset cifar10 --arch vgg11_bn --epochs 5 --data-dir DIR
-    python teacher.py --dataset cifar10 --arch mobilenet_v2_cifar --epochs 8 --data-dir DIR
+    python teacher.py --dataset cifar10 --arch vgg11_bn --epochs 2 --lr 0.1 --data-dir DIR
+    python teacher.py --arch mobilenet_v2_cifar --epochs 30 --batch-size 64 --lr 0.1    # digits
 
 DIR/resnet20-12fca82f.th is the public ResNet-20 (akamaster/pytorch_resnet_cifar10); the weights of
 efficientnet-lite0 and -lite2 are packages. A network whose file is missing is left out.
@@ -68,7 +68,7 @@ def list_networks(args):
     """{title: (teacher, verifier, other options)} of the networks whose files are there."""
     public = f"{args.data_dir}/resnet20-12fca82f.th"
     vgg = f"{args.teachers}/cifar10-vgg11_bn/teacher.pt"
-    mobile = f"{args.teachers}/cifar10-mobilenet_v2_cifar/teacher.pt"
+    mobile = f"{args.teachers}/digits-mobilenet_v2_cifar/teacher.pt"
     networks = {
         "CIFAR-10 ResNet-20": ("cifar10-resnet20", "cifar10-wrn-16-1", CIFAR),
         "CIFAR-10 ResNet-20, public": (
@@ -78,14 +78,14 @@ def list_networks(args):
         ),
         "CIFAR-10 VGG-11-BN": (vgg, "cifar10-wrn-16-1", CIFAR),
         "CIFAR-10 WRN-16-1": ("cifar10-wrn-16-1", "cifar10-resnet20", CIFAR),
-        "CIFAR-10 MobileNetV2": (mobile, "cifar10-wrn-16-1", CIFAR),
         "MNIST ResNet-8": ("mnist-resnet8", "mnist-lenet5", ["--setting=mnist"]),
+        "digits MobileNetV2": (mobile, "digits-resnet8", ["--setting=digits"]),
         "ImageNet EfficientNet-Lite0, 160 px": ("efficientnet-lite0", "efficientnet-lite2", LITE),
     }
     needed = {
         "CIFAR-10 ResNet-20, public": public,
         "CIFAR-10 VGG-11-BN": vgg,
-        "CIFAR-10 MobileNetV2": mobile,
+        "digits MobileNetV2": mobile,
     }
     for title, path in needed.items():
         if not Path(path).exists():
