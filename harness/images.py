@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.run import DISK_ADVICE, fail, fail_in_one_line, open_atomically
+from harness.run import DISK_ADVICE, check_archive, fail, fail_in_one_line, open_atomically
 
 
 # Units
@@ -119,12 +119,11 @@ def save_images(path, images, labels):
 
 def read_images(path):
     """One batch: images (N, C, H, W) uint8 and labels (N,) int64."""
-    with (
-        fail_in_one_line(f"{path} cannot be read", "put a whole file there"),
-        np.load(path) as file,
-    ):
-        images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
-        labels = torch.from_numpy(file["labels"])
+    with fail_in_one_line(f"{path} cannot be read", "put a whole file there"):
+        check_archive(path)
+        with np.load(path) as file:
+            images = torch.from_numpy(file["images"]).permute(0, 3, 1, 2)
+            labels = torch.from_numpy(file["labels"])
     return images, labels
 
 
