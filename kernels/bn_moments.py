@@ -244,10 +244,10 @@ def compute_moments_on_cpu(x, shift):
     moments = _compute_moments_in_one_pass(x)
     if moments is None:
         return _compute_centred_moments(x, shift)
-    coarse = _find_far_channels(*moments)
+    far = _find_far_channels(*moments)
     moments[0] -= shift
-    if len(coarse):
-        moments[:, coarse] = _compute_centred_moments(x[:, coarse], shift[coarse])
+    if len(far):
+        moments[:, far] = _compute_centred_moments(x[:, far], shift[far])
     return moments
 
 
@@ -356,6 +356,8 @@ def _compute_dx(x, shift, moments, grads):
 class _BNMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift):
+        # A BatchNorm in train mode changes its running mean without autograd's notice.
+        shift = shift.clone()
         moments = _compute_moments(x, shift)
         ctx.save_for_backward(x, shift, moments)
         distance, var = moments
@@ -374,6 +376,7 @@ class _BNMoments(torch.autograd.Function):
 class _BNMomentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, running_mean, running_var):
+        running_mean = running_mean.clone()  # as in _BNMoments
         moments = _compute_moments(x, running_mean)
         distance = torch.stack((moments[0], moments[1] - running_var))  # (2, C)
         norms = torch.linalg.vector_norm(distance, dim=1, keepdim=True)  # (2, 1)

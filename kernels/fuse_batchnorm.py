@@ -296,6 +296,9 @@ def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):
         Exception: what the model itself raises with the example.
 
     Note:
+        The BatchNorms' weights and statistics are taken when this function is called: load weights
+        before.
+
         Fused activations are ReLU, ReLU6, SiLU and Hardswish. The check runs four forward and
         backward passes over the example, and two forward passes. It leaves no trace in the model.
 

@@ -204,19 +204,20 @@ def _forward_on_gpu(moments, running_var, layers, form):
     n_layers = len(layer_weights)
     divisors = torch.empty(2, n_layers, device=moments.device, dtype=torch.float32)
     weighted = torch.empty_like(divisors)
-    _moment_distance_fwd_kernel[(n_layers, 2)](
-        divisors,
-        weighted,
-        moments,
-        running_var,
-        layer_weights,
-        layer_eps,
-        offsets,
-        moments.shape[1],
-        n_layers,
-        FORM=form,
-        **_META,
-    )
+    with _common.on_device_of(moments):
+        _moment_distance_fwd_kernel[(n_layers, 2)](
+            divisors,
+            weighted,
+            moments,
+            running_var,
+            layer_weights,
+            layer_eps,
+            offsets,
+            moments.shape[1],
+            n_layers,
+            FORM=form,
+            **_META,
+        )
     return divisors, weighted
 
 
@@ -272,20 +273,21 @@ class _MomentDistance(torch.autograd.Function):
 
         dmoments = torch.empty_like(moments)
         n_layers = len(layer_weights)
-        _moment_distance_bwd_kernel[(n_layers, 2)](
-            dmoments,
-            grad,
-            divisors,
-            moments,
-            running_var,
-            layer_weights,
-            layer_eps,
-            offsets,
-            moments.shape[1],
-            n_layers,
-            FORM=ctx.form,
-            **_META,
-        )
+        with _common.on_device_of(moments):
+            _moment_distance_bwd_kernel[(n_layers, 2)](
+                dmoments,
+                grad,
+                divisors,
+                moments,
+                running_var,
+                layer_weights,
+                layer_eps,
+                offsets,
+                moments.shape[1],
+                n_layers,
+                FORM=ctx.form,
+                **_META,
+            )
         return dmoments, None, None, None, None, None
 
 

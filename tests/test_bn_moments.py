@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import assert_matches_definition, lay_out, random_tensor
 from ops_table_batchnorm import BN_MOMENT_LOSS, BN_MOMENTS, make_running, make_x
 
@@ -235,3 +236,16 @@ def test_loss_of_a_shifted_input(backend, device):
     x = make_x(device, (8, 4, 4, 4))
     loss = kernels.bn_moment_loss(x + 0.75, *kernels.bn_moments(x))
     assert loss.item() == pytest.approx(0.75 * 4**0.5, rel=1e-5)
+
+
+def test_a_running_mean_that_training_changes_leaves_the_gradient_as_it_was(backend, device):
+    """F.batch_norm updates it in place without a new version, so autograd would not notice."""
+    x = make_x(device, (4, 3, 5, 5)).requires_grad_()
+    running_mean = torch.zeros(3, device=device)
+    expected = torch.autograd.grad(kernels.bn_moments(x, running_mean)[1].sum(), x)[0]
+
+    _, var = kernels.bn_moments(x, running_mean)
+    with torch.no_grad():
+        F.batch_norm(x + 7, running_mean, torch.ones(3, device=device), training=True)
+    assert running_mean.all()
+    assert torch.equal(torch.autograd.grad(var.sum(), x)[0], expected)

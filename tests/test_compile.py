@@ -59,7 +59,11 @@ def run_batchnorm_ops():
         C = shape[1]
         vectors = [torch.ones(C)] * 4
         y, moments = kernels.bn_act_moments(x, *vectors, residual=residual)
-        (y.sum() + kernels.moment_distance(moments, torch.ones(C), (C,))).backward()
+        distance = sum(
+            kernels.moment_distance(moments, torch.ones(C), (C,), form=form)
+            for form in ("l2", "relative", "kl")
+        )
+        (y.sum() + distance).backward()
 
     x = images((64, 96, 56, 56), BFLOAT, NHWC)
     residual = images((64, 96, 56, 56), BFLOAT, NHWC)
