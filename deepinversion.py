@@ -52,7 +52,14 @@ from harness.images import (
     save_images,
     to_uint8,
 )
-from harness.load import check_network, find_dataset, load_student, load_teacher, load_verifier
+from harness.load import (
+    check_network,
+    find_dataset,
+    load_student,
+    load_teacher,
+    load_verifier,
+    refuse_misfits,
+)
 from harness.networks import compute_last_features, copy_network, sample_example
 from harness.pictures import draw_classes, draw_curves
 from harness.run import (
@@ -546,7 +553,7 @@ class Synthesis:
             self.bar.update(count_steps(self.args))
             images, _ = read_images(path)
             return images
-        advice = "try a smaller --batch-size or --no-fused; on a GPU --no-graph or --no-bf16"
+        advice = list_remedies("--batch-size", self.run.device)
         with fail_in_one_line(f"batch {number} failed", advice):
             x = self.synthesise(number, opponent)
         if not x.isfinite().all():  # the loss before the last step may still have been finite
@@ -612,6 +619,13 @@ class Synthesis:
             if not math.isnan(values[name]):  # no competition
                 row[f"{prefix}/{name}"] = values[name]
         self.run.show(self.bar, row)
+
+
+def list_remedies(size, device):
+    """What to try where a step fails: a smaller `size` (an option), or less of what is fast."""
+    if device == "cuda":
+        return f"try a smaller {size}, --no-graph, --no-bf16 or --no-fused"
+    return f"try a smaller {size} or --no-fused"
 
 
 # Files and labels
@@ -889,10 +903,11 @@ def load_checked_teacher(args, device):
     """The teacher, tried out at each resolution of its stages; it must have BatchNorms."""
     size_multiple = 2 if args.iterations_low else 1
     teacher, info = load_teacher(args, device, size_multiple)
-    advice = "check --weights, --num-classes, --image-size, --mean and --std"
-    with fail_in_one_line(f"--teacher {args.teacher}", advice):
-        for stage in list_stages(args):
-            check_network(teacher, info, device, info.image_size // stage.scale)
+    low_size = info.image_size // 2
+    advice = {"other": "pass --iterations-low 0"}
+    if args.iterations_low:
+        with refuse_misfits(f"--teacher {args.teacher} at {low_size} pixels", advice):
+            check_network(teacher, info, device, low_size)
     layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm)]
     if not any(layer.running_mean is not None for layer in layers):
         problem = "no BatchNorm with running moments, which are matched"
@@ -956,7 +971,7 @@ def main(args):
     n_steps = n_batches // world * count_steps(args)
     if student is not None:
         n_steps += args.epochs * args.steps_per_epoch
-    with fail_in_one_line(f"--teacher {args.teacher}", "change the network, or take another"):
+    with fail_in_one_line(f"--teacher {args.teacher}", "take another network"):
         watched = watch_batchnorms(teacher, sample_example(info, device), args, device)
     if watched.reason and rank == 0:
         print(f"teacher: {watched.reason}")
@@ -966,7 +981,7 @@ def main(args):
     bar = tqdm(total=n_steps, disable=hidden, mininterval=0.5)
     synthesis = Synthesis(watched, info, labels, run, bar, world)
     if student is not None:
-        advice = "try a smaller --student-batch or --no-fused; on a GPU --no-graph or --no-bf16"
+        advice = list_remedies("--student-batch", device)
         with fail_in_one_line("the student's training failed", advice):
             accuracies = train_student(student, teacher, synthesis, given, test)
     else:

@@ -571,8 +571,15 @@ def test_images_of_an_odd_size_need_no_low_resolution(capsys, tmp_path):
 
 def test_a_teacher_is_tried_at_half_resolution_only_where_a_stage_needs_it(capsys, tmp_path):
     args = replace(TINY, **describe_own_teacher(tmp_path, "one_size", 16))
-    assert "nets.py:one_size" in read_refusal(capsys, di.load_checked_teacher, args, "cpu")
+    says = read_refusal(capsys, di.load_checked_teacher, args, "cpu")
+    assert "nets.py:one_size at 8 pixels" in says
+    assert says.endswith("; pass --iterations-low 0")
     di.load_checked_teacher(replace(args, iterations_low=0), "cpu")
+
+
+def test_remedies_are_those_of_the_device():
+    assert di.list_remedies("--batch-size", "cpu") == "try a smaller --batch-size or --no-fused"
+    assert "--no-graph" in di.list_remedies("--batch-size", "cuda")
 
 
 def test_a_line_says_which_batchnorms_are_not_fused(capsys, tmp_path):
