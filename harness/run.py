@@ -1,12 +1,14 @@
 """One run of a script: its options, its refusals, its folder, and what makes it repeatable."""
 
 import argparse
+import atexit
 import contextlib
 import io
 import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -23,8 +25,14 @@ import torch.distributed as dist
 import tyro
 from torch.nn.modules.batchnorm import _BatchNorm
 
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
 ROOT = Path(__file__).resolve().parent.parent  # where teachers/ lies and git describes the code
 DISK_ADVICE = "free some space, then continue with --resume"
+LOCKS = {}  # {path: open file} of the folders that this process holds
 
 
 # Options
@@ -275,8 +283,12 @@ def check_archive(path):
         return
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"{damaged} in it has another checksum than was written")
+        if damaged is not None:
+            raise ValueError(f"{damaged} in it has another checksum than was written")
+        for entry in archive.infolist():
+            # torch.load returns memory that it never filled where a file is marked as a folder
+            if entry.external_attr & 0x10 and not entry.is_dir():
+                raise ValueError(f"{entry.filename} in it is marked as a folder")
 
 
 def read_checkpoint(path, advice="save a state dict"):
@@ -321,6 +333,42 @@ def open_atomically(path):
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def lock_folder(folder):
+    """Hold a run's folder until this process ends; refuse where another process holds it.
+
+    The lock goes with the process, even if that is killed; the file `lock` only says who holds it.
+    Nothing is locked where the system or the file system has no locks.
+    """
+    path = (folder / "lock").resolve()
+    if fcntl is None or path in LOCKS:
+        return
+    file = open(path, "a+")  # noqa: SIM115 (it stays open)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read() or "another process"
+        fail(f"--out {folder} is in use by {holder}; wait for its end, or pass another --out")
+    except OSError:
+        return
+    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        lock_folder(folder)  # the holder has finished just now and deleted this file
+        return
+    LOCKS[path] = file
+    atexit.register(unlock_folder, folder)
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def unlock_folder(folder):
+    """Let other processes have a run's folder."""
+    path = (folder / "lock").resolve()
+    if path in LOCKS:
+        path.unlink(missing_ok=True)
+        LOCKS.pop(path).close()
 
 
 def find_not_finite(state):
@@ -370,7 +418,8 @@ class RunFolder:
 
     Whenever the run is killed, whole files are there. The last checkpoint but one is kept: should
     the newest be damaged, --resume takes the one before. result.json appears last: its presence
-    says that the run is complete. A full disk ends the run in one line.
+    says that the run is complete. A full disk ends the run in one line. While a run is at work no
+    other can use its folder.
 
     Args:
         args: the script's Args.
@@ -395,6 +444,7 @@ class RunFolder:
         sys.excepthook = exit_quietly_on_interrupt
         with fail_in_one_line(f"--out {self.out} cannot be used", "pass another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
+            lock_folder(self.out)
             if args.resume and (self.out / "args.json").exists():
                 self._continue()
             else:
@@ -570,4 +620,5 @@ class RunFolder:
         result |= describe_machine(self.device)
         with self.write_file("result.json") as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
+        unlock_folder(self.out)
         print(f"wrote result.json into {self.out}; {seconds:.0f} s")

@@ -427,6 +427,7 @@ def test_resume_refuses_other_options_and_leaves_the_run_alone(tmp_path, capsys)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     line = read_refusal(capsys, train, tmp_path, resume=True, lr=0.1, seed=2)
     assert "--resume: seed, lr differ from the first run's" in line
+    (tmp_path / "lock").unlink()  # it goes with the process
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -457,7 +458,7 @@ def test_a_new_run_forgets_a_finished_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("of before")
     start_and_cut(tmp_path, n=0, clears=("images-*.npz",))
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"args.json", "metrics.jsonl", "notes.txt"}
+    assert names == {"args.json", "metrics.jsonl", "notes.txt", "lock"}
     assert len(rows_of(tmp_path)) == 1
 
 

@@ -1,14 +1,18 @@
 """Whether files, folders and streams can be trusted: what is damaged, shared or gone is refused."""
 
 import random
+import signal
+import time
 from dataclasses import asdict
 
 import pytest
 import torch
-from scripts import read_refusal
+from helpers import rows_of
+from scripts import read_refusal, start
 from tqdm import tqdm
 
 import generative_ensemble
+from harness import run as harness_run
 from harness.images import read_images, save_images
 from harness.load import describe_checkpoint, load_weights
 from harness.run import RunFolder, RunOptions, read_checkpoint
@@ -64,6 +68,15 @@ def test_a_flipped_bit_is_refused_or_changes_nothing(tmp_path, capsys):
         else:
             assert is_equal(saved, original), position
     assert n_refused > 100
+
+
+def test_an_entry_that_became_a_folder_is_refused(tmp_path, capsys):
+    """torch.load would return memory that nothing was written to."""
+    path = tmp_path / "checkpoint.pt"
+    torch.save(dict(state=torch.randn(20, 7)), path)
+    entry = path.read_bytes().rindex(b"checkpoint/data/0") - 46  # in the archive's directory
+    flip_bit(path, 8 * (entry + 38) + 4)
+    assert "data/0 in it is marked as a folder" in read_refusal(capsys, read_checkpoint, path)
 
 
 def write_teacher(path):
@@ -144,3 +157,86 @@ def test_files_in_the_old_format_of_pytorch_still_load(tmp_path):
     torch.save(state, path, _use_new_zipfile_serialization=False)
     assert torch.equal(read_checkpoint(path)["weight"], state["weight"])
     assert torch.equal(load_weights(path)["weight"], state["weight"])
+
+
+# Two processes
+
+
+SCRIPT = """
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from harness.run import RunFolder, RunOptions, parse_args
+
+
+@dataclass
+class Args(RunOptions):
+    epochs: int = 3
+    pause: float = 0.0
+    "Seconds after the first epoch."
+
+
+def main(args):
+    run = RunFolder(args, "cpu", may_change=("pause",))
+    print(f"a run in {run.out}")
+    with run.open_checkpoint() as saved:
+        first = 0 if saved is None else saved["epoch"]
+    for epoch in range(first, args.epochs):
+        with tqdm(disable=True) as bar:
+            run.show(bar, {"epoch": epoch + 1})
+        run.save_checkpoint(dict(epoch=epoch + 1, weights=torch.ones(5)))
+        if epoch == 0:
+            time.sleep(args.pause)
+    run.finish({})
+
+
+if __name__ == "__main__":
+    main(parse_args({"": Args()}, lambda teacher, dataset: ""))
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    """The path of a small script: it writes a row and a checkpoint for each of three epochs."""
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def wait_for(path, program):
+    """Wait until a program has written a file."""
+    while program.is_running() and not path.exists():
+        time.sleep(0.01)
+    assert path.exists()
+
+
+def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, script):
+    out = tmp_path / "run"
+    first = start(f"{script} --pause 100", out)
+    wait_for(out / "seconds.txt", first)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for option in ("", " --resume"):
+        second = start(f"{script}{option}", out)
+        code, _, errors = second.finish()
+        assert code == 2 and len(errors.splitlines()) == 1, errors
+        assert f"in use by process {first.process.pid} on " in errors
+        assert "pass another --out" in errors
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    first.send(signal.SIGKILL)
+    assert first.finish()[0] == -signal.SIGKILL
+    code, _, errors = start(f"{script} --resume", out).finish()
+    assert code == 0, errors
+    assert rows_of(out) == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]
+    assert not (out / "lock").exists()
+
+
+def test_a_process_may_open_its_folder_again_and_runs_go_on_without_locks(tmp_path, monkeypatch):
+    make_run(tmp_path)
+    make_run(tmp_path)
+    monkeypatch.setattr(harness_run, "fcntl", None)
+    make_run(tmp_path / "other")
+    assert not (tmp_path / "other/lock").exists()
