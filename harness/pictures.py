@@ -48,7 +48,7 @@ def draw_tiles(titles, images, file, columns=5):
     """Write a PNG of images with a title below each, in rows of `columns`.
 
     Args:
-        titles: N strings.
+        titles: N strings; a long one is cut to the width of a tile.
         images: (N, C, H, W) uint8.
         file: path or file object.
 
@@ -69,7 +69,8 @@ def draw_tiles(titles, images, file, columns=5):
         image = Image.fromarray(pixels.numpy())
         image = image.resize((tile, tile), Image.Resampling.NEAREST)
         sheet.paste(image, (column * width, row * height))
-        text.text((column * width + 2, row * height + tile + 2), titles[i], fill="black")
+        title = titles[i][: tile // 6]  # a letter is 6 pixels wide
+        text.text((column * width + 2, row * height + tile + 2), title, fill="black")
     sheet.save(file, format="PNG")
 
 

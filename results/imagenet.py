@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -69,9 +70,10 @@ def measure_agreements(paths):
 
 
 def draw_picture(arm, folders):
-    """All images of an arm, a tile each."""
+    """All images of an arm at half their size, a tile each."""
     parts = [read_newest_images(list_image_files(folder)) for folder in folders]
     images = torch.cat([images for images, _ in parts])
+    images = F.avg_pool2d(images.float(), 2).round().to(torch.uint8)
     labels = torch.cat([labels for _, labels in parts])
     names = list_class_names("imagenet")
     titles = [names[k] for k in labels.tolist()]
