@@ -2,14 +2,13 @@
 
     python results/imagenet.py [ARM …]
 
-Every arm has seeds 0 to 2 with one batch each. Each run is a command of deepinversion.py, and a
-finished one is not repeated. Arms:
+Each run is a command of deepinversion.py that makes one batch; a finished one is not repeated. Arms:
 
-    imagenet          the preset, 10 images a seed
-    imagenet-long     the preset, 20 images a seed; the three show 42 classes
-    single            `imagenet`, all of its time at full resolution
-    paper             `imagenet` with the paper's moment loss and the released weight
-    dream             `imagenet` without a moment loss (DeepDream)
+    imagenet          the preset, 10 images a seed, 3 seeds
+    imagenet-long     the preset, 20 images a seed, 3 seeds that show 42 classes
+    single            `imagenet`, all of its time at full resolution; 2 seeds
+    paper             `imagenet` with the paper's moment loss and the released weight; 2 seeds
+    dream             `imagenet` without a moment loss (DeepDream); 2 seeds
 
 Writes results/imagenet.json, and pictures of the first two arms, results/samples-imagenet.png and
 results/samples-imagenet-long.png.
@@ -39,6 +38,7 @@ NETWORKS = "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"
 SHOWN = sorted(deepinversion.SHOWN_CLASSES)
 CLASSES = SHOWN[:20], SHOWN[20:40], (*SHOWN[40:], *SHOWN[:18])  # of seed 0, 1 and 2
 # a batch of 10 takes the first ten of a random order of these
+N_SEEDS = {"imagenet": 3, "imagenet-long": 3}  # 2 otherwise
 ARMS = {
     "imagenet": "",
     "imagenet-long": "--setting imagenet-long",
@@ -87,7 +87,7 @@ def main(arms):
         saved = json.loads(path.read_text())
     for arm in arms:
         rows = []
-        folders = [invert(arm, seed) for seed in range(3)]
+        folders = [invert(arm, seed) for seed in range(N_SEEDS.get(arm, 2))]
         for seed, folder in enumerate(folders):
             result = json.loads((folder / "result.json").read_text())
             row = {"seed": seed, "n_images": result["n_images"], "seconds": result["seconds"]}
