@@ -2,7 +2,7 @@
 
     python results/imagenet.py [ARM …]
 
-Each run is a command of deepinversion.py that makes one batch; a finished one is not repeated. Arms:
+Each run is a command of deepinversion.py that makes one batch; a finished one is not repeated.
 
     imagenet          the preset, 10 images a seed, 3 seeds
     imagenet-long     the preset, 20 images a seed, 3 seeds that show 42 classes
