@@ -4,12 +4,13 @@ A run's images lie in files images-00000.npz, images-00001.npz …, one batch ea
 (N, H, W, C) and `labels` int64 (N,).
 """
 
+import re
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from harness.run import DISK_ADVICE, check_archive, fail, fail_in_one_line, open_atomically
+from harness.run import check_archive, fail, fail_in_one_line, open_atomically, refuse_unwritable
 
 
 # Units
@@ -106,14 +107,19 @@ def get_image_path(folder, number):
 
 
 def list_image_files(folder):
-    """The images-*.npz of a folder, in their order."""
-    return sorted(Path(folder).glob("images-[0-9]*.npz"))
+    """The paths of a folder that get_image_path names, in the order of their numbers."""
+    numbers = []
+    for path in Path(folder).glob("images-*.npz"):
+        digits = path.stem.removeprefix("images-")
+        if re.fullmatch("[0-9]+", digits) and path == get_image_path(folder, int(digits)):
+            numbers.append(int(digits))
+    return [get_image_path(folder, number) for number in sorted(numbers)]
 
 
 def save_images(path, images, labels):
     """Write one batch, uint8 (N, C, H, W) and (N,) on the CPU, whole or not at all."""
     pixels = images.permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
-    with fail_in_one_line(f"{path} cannot be written", DISK_ADVICE), open_atomically(path) as file:
+    with refuse_unwritable(path), open_atomically(path) as file:
         np.savez(file, images=pixels, labels=labels.numpy())
 
 
@@ -163,7 +169,7 @@ def check_image_files(folder, info):
             fail(f"--images: {path.name}: {expected}, got {images.dtype} {shape}")
         if labels.dtype != torch.int64:
             fail(f"--images: {path.name}: expected int64 labels, got {labels.dtype}")
-        if len(labels) != len(images) or len(labels) == 0:
+        if labels.shape != images.shape[:1] or len(labels) == 0:
             fail(f"--images: {path.name}: expected as many labels as images, and some of both")
         if labels.min() < 0 or labels.max() >= info.num_classes:
             fail(f"--images: {path.name}: expected labels from 0 to {info.num_classes - 1}")

@@ -21,7 +21,7 @@ import torch
 import torch.nn as nn
 
 from harness.networks import NETWORKS
-from harness.run import ROOT, fail, read_checkpoint, shorten_error
+from harness.run import ROOT, check_regular, fail, read_checkpoint, shorten_error
 
 # ImageNet teachers with an official address: file name and top-1 accuracy in percent. The file's
 # suffix is the first 8 digits of its SHA-256.
@@ -622,6 +622,7 @@ def load_weights(path, sha256="", url=""):
             problem = f"cannot fetch {url}: {shorten_error(error)}"
             raise Misfit(problem, cause="fetch", got=path) from error
     try:
+        check_regular(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         problem = f"{path} cannot be read: {error.strerror.lower()}"

@@ -3,8 +3,10 @@
 import argparse
 import atexit
 import contextlib
+import errno
 import io
 import json
+import math
 import os
 import random
 import re
@@ -24,6 +26,7 @@ import torch
 import torch.distributed as dist
 import tyro
 from torch.nn.modules.batchnorm import _BatchNorm
+from tqdm import tqdm
 
 try:
     import fcntl
@@ -32,6 +35,11 @@ except ImportError:  # Windows has no such locks
 
 ROOT = Path(__file__).resolve().parent.parent  # where teachers/ lies and git describes the code
 DISK_ADVICE = "free some space, then continue with --resume"
+FINITE_ADVICE = "in another --out, lower the learning rates or weights"
+RAISED = []  # options of the command line whose numbers are above the preset's
+COUNTERS = ("step", "epoch", "epochs_done")  # in a checkpoint: what its run has behind it
+WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG)
+PIPE_CODE = 141  # a shell's exit code of a program that wrote into a closed pipe
 LOCKS = {}  # {path: open file} of the folders that this process holds
 
 
@@ -96,6 +104,8 @@ class MethodOptions(TeacherOptions, RunOptions):
     def __post_init__(self):
         RunOptions.__post_init__(self)
         TeacherOptions.__post_init__(self)
+        if not self.out:
+            raise ValueError("--out: expected a folder, got an empty name")
 
 
 def check_at_least(least, args, *names):
@@ -118,6 +128,7 @@ def parse_args(presets, choose_preset):
     Returns:
         The Args. A wrong option ends the program with exit code 2.
     """
+    prepare_program()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--setting", "--teacher", "--dataset"):
         parser.add_argument(option, default="")
@@ -126,21 +137,37 @@ def parse_args(presets, choose_preset):
     if name not in presets:
         fail(f"--setting: expected one of {', '.join(presets)}, got {name!r}")
     preset = presets[name]
-    return tyro.cli(type(preset), default=preset)
+    args = tyro.cli(type(preset), default=preset)
+    RAISED[:] = list_raised(args, preset)
+    return args
+
+
+def list_raised(args, preset):
+    """The options that are larger whole numbers than a preset's: what may be too much memory."""
+    raised = []
+    for name, value in vars(args).items():
+        if type(value) is int and value > getattr(preset, name) and name != "seed":
+            raised.append("--" + name.replace("_", "-"))
+    return raised
 
 
 # Refusals
 def fail(message):
     """Print one line that says what to do and leave with exit code 2."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    line = f"{Path(sys.argv[0]).name}: {message}"
+    tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
     raise SystemExit(2)
 
 
 def shorten_error(error):
     """An exception's kind and first sentence: PyTorch goes on to advise loading unsafely."""
     words = " ".join(str(error).split())
+    words = re.sub(r"^\[enforce fail at [^]]*\] .*? == .*?\. ", "", words)  # a place in PyTorch
+    kind = type(error).__name__
+    if not words:  # such as MemoryError
+        return kind
     sentence = words.split(". ")[0][:300]
-    return f"{type(error).__name__}: {sentence}"
+    return f"{kind}: {sentence}"
 
 
 @contextlib.contextmanager
@@ -152,12 +179,62 @@ def fail_in_one_line(subject, advice):
         fail(f"{subject}: {shorten_error(error)}; {advice}")
 
 
-def exit_quietly_on_interrupt(kind, error, trace):
-    """Print one line for Ctrl-C. Stands in for sys.excepthook; the exit code stays the signal's."""
+@contextlib.contextmanager
+def refuse_unwritable(path):
+    """Report in one line that a file cannot be written: its folder is gone, or the disk is full."""
+    try:
+        yield
+    except Exception as error:
+        advice = DISK_ADVICE
+        if not Path(path).parent.is_dir():
+            advice = "its folder has gone; start again and leave --out where it is"
+        fail(f"{path} cannot be written: {shorten_error(error)}; {advice}")
+
+
+def prepare_program():
+    """Let lines appear when they are printed, in any encoding, and let errors end in one line."""
+    sys.excepthook = report_uncaught
+    if sys.stdout is None:  # closed: no other file may get its number
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else a notebook's
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+
+
+def leave_without_stdout(error):
+    """End the program where standard output cannot be written; quietly if its reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more at its end
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(PIPE_CODE)
+    problem = f"standard output cannot be written: {error.strerror}"
+    fail(f"{problem}; direct it elsewhere, then continue with --resume")
+
+
+def is_out_of_memory(error):
+    """Whether an error says that there is no memory of such a size."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    says = str(error)
+    return isinstance(error, RuntimeError) and ("allocate memory" in says or "overflow" in says)
+
+
+def report_uncaught(kind, error, trace):
+    """Report in one line what is no bug: Ctrl-C, a closed pipe, too little memory.
+
+    Stands in for sys.excepthook. After Ctrl-C the exit code stays the signal's.
+    """
     if issubclass(kind, KeyboardInterrupt):
         print("\ninterrupted; --resume continues from what is finished", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
+        return
+    # files are written where errors are caught, so that this one is of standard output
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        leave_without_stdout(error)
+    if is_out_of_memory(error):
+        options = ", ".join(RAISED) or "the batch sizes"
+        fail(f"{shorten_error(error)}; lower {options}")
+    sys.__excepthook__(kind, error, trace)
 
 
 # Device, seeds, precision, optimisers
@@ -273,12 +350,20 @@ def list_harmless_globals():
     return [argparse.Namespace, np.dtype, scalar, old_name, *dtypes]
 
 
+def check_regular(path):
+    """Raise OSError where a path names a folder, a pipe or a device: reading it may never end."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
 def check_archive(path):
-    """Raise ValueError where a checksum in a zip archive does not fit.
+    """Raise an error where a path is no file, or a checksum in a zip archive does not fit.
 
     Files of torch.save and .npz files are such archives. Other files pass, such as those that
     PyTorch wrote before version 1.6. torch.load does not look at the checksums itself.
     """
+    check_regular(path)
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -372,7 +457,10 @@ def unlock_folder(folder):
 
 
 def find_not_finite(state):
-    """The name of the first tensor in nested dicts and lists that holds NaN or infinity, or "".
+    """The name of the first number or tensor in nested dicts and lists that is NaN or infinite.
+
+    Returns:
+        The names that lead to it, or "" where all are finite.
 
     >>> find_not_finite({"a": [torch.ones(2)], "b": {"c": torch.tensor([1.0, torch.nan])}})
     'b c'
@@ -382,11 +470,35 @@ def find_not_finite(state):
         if isinstance(value, torch.Tensor):
             if not value.isfinite().all():
                 return str(name)
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                return str(name)
         elif isinstance(value, (dict, list, tuple)):
             found = find_not_finite(value)
             if found:
                 return f"{name} {found}"
     return ""
+
+
+def encode_json(value, indent=None):
+    """A line or a file of JSON, as bytes. NaN and infinity, which JSON lacks, are a ValueError."""
+    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+
+
+def parse_row(line):
+    """A row of metrics.jsonl, or None where a line is no JSON object of finite numbers.
+
+    >>> parse_row('{"epoch": 1}'), parse_row('{"epoch": 1, "lo'), parse_row('{"loss": NaN}')
+    ({'epoch': 1}, None, None)
+    """
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    is_whole = all(type(value) in (int, float) for value in row.values())
+    return row if is_whole and not find_not_finite(row) else None
 
 
 def describe_machine(device):
@@ -441,7 +553,7 @@ class RunFolder:
         self.may_change = {"resume", "out", "data_dir", "smoke", "graph", *may_change}
         self.rows = []
         self.start = time.time()
-        sys.excepthook = exit_quietly_on_interrupt
+        prepare_program()
         with fail_in_one_line(f"--out {self.out} cannot be used", "pass another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
             lock_folder(self.out)
@@ -449,9 +561,13 @@ class RunFolder:
                 self._continue()
             else:
                 self._clear(clears)
-            (self.out / "result.json").unlink(missing_ok=True)
-            with open_atomically(self.out / "args.json") as file:
-                file.write((json.dumps(asdict(args), indent=1) + "\n").encode())
+                self._begin()
+
+    def _begin(self):
+        """From here on the folder is this run's: write its options, delete an earlier result."""
+        (self.out / "result.json").unlink(missing_ok=True)
+        with self.write_file("args.json") as file:
+            file.write(encode_json(asdict(self.args), indent=1))
 
     def _clear(self, clears):
         """Delete what an earlier run left; refuse if it was not finished: it may be days."""
@@ -467,8 +583,15 @@ class RunFolder:
             (self.out / name).unlink(missing_ok=True)
 
     def _continue(self):
-        """Refuse other options than the first run's; take over its rows and its seconds."""
+        """Refuse other options than the first run's; take over its rows and its seconds.
+
+        Nothing is written yet: `keep_rows` comes when the checkpoint has been read.
+        """
+        for name in ("args.json", "metrics.jsonl", "seconds.txt"):
+            check_regular(self.out / name)
         before = json.loads((self.out / "args.json").read_text())
+        if not isinstance(before, dict):
+            raise ValueError("args.json holds no options")
         now = json.loads(json.dumps(asdict(self.args)))
         changed = [k for k in now if k not in self.may_change and now[k] != before.get(k)]
         if changed:
@@ -477,41 +600,48 @@ class RunFolder:
         self.rows = self._read_rows()
         seconds = self.out / "seconds.txt"
         if seconds.exists():
-            self.start -= float(seconds.read_text())
+            taken = float(seconds.read_text())
+            if not 0 <= taken < math.inf:
+                raise ValueError(f"seconds.txt: expected at least 0, got {taken}")
+            self.start -= taken
 
     def _read_rows(self):
+        """The rows of metrics.jsonl. A kill may have cut the last line short: it is dropped."""
         path = self.out / "metrics.jsonl"
         if not path.exists():
             return []
         rows = []
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the last line may have been cut
-                rows.append(json.loads(line))
+        lines = path.read_bytes().decode(errors="replace").split("\n")
+        for number, line in enumerate(lines, 1):
+            row = parse_row(line)
+            if row is not None:
+                rows.append(row)
+            elif number < len(lines):
+                raise ValueError(f"metrics.jsonl: line {number} is no row of numbers")
         return rows
 
     def keep_rows(self, rows):
         """Rewrite metrics.jsonl with these rows alone: it forgets what is done again."""
+        self._begin()
         self.rows = list(rows)
         with self.write_file("metrics.jsonl") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in self.rows).encode())
+            file.write(b"".join(encode_json(row) for row in self.rows))
 
     @contextlib.contextmanager
     def write_file(self, name):
         """Context with a file to write at `name`, whole or not at all; a full disk ends the run."""
         path = self.out / name
-        with (
-            fail_in_one_line(f"{path} cannot be written", DISK_ADVICE),
-            open_atomically(path) as file,
-        ):
+        with refuse_unwritable(path), open_atomically(path) as file:
             yield file
 
     def log(self, row):
         """Add a row of numbers to metrics.jsonl; return its figures as short strings."""
         row = {name: round(value, 6) for name, value in row.items()}
+        self._refuse_not_finite(row, "a row of metrics.jsonl")
         self.rows.append(row)
         path = self.out / "metrics.jsonl"
-        with fail_in_one_line(f"{path} cannot be written", DISK_ADVICE), open(path, "a") as file:
-            file.write(json.dumps(row) + "\n")
+        with refuse_unwritable(path), open(path, "ab") as file:
+            file.write(encode_json(row))
         figures = {}
         for name, value in row.items():
             short_name = name.split("/")[-1]
@@ -525,7 +655,11 @@ class RunFolder:
         figures = self.log(row)
         bar.set_postfix(figures)
         if bar.disable and self.rank == 0:
-            print("  ".join(f"{name} {value:>8}" for name, value in figures.items()), flush=True)
+            line = "  ".join(f"{name} {value:>8}" for name, value in figures.items())
+            try:
+                print(line, flush=True)
+            except OSError as error:  # not one of the training around it
+                leave_without_stdout(error)
 
     def has_checkpoint(self):
         """Whether --resume finds one here."""
@@ -547,10 +681,7 @@ class RunFolder:
             state: tensors, numbers, strings, and lists and dicts of them. Nothing that is not
                 finite is kept: the last good checkpoints stay.
         """
-        broken = find_not_finite(state)
-        if broken:
-            advice = "in another --out, lower the learning rates or weights"
-            fail(f"not finite: {broken} of the run's state; {advice}")
+        self._refuse_not_finite(state, "the run's state")
         saved = dict(state=state, n_rows=len(self.rows), rng=self._generator().get_rng_state())
         newest, previous = self.checkpoints
         if newest.exists():
@@ -558,6 +689,12 @@ class RunFolder:
         with self.write_file(newest.name) as file:
             torch.save(saved, file)
         self.save_seconds()
+
+    def _refuse_not_finite(self, values, where):
+        """Fail where nested dicts and lists hold NaN or infinity; say what does, and where."""
+        broken = find_not_finite(values)
+        if broken:
+            fail(f"not finite: {broken} of {where}; {FINITE_ADVICE}")
 
     def _generator(self):
         return torch.cuda if self.device == "cuda" else torch
@@ -576,11 +713,34 @@ class RunFolder:
             return
         advice = "run without --resume, in another --out"
         with fail_in_one_line(f"{path}: no checkpoint of this run", advice):
+            self._check_saved(saved)
             yield saved["state"]
-            if saved["n_rows"] > len(self.rows):
-                raise ValueError("metrics.jsonl has lost rows")
             self._generator().set_rng_state(saved["rng"])
             self.keep_rows(self.rows[: saved["n_rows"]])
+            newest, previous = self.checkpoints
+            if path == previous:  # the next one written must not push a damaged one over it
+                newest.unlink(missing_ok=True)
+
+    def _check_saved(self, saved):
+        """Raise an error where a checkpoint's numbers are none that a run of this folder wrote."""
+        n_rows = saved["n_rows"]
+        if type(n_rows) is not int or n_rows < 0:
+            raise ValueError(f"expected a number of rows, got {n_rows!r}")
+        if n_rows > len(self.rows):
+            raise ValueError("metrics.jsonl has lost rows")
+        state = saved["state"]
+        if not isinstance(state, dict):
+            raise ValueError("its state is no dict")
+        broken = find_not_finite(state)
+        if broken:
+            raise ValueError(f"{broken} is not finite")
+        last_row = self.rows[n_rows - 1] if n_rows else {}
+        for name in COUNTERS:
+            value = state.get(name, 0)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name}: expected a whole number of at least 0, got {value!r}")
+            if name in state and value != last_row.get(name, value):
+                raise ValueError(f"{name} is {value}, in metrics.jsonl {last_row[name]}")
 
     def _find_checkpoint(self):
         """The newest checkpoint that can be read, and what it holds; (None, None) without any."""
@@ -592,7 +752,6 @@ class RunFolder:
             with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
                 return path, read_checkpoint(path)
             print(f"{path} is damaged: continuing from {last.name}")
-            path.unlink()  # the next one written must not push it over the whole one
         return last, read_checkpoint(last, "begin again in another --out")
 
     def save_student(self, student, arch, info, method, dataset, accuracy):
@@ -618,7 +777,8 @@ class RunFolder:
         seconds = round(time.time() - self.start, 1)
         result = result | dict(seconds=seconds, seed=self.args.seed, setting=asdict(self.args))
         result |= describe_machine(self.device)
+        self._refuse_not_finite(result, "the result")
         with self.write_file("result.json") as file:
-            file.write((json.dumps(result, indent=1) + "\n").encode())
+            file.write(encode_json(result, indent=1))
         unlock_folder(self.out)
         print(f"wrote result.json into {self.out}; {seconds:.0f} s")

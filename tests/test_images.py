@@ -151,12 +151,13 @@ def test_a_batch_is_read_as_it_was_written(tmp_path, n_channels):
 
 
 def test_image_files_are_listed_in_the_order_of_their_numbers(tmp_path):
-    for number in (10, 2, 0, 99999):
+    for number in (10, 2, 0, 99999, 100_000, 1_000_000):
         save_images(get_image_path(tmp_path, number), *make_batch(1, size=2))
-    (tmp_path / "images-notes.npz").write_text("no batch")
+    for stray in ("images-notes.npz", "images-00001-copy.npz", "images-7.npz", "images-.npz"):
+        (tmp_path / stray).write_text("no batch")
     (tmp_path / "images-00003.npz.part").write_text("half a batch")
     numbers = [int(path.stem.partition("-")[2]) for path in list_image_files(tmp_path)]
-    assert numbers == [0, 2, 10, 99999]
+    assert numbers == [0, 2, 10, 99999, 100_000, 1_000_000]
 
 
 def test_the_newest_images_are_those_of_the_last_files_in_their_order(tmp_path):
@@ -201,7 +202,7 @@ def test_an_image_file_that_would_run_code_is_refused(capsys, tmp_path):
 def test_images_that_cannot_be_written_are_refused(capsys, tmp_path):
     path = get_image_path(tmp_path / "nowhere", 0)
     line = read_refusal(capsys, save_images, path, *make_batch(1))
-    assert "cannot be written" in line and "free some space" in line
+    assert "cannot be written" in line and "its folder has gone" in line
 
 
 # The images of another run
@@ -251,6 +252,14 @@ def test_images_unlike_the_teachers_are_refused(capsys, tmp_path, images, labels
     np.savez(get_image_path(tmp_path, 1), images=images, labels=np.array(labels, np.int64))
     line = read_refusal(capsys, check_image_files, tmp_path, GREY)
     assert "images-00001" in line and says in line
+
+
+def test_labels_with_another_axis_are_refused(capsys, tmp_path):
+    finish_run(tmp_path)
+    images = np.zeros((2, 32, 32, 1), np.uint8)
+    np.savez(get_image_path(tmp_path, 1), images=images, labels=np.zeros((2, 1), np.int64))
+    line = read_refusal(capsys, check_image_files, tmp_path, GREY)
+    assert "images-00001.npz: expected as many labels as images" in line
 
 
 def test_labels_of_another_kind_are_refused(capsys, tmp_path):

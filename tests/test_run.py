@@ -27,7 +27,6 @@ from harness.run import (
     check_at_least,
     choose_device,
     describe_machine,
-    exit_quietly_on_interrupt,
     fail_in_one_line,
     find_not_finite,
     join_processes,
@@ -35,6 +34,7 @@ from harness.run import (
     open_atomically,
     parse_args,
     read_checkpoint,
+    report_uncaught,
     restore_optimizer,
     seed_everything,
 )
@@ -174,10 +174,10 @@ def test_an_error_becomes_its_first_sentence_in_one_line(capsys):
 def test_an_interrupt_passes_a_refusal_and_ends_in_one_line(capsys):
     with pytest.raises(KeyboardInterrupt), fail_in_one_line("--thing x", "pass another"):
         raise KeyboardInterrupt
-    exit_quietly_on_interrupt(KeyboardInterrupt, KeyboardInterrupt(), None)
+    report_uncaught(KeyboardInterrupt, KeyboardInterrupt(), None)
     told = capsys.readouterr().err.strip()
     assert told == "interrupted; --resume continues from what is finished"
-    exit_quietly_on_interrupt(ValueError, ValueError("a bug"), None)
+    report_uncaught(ValueError, ValueError("a bug"), None)
     assert "ValueError: a bug" in capsys.readouterr().err
 
 
@@ -571,7 +571,7 @@ def fill_disk(monkeypatch, n_bytes):
 
     def open_on_full_disk(path, mode="r", *args, **kwargs):
         file = open_file(path, mode, *args, **kwargs)
-        if mode not in ("wb", "a"):
+        if mode not in ("wb", "ab"):
             return file
         write = file.write
 

@@ -1,21 +1,37 @@
 """Whether files, folders and streams can be trusted: what is damaged, shared or gone is refused."""
 
+import io
+import os
 import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from helpers import rows_of
-from scripts import read_refusal, start
+from scripts import ROOT, read_refusal, start
 from tqdm import tqdm
 
 import generative_ensemble
 from harness import run as harness_run
 from harness.images import read_images, save_images
-from harness.load import describe_checkpoint, load_weights
-from harness.run import RunFolder, RunOptions, read_checkpoint
+from harness.load import Misfit, describe_checkpoint, load_weights
+from harness.run import (
+    MethodOptions,
+    RunFolder,
+    RunOptions,
+    encode_json,
+    fail,
+    fail_in_one_line,
+    parse_args,
+    prepare_program,
+    read_checkpoint,
+)
 
 
 def flip_bit(path, position):
@@ -240,3 +256,346 @@ def test_a_process_may_open_its_folder_again_and_runs_go_on_without_locks(tmp_pa
     monkeypatch.setattr(harness_run, "fcntl", None)
     make_run(tmp_path / "other")
     assert not (tmp_path / "other/lock").exists()
+
+
+# What a run goes on from
+
+
+def read_folder(out):
+    """The bytes of a run's files, but for the lock, which goes with the process."""
+    return {path.name: path.read_bytes() for path in out.iterdir() if path.name != "lock"}
+
+
+def finish_run(out):
+    """A finished run of three epochs."""
+    run = make_run(out)
+    save_epochs(run, 3)
+    run.finish({"accuracy": 50.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("args.json", "[1, 2]", "args.json holds no options"),
+        ("args.json", "{", "JSONDecodeError"),
+        ("seconds.txt", "nan", "seconds.txt: expected at least 0, got nan"),
+        ("seconds.txt", "-5", "seconds.txt: expected at least 0, got -5.0"),
+        ("seconds.txt", "inf", "seconds.txt: expected at least 0, got inf"),
+        ("metrics.jsonl", '[1]\n{"epoch": 2}\n', "line 1 is no row of numbers"),
+        ("metrics.jsonl", '{"epoch": 1}\n{"epo\n{"epoch": 3}\n', "line 2 is no row of numbers"),
+        ("metrics.jsonl", '{"epoch": 1}\n\n{"epoch": 3}\n', "line 2 is no row of numbers"),
+        ("metrics.jsonl", '{"epoch": "1"}\n', "line 1 is no row of numbers"),
+        ("metrics.jsonl", '{"epoch": NaN}\n', "line 1 is no row of numbers"),
+        ("metrics.jsonl", '{"epoch": true}\n', "line 1 is no row of numbers"),
+        ("metrics.jsonl", "\xff\n", "line 1 is no row of numbers"),
+    ],
+)
+def test_a_damaged_record_is_refused_and_nothing_is_changed(tmp_path, capsys, name, content, says):
+    finish_run(tmp_path)
+    (tmp_path / name).write_bytes(content.encode("latin-1"))
+    before = read_folder(tmp_path)
+    line = read_refusal(capsys, restore, tmp_path)
+    assert f"--out {tmp_path} cannot be used" in line and says in line
+    assert read_folder(tmp_path) == before
+
+
+@pytest.mark.parametrize("rest", ['{"epoch": 4, "lo', "\0\0\0", "4", "\xff"])
+def test_a_last_line_that_a_kill_cut_short_is_dropped(tmp_path, rest):
+    finish_run(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + rest.encode("latin-1"))
+    run, saved = restore(tmp_path)
+    assert saved["epoch"] == 3
+    assert run.rows == rows_of(tmp_path) == [{"epoch": 1}, {"epoch": 2}, {"epoch": 3}]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"n_rows": -1}, "expected a number of rows, got -1"),
+        ({"n_rows": True}, "expected a number of rows, got True"),
+        ({"n_rows": 2.0}, "expected a number of rows, got 2.0"),
+        ({"n_rows": 4}, "metrics.jsonl has lost rows"),
+        ({"state": [1]}, "its state is no dict"),
+        ({"state": {"epoch": -3}}, "epoch: expected a whole number of at least 0, got -3"),
+        ({"state": {"epoch": 3.0}}, "epoch: expected a whole number of at least 0, got 3.0"),
+        ({"state": {"epochs_done": "3"}}, "epochs_done: expected a whole number"),
+        ({"state": {"epoch": 7}}, "epoch is 7, in metrics.jsonl 3"),
+        ({"state": {"epoch": 3, "w": torch.tensor([torch.nan])}}, "w is not finite"),
+        ({"state": {"epoch": 3, "lr": float("inf")}}, "lr is not finite"),
+        ({"rng": torch.zeros(3)}, "no checkpoint of this run"),
+    ],
+)
+def test_numbers_that_no_run_wrote_are_refused_and_nothing_is_changed(
+    tmp_path, capsys, change, says
+):
+    finish_run(tmp_path)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    torch.save(saved | change, tmp_path / "checkpoint.pt")
+    before = read_folder(tmp_path)
+    line = read_refusal(capsys, restore, tmp_path)
+    assert "checkpoint.pt: no checkpoint of this run" in line and says in line
+    assert read_folder(tmp_path) == before
+
+
+def test_a_state_that_its_script_refuses_changes_nothing(tmp_path, capsys):
+    finish_run(tmp_path)
+    before = read_folder(tmp_path)
+
+    def restore_other_network():
+        run = make_run(tmp_path, resume=True, data_dir="elsewhere")
+        with run.open_checkpoint() as saved:
+            torch.nn.Linear(2, 3).load_state_dict(saved["network"])
+
+    read_refusal(capsys, restore_other_network)
+    assert read_folder(tmp_path) == before
+    restore(tmp_path)
+    assert not (tmp_path / "result.json").exists()  # it is at work again
+
+
+def test_two_damaged_checkpoints_both_stay(tmp_path, capsys):
+    finish_run(tmp_path)
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-300])
+    before = read_folder(tmp_path)
+    read_refusal(capsys, restore, tmp_path)
+    assert read_folder(tmp_path) == before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_no_number_that_json_has_not_is_written(tmp_path, capsys, value):
+    run = make_run(tmp_path)
+    for write in (run.log, run.finish):
+        line = read_refusal(capsys, write, {"loss/kl": value, "epoch": 1})
+        assert "not finite: loss/kl of " in line and "lower the learning rates" in line
+    assert run.rows == [] and not (tmp_path / "metrics.jsonl").exists()
+    assert not (tmp_path / "result.json").exists()
+    with pytest.raises(ValueError, match="Out of range"):
+        encode_json({"loss": value})
+
+
+# What is no file, and what is too much
+
+
+class Hung(BaseException):
+    """Raised where a call would wait for ever."""
+
+
+@pytest.fixture
+def limited_time():
+    """End a test that hangs."""
+
+    def stop(number, frame):
+        raise Hung
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def make_no_file(path, kind):
+    """Put a pipe, a folder or a device without an end at a path."""
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+
+
+KINDS = pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+
+
+@KINDS
+def test_a_path_that_is_no_file_is_refused(tmp_path, capsys, limited_time, kind):
+    path = tmp_path / "images-00000.npz"
+    make_no_file(path, kind)
+    for read in (read_checkpoint, read_images):
+        assert "Not a regular file" in read_refusal(capsys, read, path)
+    with pytest.raises(Misfit, match="not a regular file"):
+        load_weights(path)
+
+
+@KINDS
+@pytest.mark.parametrize("name", ["args.json", "metrics.jsonl", "seconds.txt"])
+def test_a_run_whose_record_is_no_file_is_refused(tmp_path, capsys, limited_time, kind, name):
+    finish_run(tmp_path)
+    (tmp_path / name).unlink()
+    make_no_file(tmp_path / name, kind)
+    line = read_refusal(capsys, restore, tmp_path)
+    assert "cannot be used" in line and "Not a regular file" in line
+
+
+@KINDS
+def test_a_run_goes_on_from_the_checkpoint_before_one_that_is_no_file(
+    tmp_path, capsys, limited_time, kind
+):
+    finish_run(tmp_path)
+    (tmp_path / "checkpoint.pt").unlink()
+    make_no_file(tmp_path / "checkpoint.pt", kind)
+    if kind == "folder":
+        assert "checkpoint.pt" in read_refusal(capsys, restore, tmp_path)
+    else:
+        assert restore(tmp_path)[1]["epoch"] == 2
+
+
+def test_an_empty_folder_name_is_no_out():
+    with pytest.raises(ValueError, match="--out: expected a folder"):
+        MethodOptions(out="")
+
+
+def call_as_program(function, *args):
+    """Call a function; what it raises goes to the hook that Python would call."""
+    try:
+        function(*args)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+
+
+ALLOCATIONS = {
+    "torch": lambda: torch.zeros(10**14),
+    "torch's sizes": lambda: torch.zeros(2**31, 2**31, 2**31),
+    "numpy": lambda: np.zeros(10**16),
+    "python": lambda: [0] * 10**16,
+}
+
+
+@pytest.mark.parametrize("kind", ALLOCATIONS)
+def test_too_little_memory_is_one_line_that_names_the_option(monkeypatch, capsys, kind):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["test", "--image-size", "2000000000", "--seed", "7"])
+    args = parse_args({"": MethodOptions()}, lambda teacher, dataset: "")
+    assert args.image_size == 2_000_000_000
+    line = read_refusal(capsys, call_as_program, ALLOCATIONS[kind])
+    assert line.startswith("test: ") and line.endswith("; lower --image-size")
+    assert "enforce fail" not in line
+
+    monkeypatch.setattr(sys, "argv", ["test"])
+    parse_args({"": MethodOptions()}, lambda teacher, dataset: "")
+    line = read_refusal(capsys, call_as_program, ALLOCATIONS[kind])
+    assert line.endswith("; lower the batch sizes")
+
+    def allocate_inside():
+        with fail_in_one_line("--thing x", "take fewer"):
+            ALLOCATIONS[kind]()
+
+    line = read_refusal(capsys, allocate_inside)
+    assert line.startswith("test: --thing x: ") and line.endswith("; take fewer")
+
+
+def test_a_bug_still_shows_its_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    prepare_program()
+    call_as_program(lambda: torch.zeros(2) @ torch.zeros(3))
+    assert "Traceback" in capsys.readouterr().err
+
+
+# Terminals, pipes, folders that go
+
+
+class Terminal(io.StringIO):
+    """Takes what is printed, as a terminal does."""
+
+    def isatty(self):
+        return True
+
+
+def test_a_refusal_does_not_stand_behind_the_progress_bar(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with tqdm(total=3, disable=None) as bar:
+        bar.update()
+        with pytest.raises(SystemExit):
+            fail("--thing x: no such thing")
+    shown = terminal.getvalue()
+    assert "1/3" in shown
+    before, line, _ = shown.partition("test: --thing x: no such thing\n")
+    assert line
+    assert before.endswith("\r")  # at the start of a line that was cleared
+    assert not before.split("\r")[-2].strip()
+
+
+def test_a_line_can_be_read_while_the_run_goes_on(tmp_path, script):
+    out = tmp_path / "run"
+    program = start(f"{script} --pause 100", out)
+    wait_for(out / "seconds.txt", program)
+    assert "a run in" in (tmp_path / "run.stdout").read_text()
+    program.send(signal.SIGKILL)
+    program.finish()
+
+
+PIPED = """
+import os, sys
+sys.path.insert(0, {root!r})
+sys.argv = [{script!r}, "--device", "cpu", "--out", {out!r}]
+{prepare}
+import runpy
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+BREAK_PIPE = "read, write = os.pipe(); os.close(read); os.dup2(write, 1)"
+FILL = 'os.dup2(os.open("/dev/full", os.O_WRONLY), 1)'
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare", "code", "says"),
+    [
+        ("pipe", BREAK_PIPE, 141, ""),
+        ("full", FILL, 2, "standard output cannot be written: No space left on device"),
+        ("closed", "os.close(1); sys.stdout = None", 0, ""),
+        ("all closed", "os.close(1); os.close(2); sys.stdout = sys.stderr = None", 0, ""),
+    ],
+)
+def test_a_broken_standard_output_ends_without_a_traceback(
+    tmp_path, script, name, prepare, code, says
+):
+    out = str(tmp_path / "run")
+    program = PIPED.format(root=str(ROOT), script=str(script), out=out, prepare=prepare)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr and len(done.stderr.splitlines()) == int(code == 2), done.stderr
+
+
+def test_names_that_a_terminal_cannot_show_are_spelt_out(tmp_path, script):
+    out = str(tmp_path / "r\xe9sum\xe9")
+    command = [sys.executable, str(script), "--device", "cpu", "--out", out]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "r\\xe9sum\\xe9" in done.stdout
+
+
+def test_a_full_output_is_not_blamed_on_the_training(tmp_path, monkeypatch, capsys):
+    """A device that is always full stands for the standard output."""
+    run = make_run(tmp_path)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with (
+            pytest.raises(SystemExit) as stopped,
+            fail_in_one_line("the training failed", "try less"),
+            tqdm(disable=True) as bar,
+        ):
+            run.show(bar, {"epoch": 1})
+    assert stopped.value.code == 2
+    line = capsys.readouterr().err
+    assert "standard output cannot be written: No space left" in line
+    assert "the training failed" not in line
+
+
+def test_a_folder_that_has_gone_is_not_called_a_full_disk(tmp_path, capsys):
+    out = tmp_path / "run"
+    run = make_run(out)
+    state = save_epochs(run, 2)
+    shutil.rmtree(out)
+    for write in (
+        lambda: run.log({"epoch": 3}),
+        lambda: run.save_checkpoint(state),
+        lambda: run.finish({}),
+        lambda: save_images(out / "images-00000.npz", torch.zeros(1, 1, 2, 2), torch.zeros(1)),
+    ):
+        line = read_refusal(capsys, write)
+        assert "cannot be written" in line and "its folder has gone" in line
+        assert "free some space" not in line
