@@ -5,7 +5,7 @@
 Each run is a command of deepinversion.py that makes one batch; a finished one is not repeated.
 
     imagenet          the preset, 10 images a seed, 3 seeds
-    imagenet-long     the preset, 20 images a seed, 3 seeds that show 42 classes
+    imagenet-long     the preset, 20 images a seed, 2 seeds that show 40 classes
     single            `imagenet`, all of its time at full resolution; 2 seeds
     paper             `imagenet` with the paper's moment loss and the released weight; 2 seeds
     dream             `imagenet` without a moment loss (DeepDream); 2 seeds
@@ -38,7 +38,7 @@ NETWORKS = "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"
 SHOWN = sorted(deepinversion.SHOWN_CLASSES)
 CLASSES = SHOWN[:20], SHOWN[20:40], (*SHOWN[40:], *SHOWN[:18])  # of seed 0, 1 and 2
 # a batch of 10 takes the first ten of a random order of these
-N_SEEDS = {"imagenet": 3, "imagenet-long": 3}  # 2 otherwise
+N_SEEDS = {"imagenet": 3}  # 2 otherwise
 ARMS = {
     "imagenet": "",
     "imagenet-long": "--setting imagenet-long",
