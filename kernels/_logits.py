@@ -69,7 +69,9 @@ def probabilities(p_logits, q_logits, max_p, sum_p, max_q, sum_q, inv_temperatur
     # q_logits - p_logits is exact for rows that are nearly equal. Where the two maxima lie far
     # apart, the maxima are subtracted first, as a softmax does.
     close = tl.abs(max_q - max_p) < 1.0
-    shift = tl.where(close, max_q - max_p, 0.0) * inv_temperature + tl.log(sum_q / sum_p)
+    # The fast division of a GPU may miss 1 for equal sums.
+    log_ratio = tl.where(sum_q == sum_p, 0.0, tl.log(sum_q / sum_p))
+    shift = tl.where(close, max_q - max_p, 0.0) * inv_temperature + log_ratio
     difference = tl.where(close[:, None], q_logits - p_logits, z_q - z_p)
     d = difference * inv_temperature - shift[:, None]
 
