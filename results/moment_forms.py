@@ -38,7 +38,7 @@ from harness.run import describe_machine  # noqa: E402
 WEIGHTS = {
     "l2": (0.001, 0.01, 0.1, 1.0, 10.0),
     "relative": (0.1, 1.0),
-    "kl": (0.1, 0.3, 1.0),
+    "kl": (0.1, 1.0, 10.0),
 }
 GRID_SEED = 100
 SEEDS = (0, 1, 2)
