@@ -127,10 +127,10 @@ def _moment_distance_fwd_kernel(
         divisor = (2 * (end - begin)).to(tl.float32)
         value = tl.sum(total, 0) / divisor
     else:
-        value = tl.sqrt(tl.sum(total, 0))
+        value = tl.sqrt_rn(tl.sum(total, 0))
         divisor = value
         if FORM == "relative":
-            unit = tl.sqrt(tl.sum(size, 0))
+            unit = tl.sqrt_rn(tl.sum(size, 0))
             divisor = value * unit
             value = value / unit
     tl.store(divisors_ptr + row * n_layers + layer, divisor)

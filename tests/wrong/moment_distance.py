@@ -7,7 +7,7 @@ MUTANTS = [
     Mutant(
         "squared norms",
         FILE,
-        "value = tl.sqrt(tl.sum(total, 0))",
+        "value = tl.sqrt_rn(tl.sum(total, 0))",
         "value = tl.sum(total, 0)",
     ),
     Mutant(
