@@ -226,6 +226,8 @@ IMAGENET = replace(  # ours
     initial_batches=14000)
 PRESETS = {
     "cifar10": CIFAR10,
+    "any": replace(  # of networks whose data set we do not know: results/moment_forms.py
+        CIFAR10, setting="any", moments="kl", alpha_bn=10.0, first_bn=1.0),
     "cifar10-long": replace(CIFAR10, setting="cifar10-long", iterations=1200, alpha_bn=3.0),
     "cifar10-released": RELEASED,
     "mnist": MNIST,
@@ -248,7 +250,13 @@ SHOWN_CLASSES = (
     25, 63, 94, 151, 154, 207, 250, 270, 283, 309, 311, 325, 360, 402, 403, 409, 440, 468, 487, 530,
     574, 590, 670, 762, 817, 920, 933, 946, 949, 963, 967, 980)
 # fmt: on
-PRESET_OF_DATASET = {"mnist": "mnist", "digits": "digits", "imagenet": "imagenet"}
+PRESET_OF_DATASET = {
+    "cifar10": "cifar10",
+    "cifar100": "cifar10",
+    "mnist": "mnist",
+    "digits": "digits",
+    "imagenet": "imagenet",
+}
 VERIFIERS = {
     "cifar10": "cifar10-wrn-16-1",
     "mnist": "mnist-lenet5",
@@ -878,10 +886,12 @@ def report_images(run, paths, teacher, info, verifier, verifier_info):
 
 # Main
 def choose_preset(teacher, dataset):
-    """The preset of --dataset, or of the data set that the teacher was trained on."""
+    """The preset of --dataset, or of the data set that the teacher was trained on, or `any`."""
     if dataset in ("", "auto", "none"):
+        if not teacher:
+            return "cifar10"
         dataset = find_dataset(teacher)
-    return PRESET_OF_DATASET.get(dataset, "cifar10")
+    return PRESET_OF_DATASET.get(dataset, "any")
 
 
 def shrink(args):
