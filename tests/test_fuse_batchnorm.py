@@ -1,6 +1,7 @@
 """fuse_batchnorm and hook_batchnorm: outputs, moment loss and image gradient are the plain ones."""
 
 import copy
+import itertools
 import re
 import warnings
 from functools import partial
@@ -503,6 +504,25 @@ def test_hooks_refuse_reentrant_checkpoints_at_the_first_call(monkeypatch):
     message = "hook_batchnorm: expected a network .* got reentrant .*; pass use_reentrant=False"
     with pytest.raises(ValueError, match=message):
         hooked(x.requires_grad_())
+
+
+def test_state_that_the_second_pass_alone_shows(monkeypatch):
+    """An iterator is no counter that one could compare: torch.fx takes its first value for all."""
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+
+    class Alternates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn = nn.BatchNorm2d(3)
+            self.signs = itertools.cycle((1.0, -1.0))
+
+        def forward(self, x):
+            return self.bn(x * next(self.signs)).mean((2, 3))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        watched = kernels.fuse_batchnorm(Alternates().eval(), torch.randn(4, 3, 5, 5))
+    assert watched.kind == "hooks"
 
 
 def test_an_example_is_a_tensor():
