@@ -53,7 +53,7 @@ ALL_TERMS = replace(
 )
 BOUNDS = -2.0, 2.0  # that pixels are clipped to
 N_STEPS = 1_000_000  # more than are timed
-N_EXAMPLES = 4  # images that fuse_batchnorm compares networks with, as sample_example has them
+N_EXAMPLES = 2  # images that fuse_batchnorm compares networks with, as sample_example has them
 IMAGENET_NETWORKS = {info["arch"] for info in (list_imagenet() | list_packaged()).values()}
 
 

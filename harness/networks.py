@@ -306,10 +306,10 @@ def compute_last_features(network, batches):
 
 
 def sample_example(info, device):
-    """Four images of noise to compare networks with; no other random number depends on them."""
+    """Two images of noise to compare networks with; no other random number depends on them."""
     generator = torch.Generator().manual_seed(0)
     size = info.image_size
-    x = torch.randn((4, info.channels, size, size), generator=generator)  # (4, C, H, W)
+    x = torch.randn((2, info.channels, size, size), generator=generator)  # (2, C, H, W)
     return x.to(device, memory_format=torch.channels_last)
 
 

@@ -2,8 +2,8 @@
 
 A rebuilt network and the original get the same images, twice. The original is measured by hooks
 and plain PyTorch. Compared are the output, which BatchNorms run in which order, the moments of
-each, and the gradients with respect to the images. The second pass shows what a forward pass
-changes for the next one.
+each, and the gradient with respect to the images. The second pass shows what a forward pass
+changes for the next one; it is not differentiated.
 
 Nothing of this stays: parameters, buffers, attributes and random number generators are put back.
 """
@@ -36,8 +36,10 @@ class Results(NamedTuple):
     """The tensors that the network returns."""
     found: list
     """[(moments (2, C), running_var (C,)), …]."""
-    gradient: torch.Tensor
-    """With respect to the images."""
+    has_gradient: list
+    """Whether autograd reaches the images, of each output and of each layer's moments."""
+    gradient: torch.Tensor | None
+    """With respect to the images; of the first pass alone."""
     attributes: dict
     """{(module, attribute): value} of what the model's modules hold besides parameters."""
 
@@ -46,19 +48,24 @@ class Results(NamedTuple):
 
 
 @contextlib.contextmanager
-def keep_state(model, device):
-    """Put back what forward passes change: tensors, attributes and random number generators."""
+def keep_state(device, *networks):
+    """Put back what forward passes change: tensors, attributes and random number generators.
+
+    Modules and tensors that several of the networks share are saved once.
+    """
     attributes = []
     containers = []
-    tensors = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
+    tensors = []
+    for module in _list_modules(networks):
         attributes.append((module, dict(module.__dict__)))
+        tensors += [*module._parameters.values(), *module._buffers.values()]
         for value in module.__dict__.values():
             if type(value) in (list, dict, set, OrderedDict):
                 containers.append((value, copy.copy(value)))
-            elif torch.is_tensor(value):
+            else:
                 tensors.append(value)
-    saved = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    distinct = {id(tensor): tensor for tensor in tensors if torch.is_tensor(tensor)}
+    saved = [(tensor, tensor.detach().clone()) for tensor in distinct.values()]
 
     python_state = random.getstate()
     numpy = sys.modules.get("numpy")
@@ -83,6 +90,14 @@ def keep_state(model, device):
         for tensor, before in saved:
             if not torch.equal(tensor, before):
                 tensor.detach().copy_(before)
+
+
+def _list_modules(networks):
+    """The modules of these networks, each once."""
+    modules = {}
+    for network in networks:
+        modules.update(dict.fromkeys(network.modules()))
+    return list(modules)
 
 
 def read_generators(device):
@@ -114,9 +129,6 @@ def _forbid_tf32():
 def run_twice(watched, model, example):
     """Results of two passes over the example; the model's state is put back.
 
-    The first pass differentiates the output, the second one the moments, so that neither gradient
-    hides in the other.
-
     Args:
         watched: called with images, it returns an output and [(moments, running_var), …].
         model: the user's network, whose state `watched` may change.
@@ -124,34 +136,63 @@ def run_twice(watched, model, example):
     """
     without_autocast = torch.autocast(example.device.type, enabled=False)
     with contextlib.ExitStack() as stack:
-        for network in (model, watched.network):  # a copy has attributes of its own
-            stack.enter_context(keep_state(network, example.device))
+        # a copy has attributes of its own
+        stack.enter_context(keep_state(example.device, model, watched.network))
         for mode in (_forbid_tf32(), without_autocast, torch.enable_grad()):
             stack.enter_context(mode)
-        first = _run_once(watched, model, example, _output_loss)
-        second = _run_once(watched, model, example, _moment_loss)
+        first = _run_once(watched, model, example, differentiate=True)
+        second = _run_once(watched, model, example, differentiate=False)
     return first, second
 
 
-def _run_once(watched, model, example, compute_loss):
+def _run_once(watched, model, example, differentiate):
     x = example.detach().clone().requires_grad_()
     y, found = watched(x.clone())  # a network may change its input in place, but not a leaf
     outputs = [value for value in tree_leaves(y) if torch.is_tensor(value)]
-    gradient = _differentiate(compute_loss(outputs, found), x)
+    gradient = None
+    if differentiate:
+        gradient = _differentiate(_add_output_loss(outputs) + _add_moment_loss(found), x)
+    values = [*outputs, *(moments for moments, _ in found)]
     return Results(
         [output.detach() for output in outputs],
         [(moments.detach(), running_var) for moments, running_var in found],
+        [value.requires_grad for value in values],
         gradient,
         _read_attributes(model),
     )
 
 
-def _output_loss(outputs, found):
-    return sum(output.square().mean() for output in outputs if output.is_floating_point())
+# Both losses are about 1 whatever the scale of outputs and moments, and however little the images
+# change them. So neither gradient hides in the other.
 
 
-def _moment_loss(outputs, found):
-    return sum(moments[0].norm() + (moments[1] - var).norm() for moments, var in found)
+def _add_output_loss(outputs):
+    """How much the outputs of different images differ, relative to that difference."""
+    loss = 0.0
+    for output in outputs:
+        if output.is_floating_point() and output.ndim > 0:
+            spread = (output - output.detach().mean(0)).square().mean()
+            loss = loss + spread / spread.detach().clamp(min=1e-30)
+    return loss
+
+
+def _add_moment_loss(found):
+    """How far the moments are from the stored ones, relative to their scale; a mean over layers."""
+    loss = 0.0
+    for moments, running_var in found:
+        mean_scale, var_scale = _measure_scales(moments.detach(), running_var)
+        mean_distance = moments[0].norm() / mean_scale
+        var_distance = (moments[1] - running_var).norm() / var_scale
+        loss = loss + (mean_distance + var_distance) / len(found)
+    return loss
+
+
+def _measure_scales(moments, running_var):
+    """Sizes () and () to compare differences of means and variances with; either may be 0."""
+    mean, var = moments.double()
+    mean_scale = (mean.abs() + var.sqrt()).max().clamp(min=1e-30)
+    var_scale = (var + mean.square() + running_var).max().clamp(min=1e-30)
+    return mean_scale, var_scale
 
 
 def _differentiate(loss, x):
@@ -224,9 +265,12 @@ def _describe_pass(ours, theirs):
         if not _measure_moment_error(ours_m, theirs_m, theirs_var) <= TOLERANCE:
             return "the moments of its BatchNorms differ"
 
-    error = _measure_error(ours.gradient, theirs.gradient)
-    if not error <= GRADIENT_TOLERANCE:
-        return f"its image gradient differs by {error:.2%}"
+    if ours.has_gradient != theirs.has_gradient:
+        return "gradients reach its images by other ways"
+    if theirs.gradient is not None:
+        error = _measure_error(ours.gradient, theirs.gradient)
+        if not error <= GRADIENT_TOLERANCE:
+            return f"its image gradient differs by {error:.2%}"
     return ""
 
 
@@ -244,10 +288,8 @@ def _measure_moment_error(ours, theirs, running_var):
     """The same of moments (2, C), where a mean and a variance may be near zero."""
     if ours.shape != theirs.shape:
         return float("inf")
-    mean, var = theirs.double()
     mean_error, var_error = (ours.double() - theirs.double()).abs().amax(1)
-    mean_scale = (mean.abs() + var.sqrt()).max().clamp(min=1e-30)
-    var_scale = (var + mean.square() + running_var).max().clamp(min=1e-30)
+    mean_scale, var_scale = _measure_scales(theirs, running_var)
     return max((mean_error / mean_scale).item(), (var_error / var_scale).item())
 
 
@@ -261,10 +303,12 @@ class _NormalisationCounter(TorchDispatchMode):
         super().__init__()
         self.n_outside = 0
         self.changing = []  # the BatchNorms that normalise something else than their input
-        self.running = []  # (BatchNorm, its input) of those that run, one inside the other
+        # (BatchNorm, its input, the input's version) of those that run, one inside the other
+        self.running = []
 
     def enter(self, module, args, kwargs):
-        self.running.append((module, args[0] if args else next(iter(kwargs.values()))))
+        x = args[0] if args else next(iter(kwargs.values()))
+        self.running.append((module, x, x._version))
 
     def leave(self, module, inputs, output):
         self.running.pop()
@@ -273,8 +317,11 @@ class _NormalisationCounter(TorchDispatchMode):
         if not self.running:
             self.n_outside += 1
             return
-        module, x = self.running[-1]
-        if module not in self.changing and not _have_same_moments(normalised, x):
+        module, x, version = self.running[-1]
+        is_changed = x._version != version
+        if not is_changed and not _is_same_tensor(normalised, x):
+            is_changed = not _have_same_moments(normalised, x)
+        if is_changed and module not in self.changing:
             self.changing.append(module)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -284,6 +331,10 @@ class _NormalisationCounter(TorchDispatchMode):
             if not trains:
                 self.count(args[0])
         return func(*args, **(kwargs or {}))
+
+
+def _is_same_tensor(x, y):
+    return x.data_ptr() == y.data_ptr() and x.shape == y.shape and x.stride() == y.stride()
 
 
 def _have_same_moments(x, y):
@@ -311,7 +362,7 @@ def find_unseen_normalisations(model, example):
             hooks.append(layer.register_forward_pre_hook(counter.enter, with_kwargs=True))
             hooks.append(layer.register_forward_hook(counter.leave))
     try:
-        with keep_state(model, example.device), torch.no_grad(), counter:
+        with keep_state(example.device, model), torch.no_grad(), counter:
             model(example.clone())
     except Exception:  # code that no dispatch mode can watch
         return 0, []

@@ -299,8 +299,9 @@ def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):
         The BatchNorms' weights and statistics are taken when this function is called: load weights
         before.
 
-        Fused activations are ReLU, ReLU6, SiLU and Hardswish. The check runs four forward and
-        backward passes over the example, and two forward passes. It leaves no trace in the model.
+        Fused activations are ReLU, ReLU6, SiLU and Hardswish. The check runs two forward and
+        backward passes over the example, and three forward passes: two images are enough. It leaves
+        no trace in the model.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
@@ -346,7 +347,7 @@ def _choose_layers(caller, model, kinds):
 def _rebuild_unverified(model, layers):
     """The traced network, or a copy where it cannot be traced."""
     try:
-        with _verify.keep_state(model, layers[0].running_mean.device):
+        with _verify.keep_state(layers[0].running_mean.device, model):
             return _rebuild_by_tracing(model, layers)
     except Exception as error:  # whatever a network's code raises when its values are proxies
         problem = f"tracing by torch.fx fails ({_describe_error(error)})"
@@ -367,9 +368,13 @@ def _rebuild_verified(model, layers, example):
         )
 
     watched, problem = _try_to_rebuild(model, layers, example, expected)
-    unseen = _describe_unseen(model, layers, example)
+    n_outside, changing = _verify.find_unseen_normalisations(model, example)
+    changing = [layer for layer in changing if layer in layers]
+    unseen = _describe_unseen(n_outside, changing)
     if watched is None:
-        moments = bn_moments_ref if example.dtype == torch.float64 else bn_moments
+        moments = bn_moments
+        if example.dtype == torch.float64 or changing:
+            moments = bn_moments_ref  # it keeps a copy of inputs, which may change in place
         reason = f"its BatchNorms are measured by hooks, because {problem}"
         watched = Hooked(model, layers, moments, reason)
     if unseen:
@@ -377,17 +382,21 @@ def _rebuild_verified(model, layers, example):
     return watched
 
 
-def _describe_unseen(model, layers, example):
-    """What the moments of these layers do not show of a model, in a few words; "" for nothing."""
-    n_outside, changing = _verify.find_unseen_normalisations(model, example)
+def _describe_unseen(n_outside, changing):
+    """What the moments of its BatchNorms do not show of a model, in a few words; "" for nothing.
+
+    Args:
+        n_outside: how many batch normalisations run outside of its BatchNorms.
+        changing: the BatchNorms that change their input before they normalise it.
+    """
     parts = []
     if n_outside:
         parts.append(
             f"batch normalisations outside of its BatchNorm layers ({n_outside}) are unseen"
         )
-    changing = [type(layer).__name__ for layer in changing if layer in layers]
     if changing:
-        names = f"{len(changing)} {', '.join(sorted(set(changing)))}"
+        classes = sorted({type(layer).__name__ for layer in changing})
+        names = f"{len(changing)} {', '.join(classes)}"
         parts.append(f"BatchNorms that change their input ({names}) are measured before that")
     return "; ".join(parts)
 
@@ -417,7 +426,7 @@ def _try_to_rebuild(model, layers, example, expected):
 def _verify_rebuilt(rebuild, model, example, expected):
     """(what `rebuild` returns, ""), or (None, how it differs from the model)."""
     try:
-        with _verify.keep_state(model, example.device):
+        with _verify.keep_state(example.device, model):
             watched = rebuild()
         with contextlib.redirect_stderr(io.StringIO()):  # torch.fx prints where its code fails
             passes = _verify.run_twice(watched, model, example)

@@ -130,6 +130,17 @@ class ChangesItsInput(Base):
         self.bn1 = ScaledNorm(6)
 
 
+class InPlaceNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x.mul_(2))
+
+
+class ChangesItsInputInPlace(Base):
+    def __init__(self):
+        super().__init__()
+        self.bn2 = InPlaceNorm(6)
+
+
 class LowPrecision(Base):
     """A part in bfloat16: to fuse it would round in other places."""
 
@@ -220,6 +231,27 @@ class StopsGradient(Base):
         with torch.no_grad():
             brightness = x.mean((2, 3), keepdim=True)
         return super().forward(x - brightness)
+
+
+class FaintHead(Base):
+    """It stops a part of a gradient that is a million times smaller than that of its moments."""
+
+    def forward(self, x):
+        x = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        with torch.no_grad():
+            stopped = x.square()
+        return 1e-6 * self.linear((x + stopped).mean((2, 3)))
+
+
+class LoudHead(Base):
+    """It stops a part of the gradient of moments; that of its output is a million times larger."""
+
+    def forward(self, x):
+        x = F.relu(self.bn1(self.conv1(x)))
+        with torch.no_grad():
+            stopped = x.square()
+        self.bn2(self.conv2(x + stopped))
+        return 1e6 * self.linear(x.mean((2, 3)))
 
 
 class WithoutAutocast(Base):
@@ -582,6 +614,7 @@ NETWORKS = [
     (PrunedNorm, "hooks"),
     (Parametrised, "partly fused"),
     (ChangesItsInput, "partly fused"),
+    (ChangesItsInputInPlace, "hooks"),
     (LowPrecision, "hooks"),
     (InADictionary, "hooks"),
     (InAList, "hooks"),
@@ -591,6 +624,8 @@ NETWORKS = [
     (ByKeyword, "fused"),
     (Outside, "fused"),
     (StopsGradient, "partly fused"),
+    (FaintHead, "partly fused"),
+    (LoudHead, "partly fused"),
     (WithoutAutocast, "partly fused"),
     (StraightThrough, "partly fused"),
     (ListOrTensor, "partly fused"),

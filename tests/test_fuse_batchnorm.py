@@ -16,6 +16,7 @@ from foreign_networks import (
     Base,
     BoundMethod,
     ChangesItsInput,
+    ChangesItsInputInPlace,
     InAList,
     InPlace,
     MobileActivations,
@@ -372,6 +373,37 @@ def assert_same_state(network, before):
             assert after[name] == value, name
 
 
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(AssertsShape, "without additions and activations, .*TraceError", id="copy"),
+        pytest.param(BoundMethod, "by hooks, .*of 2 BatchNorms it measures 1", id="hooks"),
+        pytest.param(RareBranch, "torch.fx takes random numbers for constants", id="random"),
+        pytest.param(Outside, r"^batch normalisations outside .* \(1\) are unseen", id="outside"),
+        pytest.param(InAList, r"normalisations outside .* \(1\) are unseen", id="list"),
+        pytest.param(Scripted, r"^batch normalisations outside .* \(1\) are unseen", id="script"),
+        pytest.param(
+            ChangesItsInput,
+            r"change their input \(1 ScaledNorm\) are measured before that",
+            id="changed-input",
+        ),
+        pytest.param(
+            ChangesItsInputInPlace,
+            r"change their input \(1 InPlaceNorm\) are measured before that",
+            id="changed-input-in-place",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:fuse_batchnorm")
+def test_the_reason_says_what_is_not_fused(make, reason, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    watched = kernels.fuse_batchnorm(make_foreign(make), torch.randn(4, 3, 8, 8))
+    assert re.search(reason, watched.reason)
+    assert "\n" not in watched.reason
+    watched.close()
+
+
 @pytest.mark.parametrize(("make", "kind"), FOREIGN)
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
 def test_a_foreign_network_is_measured_as_it_is(make, kind, monkeypatch):
@@ -395,7 +427,7 @@ def test_a_foreign_network_is_measured_as_it_is(make, kind, monkeypatch):
     assert bool(watched.reason) == (kind != "fused" or make in (Outside, Scripted))
 
     if kind == "hooks":
-        watched = kernels.hook_batchnorm(network)
+        watched = kernels.hook_batchnorm(network, moments=watched.moments)
     torch.manual_seed(2)
     passes = run_watched(watched, x)
     for (y, found, gradient), (expected_y, expected_found, expected_gradient) in zip(
@@ -412,30 +444,34 @@ def test_a_foreign_network_is_measured_as_it_is(make, kind, monkeypatch):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        pytest.param(AssertsShape, "without additions and activations, .*TraceError", id="copy"),
-        pytest.param(BoundMethod, "by hooks, .*of 2 BatchNorms it measures 1", id="hooks"),
-        pytest.param(RareBranch, "torch.fx takes random numbers for constants", id="random"),
-        pytest.param(Outside, r"^batch normalisations outside .* \(1\) are unseen", id="outside"),
-        pytest.param(InAList, r"normalisations outside .* \(1\) are unseen", id="list"),
-        pytest.param(Scripted, r"^batch normalisations outside .* \(1\) are unseen", id="script"),
-        pytest.param(
-            ChangesItsInput,
-            r"change their input \(1 ScaledNorm\) are measured before that",
-            id="changed-input",
-        ),
-    ],
-)
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:fuse_batchnorm")
-def test_the_reason_says_what_is_not_fused(make, reason, monkeypatch):
+class Counted(Base):
+    """Counts its forward passes, and the backward passes that reach its images."""
+
+    n_forward = 0
+    n_backward = 0
+
+    def forward(self, x):
+        Counted.n_forward += 1
+        if x.requires_grad:
+            x.register_hook(self.count_backward)
+        return super().forward(x)
+
+    def count_backward(self, gradient):
+        Counted.n_backward += 1
+
+
+def test_the_check_costs_two_backward_passes(monkeypatch):
+    """With the three forward passes that are not differentiated, less than two steps."""
     monkeypatch.setattr("kernels._common.INTERPRET", False)
-    watched = kernels.fuse_batchnorm(make_foreign(make), torch.randn(4, 3, 8, 8))
-    assert re.search(reason, watched.reason)
-    assert "\n" not in watched.reason
-    watched.close()
+    monkeypatch.setattr(Counted, "n_forward", 0)
+    monkeypatch.setattr(Counted, "n_backward", 0)
+    network = make_foreign(Counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        watched = kernels.fuse_batchnorm(network, torch.randn(2, 3, 8, 8))
+    assert watched.kind == "partly fused"  # a copy, which calls forward as the network does
+    assert Counted.n_forward == 6  # one of them by torch.fx
+    assert Counted.n_backward == 2
 
 
 class Reentrant(Base):

@@ -115,6 +115,24 @@ MUTANTS = [
         "if False:",
     ),
     Mutant(
+        "a small output hides its gradient",
+        VERIFY,
+        "loss = loss + spread / spread.detach().clamp(min=1e-30)",
+        "loss = loss + spread",
+    ),
+    Mutant(
+        "a large output hides the gradient of the moments",
+        VERIFY,
+        "loss = loss + spread / spread.detach().clamp(min=1e-30)",
+        "loss = loss + spread * 1e12",
+    ),
+    Mutant(
+        "inputs that a BatchNorm changes in place are not noticed",
+        VERIFY,
+        "is_changed = x._version != version",
+        "is_changed = False",
+    ),
+    Mutant(
         "the check does not count BatchNorms",
         VERIFY,
         'return f"of {len(theirs.found)} BatchNorms it measures {len(ours.found)}"',
