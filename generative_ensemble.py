@@ -135,6 +135,8 @@ class Args(MethodOptions):
         check_at_least(1e-12, self, "lr_generator", "lr_student")
         if self.pool > 1:
             raise ValueError(f"--pool: expected a share of at most 1, got {self.pool}")
+        if self.sample > 10_000:  # of one picture
+            raise ValueError(f"--sample: expected at most 10000 images, got {self.sample}")
 
 
 OURS = replace(
@@ -831,9 +833,11 @@ def check_fit(args, teacher, info, world):
         problem = f"{info.image_size} pixels or a width of {args.width} do not divide so often"
         fail(f"--stages {args.stages}: {problem}")
     if args.batch_size < args.generators:
-        fail(f"--batch-size {args.batch_size}: fewer than {args.generators} generators")
+        problem = f"fewer than {args.generators} generators"
+        fail(f"--batch-size {args.batch_size}: {problem}; raise it, or lower --generators")
     if args.student_batch < args.generators:
-        fail(f"--student-batch {args.student_batch}: fewer than {args.generators} generators")
+        problem = f"fewer than {args.generators} generators"
+        fail(f"--student-batch {args.student_batch}: {problem}; raise it, or lower --generators")
 
 
 def main(args):

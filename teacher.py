@@ -34,7 +34,6 @@ from typing import Literal
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 from harness.data import FILES, FOLDERS, N_CLASSES, evaluate, load_dataset, normalise
@@ -46,11 +45,14 @@ from harness.run import (
     RunOptions,
     autocast,
     check_at_least,
+    check_regular,
     choose_device,
     describe_machine,
+    encode_json,
     fail,
     fail_in_one_line,
     open_atomically,
+    parse_args,
     read_checkpoint,
     restore_optimizer,
     seed_everything,
@@ -181,6 +183,7 @@ def fetch_dataset(dataset, data_dir):
     if not archive.exists():
         download_file(CIFAR_URL + archive.name, archive)
     with fail_in_one_line(f"{archive} cannot be unpacked", "delete it and run again"):
+        check_regular(archive)
         folder.mkdir(parents=True, exist_ok=True)
         with tarfile.open(archive) as tar:
             for name in missing:  # the members that we know, at paths that we choose
@@ -333,11 +336,16 @@ def ship(path, name):
         with open_atomically(folder / f"{name}.pt") as file:
             file.write(blob)
         with open_atomically(folder / "index.json") as file:
-            file.write((json.dumps(dict(sorted(index.items())), indent=1) + "\n").encode())
+            file.write(encode_json(dict(sorted(index.items())), indent=1))
     print(f"shipped teachers/{name}.pt, {len(blob):,} bytes")
 
 
-# The two uses
+# Main
+def choose_preset(teacher, dataset):
+    """The name of the one preset."""
+    return "teacher"
+
+
 def evaluate_file(args, device):
     """Print the test accuracy of the network in --evaluate; ship it if --export asks for that."""
     with refuse_misfits(f"--evaluate {args.evaluate}", {"other": "pass a teacher.pt"}):
@@ -368,7 +376,11 @@ def train_and_export(args, device):
     known = dict(dataset=args.dataset, num_classes=N_CLASSES[args.dataset], image_size=32)
     info = make_info(args.arch, known, DESCRIPTIONS[args.dataset])
     network = build_network(info).to(device, memory_format=torch.channels_last)
-    train(network, info, train_split, test_split, run)
+    advice = "try a smaller --batch-size"
+    if args.compile:
+        advice = "try it without --compile"
+    with fail_in_one_line("the training failed", advice):
+        train(network, info, train_split, test_split, run)
 
     # The accuracy that counts is that of the rounded weights.
     rounded = round_weights(network)
@@ -415,4 +427,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args({"teacher": Args()}, choose_preset))

@@ -53,6 +53,8 @@ from harness.run import (
     seed_everything,
 )
 
+MOST_EVALUATIONS = 100_000  # their moments are listed before the first step
+
 
 @dataclass
 class Args(MethodOptions):
@@ -109,6 +111,9 @@ class Args(MethodOptions):
         check_at_least(2, self, "batch_size", "width")
         check_at_least(1e-6, self, "temperature", "clip_grad")
         check_at_least(1e-12, self, "lr_generator", "lr_student")
+        if self.evaluations > MOST_EVALUATIONS:
+            expected = f"expected at most {MOST_EVALUATIONS}"
+            raise ValueError(f"--evaluations: {expected}, got {self.evaluations}")
 
 
 PUBLISHED = Args()  # the paper's and the released code's values, between smaller networks

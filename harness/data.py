@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness.run import ROOT, fail, fail_in_one_line
+from harness.run import ROOT, check_regular, fail, fail_in_one_line
 
 CLASS_NAMES = {
     "cifar10": [
@@ -84,6 +84,7 @@ def load_digits(split):
 
 def read_idx(path, header):
     """The bytes of a gzipped IDX file behind its header."""
+    check_regular(path)
     raw = gzip.decompress(path.read_bytes())
     return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
 
@@ -104,6 +105,7 @@ def load_cifar(folder, dataset, split):
     size = n_labels + 3072
     parts = []
     for name in FILES[dataset][split]:
+        check_regular(folder / name)
         raw = bytearray((folder / name).read_bytes())
         if not raw or len(raw) % size:
             raise ValueError(f"{name}: expected records of {size} bytes, got {len(raw)} bytes")

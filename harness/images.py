@@ -156,7 +156,8 @@ def check_image_files(folder, info):
     Returns:
         Paths of the batches, and how many images they hold.
     """
-    paths = list_image_files(folder)
+    with fail_in_one_line(f"--images {folder}", "pass the --out of a finished run"):
+        paths = list_image_files(folder)
     if not paths or not (Path(folder) / "result.json").exists():
         problem = "no images-*.npz or no result.json there"
         fail(f"--images {folder}: {problem}; pass the --out of a finished run")

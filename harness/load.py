@@ -13,15 +13,23 @@ import inspect
 import json
 import re
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from harness.networks import NETWORKS
-from harness.run import ROOT, check_regular, fail, read_checkpoint, shorten_error
+from harness.networks import NETWORKS, copy_network, sample_example
+from harness.run import (
+    FOREIGN,
+    ROOT,
+    check_regular,
+    explain_foreign,
+    fail,
+    find_line,
+    read_checkpoint,
+    shorten_error,
+)
 
 # ImageNet teachers with an official address: file name and top-1 accuracy in percent. The file's
 # suffix is the first 8 digits of its SHA-256.
@@ -155,7 +163,8 @@ def refuse_misfits(subject, advice):
             change = advice.get(misfit.cause, advice["other"]).format(got=misfit.got)
         fail(f"{subject.strip()}: {misfit}; {change}")
     except Exception as error:
-        fail(f"{subject.strip()}: {shorten_error(error)}; {advice['other']}")
+        problem = f"{shorten_error(error)}; {advice['other']}"
+        fail(f"{subject.strip()}: {explain_foreign(error) or problem}")
 
 
 # What is known of a network by its name
@@ -337,6 +346,30 @@ def make_info(spec, *descriptions):
 
 
 # Networks of a user's own code
+def read_settings():
+    """What a user's code may change for the whole program: gradients on, default dtype, device."""
+    return torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_default_device()
+
+
+def restore_settings(settings):
+    """Set back what `read_settings` returned, if it was changed since."""
+    gradients, dtype, device = settings
+    torch.set_grad_enabled(gradients)
+    torch.set_default_dtype(dtype)
+    if torch.get_default_device() != device:
+        torch.set_default_device(None)
+
+
+@contextlib.contextmanager
+def keep_settings():
+    """Context that ends with the settings with which it began."""
+    settings = read_settings()
+    try:
+        yield
+    finally:
+        restore_settings(settings)
+
+
 @contextlib.contextmanager
 def import_first_from(folders):
     """Context in which imports look into these folders first.
@@ -423,17 +456,6 @@ def call_factory(factory, num_classes, in_channels, image_size):
         return factory(**accepted)
 
 
-def find_line(error, folders):
-    """The last line of a user's own code that an error went through, "" if there is none."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        is_own = any(path.is_relative_to(folder) for folder in folders)
-        is_installed = "site-packages" in path.parts  # a virtual environment may lie in the folder
-        if is_own and not is_installed and not path.is_relative_to(ROOT / "harness"):
-            return f"{path.name}, line {frame.lineno}"
-    return ""
-
-
 @contextlib.contextmanager
 def explain_errors(where, folders):
     """Turn what a user's code raises into a Misfit that says where it happened.
@@ -446,9 +468,8 @@ def explain_errors(where, folders):
         yield
     except Misfit:
         raise
-    except SystemExit as stop:
-        advice = "keep its script behind if __name__ == '__main__'"
-        raise Misfit(f"{where} ends the program", advice) from stop
+    except KeyboardInterrupt:
+        raise
     except ModuleNotFoundError as error:
         line = find_line(error, folders)
         importer = f", which {line}, imports" if line else ""
@@ -461,6 +482,9 @@ def explain_errors(where, folders):
         if line:
             raise Misfit(f"{problem} ({line})", "correct that line") from error
         raise Misfit(problem, f"correct {where}") from error
+    except BaseException as stop:
+        advice = "keep its script behind if __name__ == '__main__'"
+        raise Misfit(f"{where} ends the program ({type(stop).__name__})", advice) from stop
 
 
 def find_factory(module, name):
@@ -494,16 +518,17 @@ def load_factory(spec, num_classes, in_channels, image_size):
         if not path.is_file():
             raise Misfit(f"there is no file {path}", f"pass the path of the file that has {name}")
         folders = [find_package(path)[0], Path.cwd()]
-    with import_first_from(folders), explain_errors(where, folders):
+    with keep_settings(), import_first_from(folders), explain_errors(where, folders):
         module = import_file(path) if where.endswith(".py") else importlib.import_module(where)
         factory = find_factory(module, name)
+        FOREIGN[where] = [find_package(Path(module.__file__))[0]]
         network = call_factory(factory, num_classes, in_channels, image_size)
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
         raise Misfit(f"{name} returned a {kind}, expected a torch.nn.Module", "return the network")
     if isinstance(network, nn.DataParallel):
-        return network.module
-    return network
+        network = network.module
+    return network.float()
 
 
 # Logits of a network that returns more
@@ -558,24 +583,39 @@ def find_logits(output, shape):
     raise Misfit(problem, "return logits alone")
 
 
-def feed_blank_images(network, info, device, image_size):
-    """The network's output for two blank images.
+def feed_images(network, x):
+    """The network's output for images (N, C, H, W).
 
     Raises:
-        Misfit: it takes no such images.
+        Misfit: it takes no such images, ends the program, or changes settings of PyTorch.
     """
-    x = torch.zeros(2, info.channels, image_size, image_size, device=device)
+    settings = read_settings()
     try:
-        return network(x)
-    except Exception as error:
+        output = network(x)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        restore_settings(settings)
         size = " x ".join(str(n) for n in x.shape[1:])
         problem = f"it takes no images of {size} ({shorten_error(error)})"
         wanted = re.search(r"to have (\d+) channels", str(error))
         if wanted:
             raise Misfit(problem, cause="channels", got=wanted[1]) from error
-        if isinstance(error, (RuntimeError, ValueError, AssertionError)):
+        if isinstance(error, (RuntimeError, ValueError, AssertionError, MemoryError)):
             raise Misfit(problem, cause="size") from error
         raise Misfit(problem, "correct its forward") from error
+    if read_settings() != settings:
+        restore_settings(settings)
+        problem = "its forward switches gradients, the default dtype or device for all code"
+        raise Misfit(problem, "let it leave PyTorch's settings as they are")
+    return output
+
+
+def feed_blank_images(network, info, device, image_size):
+    """The network's output for two blank images."""
+    return feed_images(
+        network, torch.zeros(2, info.channels, image_size, image_size, device=device)
+    )
 
 
 @torch.no_grad()
@@ -760,9 +800,11 @@ def check_network(network, info, device, image_size=None):
     """Feed two blank images, so that what does not fit fails now and not after an hour.
 
     Raises:
-        Misfit: logits of another shape than (2, num_classes), or not finite.
+        Misfit: logits of another shape than (2, num_classes), not real, or not finite.
     """
     logits = feed_blank_images(network, info, device, image_size or info.image_size)
+    if not logits.is_floating_point():
+        raise Misfit(f"gives logits of type {logits.dtype}", "let it return real numbers")
     if not logits.isfinite().all():
         raise Misfit("gives logits that are not finite", cause="finite")
     if logits.shape == (2, info.num_classes) and info.num_classes > 0:
@@ -772,6 +814,50 @@ def check_network(network, info, device, image_size=None):
     if logits.ndim == 2 and len(logits) == 2:
         raise Misfit(problem, cause="classes", got=shape[1])
     raise Misfit(problem, "let it return one row of logits an image")
+
+
+def check_gradients(network, info, device, trains):
+    """Let a copy of a user's network form gradients twice, so that what cannot fails now.
+
+    Args:
+        network: in eval mode; it stays as it is.
+        info: its NetworkInfo. Networks of ours pass untried.
+        device: "cpu" or "cuda".
+        trains: whether the gradient is that of its weights, in train mode; else of its images.
+
+    Raises:
+        Misfit: there is no gradient, or none that is finite.
+    """
+    if not is_factory(info.arch):
+        return
+    x = sample_example(info, device)
+    with torch.random.fork_rng():  # dropout draws, and nothing else may notice
+        trial = copy_network(network, x)
+        if trains and trial is not network:
+            trial.train()
+        for _ in range(2):
+            x = x.detach().requires_grad_(not trains)
+            leaves = list(trial.parameters()) if trains else [x]
+            logits = feed_images(trial, x)
+            check_gradient_of(logits, leaves)
+
+
+def check_gradient_of(logits, leaves):
+    """Raise a Misfit unless logits have a finite gradient in one of these tensors."""
+    if not logits.requires_grad:
+        problem = "its logits carry no gradient"
+        raise Misfit(problem, "take detach, no_grad and the like out of its forward")
+    loss = logits.float().log_softmax(1)[:, 0].sum()
+    try:
+        gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    except Exception as error:
+        problem = f"its backward pass failed: {shorten_error(error)}"
+        raise Misfit(problem, "correct its forward") from error
+    formed = [gradient for gradient in gradients if gradient is not None]
+    if not formed:
+        raise Misfit("its logits depend on none of what is to change", "correct its forward")
+    if not all(gradient.isfinite().all() for gradient in formed):
+        raise Misfit("its gradients are not finite", "correct its forward")
 
 
 # Roles
@@ -837,6 +923,7 @@ def load_teacher(args, device, size_multiple=4):
             expected = f"expected a multiple of {size_multiple} of at least 8 pixels"
             fail(f"--image-size: {expected}, got {info.image_size}; pass another")
         check_network(teacher, info, device)
+        check_gradients(teacher, info, device, trains=False)
     return teacher, info
 
 
@@ -854,6 +941,7 @@ def load_student(spec, teacher_info, device):
         student.requires_grad_(True).to(device, memory_format=torch.channels_last)
         student.eval()  # a blank batch must not reach the running moments
         check_network(student, info, device)
+        check_gradients(student, info, device, trains=True)
         student.train()
     return student, info
 

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zipfile
 from dataclasses import asdict, dataclass
@@ -41,6 +42,8 @@ COUNTERS = ("step", "epoch", "epochs_done")  # in a checkpoint: what its run has
 WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG)
 PIPE_CODE = 141  # a shell's exit code of a program that wrote into a closed pipe
 LOCKS = {}  # {path: open file} of the folders that this process holds
+OWN_FOLDERS = [ROOT / name for name in ("harness", "kernels", "bench", "tests")]
+FOREIGN = {}  # {file or module: folders} of the users' own code that networks come from
 
 
 # Options
@@ -129,6 +132,9 @@ def parse_args(presets, choose_preset):
         The Args. A wrong option ends the program with exit code 2.
     """
     prepare_program()
+    for word in sys.argv:
+        if not word.isprintable():  # files of a run hold it as UTF-8, on one line
+            fail(f"{word!r}: expected printable UTF-8 text; pass or rename it without that")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--setting", "--teacher", "--dataset"):
         parser.add_argument(option, default="")
@@ -155,7 +161,8 @@ def list_raised(args, preset):
 def fail(message):
     """Print one line that says what to do and leave with exit code 2."""
     line = f"{Path(sys.argv[0]).name}: {message}"
-    tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
+    with contextlib.suppress(OSError):  # nobody can read it
+        tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
     raise SystemExit(2)
 
 
@@ -176,7 +183,37 @@ def fail_in_one_line(subject, advice):
     try:
         yield
     except Exception as error:
-        fail(f"{subject}: {shorten_error(error)}; {advice}")
+        problem = f"{shorten_error(error)}; {advice}"
+        if not is_out_of_memory(error):
+            problem = explain_foreign(error) or problem
+        elif RAISED:
+            problem = f"{problem}, or {advise_less_memory()}"
+        fail(f"{subject}: {problem}")
+
+
+def find_line(error, folders):
+    """The last line of a user's own code that an error went through, "" if there is none."""
+    script = Path(sys.argv[0]).resolve()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        is_own = any(path.is_relative_to(folder) for folder in folders)
+        is_installed = "site-packages" in path.parts  # a virtual environment may lie in the folder
+        is_ours = path == script or any(path.is_relative_to(folder) for folder in OWN_FOLDERS)
+        if is_own and not is_installed and not is_ours:
+            return f"{path.name}, line {frame.lineno}"
+    return ""
+
+
+def explain_foreign(error):
+    """What a user's own network did wrong, and what to correct; "" of an error of ours."""
+    for where, folders in FOREIGN.items():
+        line = find_line(error, folders)
+        if line:
+            return f"{shorten_error(error)} ({line}); correct that line of the network"
+        frames = traceback.extract_tb(error.__traceback__)
+        if any(Path(frame.filename).parts[-2:] == ("autograd", "graph.py") for frame in frames):
+            return f"the backward pass failed: {shorten_error(error)}; correct {where}"
+    return ""
 
 
 @contextlib.contextmanager
@@ -186,6 +223,8 @@ def refuse_unwritable(path):
         yield
     except Exception as error:
         advice = DISK_ADVICE
+        if is_out_of_memory(error):
+            advice = advise_less_memory()
         if not Path(path).parent.is_dir():
             advice = "its folder has gone; start again and leave --out where it is"
         fail(f"{path} cannot be written: {shorten_error(error)}; {advice}")
@@ -216,24 +255,36 @@ def is_out_of_memory(error):
     """Whether an error says that there is no memory of such a size."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    says = str(error)
-    return isinstance(error, RuntimeError) and ("allocate memory" in says or "overflow" in says)
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    signs = ("allocate memory", "overflow", "bad_alloc", "out of memory")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def advise_less_memory():
+    """What to do where memory does not suffice."""
+    return f"lower {', '.join(RAISED) or 'the batch sizes'}"
 
 
 def report_uncaught(kind, error, trace):
-    """Report in one line what is no bug: Ctrl-C, a closed pipe, too little memory.
+    """Report in one line what is no bug of ours: Ctrl-C, files, memory, a user's own network.
 
     Stands in for sys.excepthook. After Ctrl-C the exit code stays the signal's.
     """
     if issubclass(kind, KeyboardInterrupt):
-        print("\ninterrupted; --resume continues from what is finished", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal has gone
+            print("\ninterrupted; --resume continues from what is finished", file=sys.stderr)
         return
-    # files are written where errors are caught, so that this one is of standard output
-    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+    # what is written to files is caught there, so that this one is of standard output
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
         leave_without_stdout(error)
     if is_out_of_memory(error):
-        options = ", ".join(RAISED) or "the batch sizes"
-        fail(f"{shorten_error(error)}; lower {options}")
+        fail(f"{shorten_error(error)}; {advise_less_memory()}")
+    problem = explain_foreign(error)
+    if problem:
+        fail(problem)
+    if isinstance(error, OSError) and error.filename is not None:
+        fail(f"{error.filename}: {error.strerror}; check the options that name files")
     sys.__excepthook__(kind, error, trace)
 
 
@@ -751,7 +802,7 @@ class RunFolder:
         for path in newer:
             with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
                 return path, read_checkpoint(path)
-            print(f"{path} is damaged: continuing from {last.name}")
+            tqdm.write(f"{path} is damaged: continuing from {last.name}")  # above a bar
         return last, read_checkpoint(last, "begin again in another --out")
 
     def save_student(self, student, arch, info, method, dataset, accuracy):

@@ -29,7 +29,7 @@ from harness.load import (
     load_verifier,
 )
 from harness.networks import NETWORKS
-from harness.run import ROOT, MethodOptions
+from harness.run import ROOT, MethodOptions, fail_in_one_line, report_uncaught
 
 GREY = dict(num_classes=4, image_size=16, mean=(0.1,), std=(0.2,))
 
@@ -563,6 +563,7 @@ def test_a_verifiers_factory_brings_its_own_weights(nets):
 # Advice that helps: what was tried, and the one thing to change
 
 BAD_NETS = """
+import torch
 import torch.nn as nn
 
 
@@ -610,6 +611,86 @@ class Broken(nn.Module):
         return {}["logits"]
 
 
+class Pool(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.network = pool()
+        self.n_calls = 0
+
+    def forward(self, x):
+        return self.network(x)
+
+
+class Detached(Pool):
+    def forward(self, x):
+        return self.network(x).detach()
+
+
+class NoGrad(Pool):
+    forward = torch.no_grad()(Pool.forward)
+
+
+class Counted(Pool):
+    def forward(self, x):
+        return self.network(x).round().long()
+
+
+class Complex(Pool):
+    def forward(self, x):
+        return self.network(x) * 1j
+
+
+class InfiniteSlope(Pool):
+    def forward(self, x):
+        return self.network(x) + (x.mean() * 0).sqrt()
+
+
+class Constant(Pool):
+    def forward(self, x):
+        return torch.zeros(len(x), 10, requires_grad=True) + 0
+
+
+class ChangedInPlace(Pool):
+    def forward(self, x):
+        y = self.network(x).exp()
+        z = y.exp()
+        z.add_(1)
+        return z.log()
+
+
+class SecondCall(Pool):
+    def forward(self, x):
+        self.n_calls += 1
+        if self.n_calls > 1:
+            raise KeyError("only once")
+        return self.network(x)
+
+
+class SwitchesOff(Pool):
+    def forward(self, x):
+        torch.set_grad_enabled(False)
+        return self.network(x)
+
+
+class Doubles(Pool):
+    def forward(self, x):
+        torch.set_default_dtype(torch.float64)
+        return self.network(x)
+
+
+class Leaves(Pool):
+    def forward(self, x):
+        raise SystemExit(0)
+
+
+class Base(BaseException):
+    pass
+
+
+def raises_base():
+    raise Base
+
+
 def needs(depth, num_classes):
     return pool()
 
@@ -647,7 +728,8 @@ def bad_folder(tmp_path_factory):
     (folder / "text.pth").write_text("no checkpoint")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.path", list(load.sys.path))
-        for name in ("seven", "grey", "large", "flat", "not_finite", "TwoOutputs"):
+        names = ("seven", "grey", "large", "flat", "not_finite", "TwoOutputs", "Pool")
+        for name in names:
             network = load.load_factory(f"{folder}/bad_nets.py:{name}", 10, 3, 32)
             torch.save(network.state_dict(), folder / f"{name}.pth")
     lenet = NETWORKS["lenet5"](num_classes=7, in_channels=1)
@@ -744,6 +826,33 @@ BAD_INPUTS = [
         NUMBERS,
     ),
     (S, "bad_nets.py:Broken", {}, ["KeyError: 'logits'", "correct its forward"], []),
+    # what does not learn, or changes what it should not
+    (S, "bad_nets.py:Counted", {}, ["of type torch.int64", "real numbers"], []),
+    (S, "bad_nets.py:Complex", {}, ["of type torch.complex64", "real numbers"], []),
+    (S, "bad_nets.py:Detached", {}, ["carry no gradient", "take detach"], []),
+    (S, "bad_nets.py:NoGrad", {}, ["carry no gradient", "no_grad"], []),
+    (T, "bad_nets.py:Detached", name_weights("Pool"), ["carry no gradient", "detach"], NUMBERS),
+    (T, "bad_nets.py:NoGrad", name_weights("Pool"), ["carry no gradient", "no_grad"], NUMBERS),
+    (S, "bad_nets.py:Constant", {}, ["depend on none of what is to change"], []),
+    (
+        T,
+        "bad_nets.py:InfiniteSlope",
+        name_weights("Pool"),
+        ["gradients are not finite", "correct its forward"],
+        NUMBERS,
+    ),
+    (S, "bad_nets.py:ChangedInPlace", {}, ["its backward pass failed", "inplace"], []),
+    (
+        S,
+        "bad_nets.py:SecondCall",
+        {},
+        ["KeyError: 'only once' (bad_nets.py", "correct that line"],
+        [],
+    ),
+    (S, "bad_nets.py:SwitchesOff", {}, ["switches gradients", "leave PyTorch's settings"], []),
+    (S, "bad_nets.py:Doubles", {}, ["the default dtype", "leave PyTorch's settings"], []),
+    (S, "bad_nets.py:Leaves", {}, ["SystemExit: 0", "correct its forward"], []),
+    (S, "bad_nets.py:raises_base", {}, ["ends the program (Base)"], []),
     # weights
     (
         T,
@@ -784,7 +893,96 @@ def test_a_refusal_names_the_option_and_the_one_thing_to_change(
     monkeypatch.setattr("sys.path", list(load.sys.path))
     line = refuse_role(capsys, option, spec, options)
     assert line.startswith(f"test: {option}".rstrip()) or "no safe checkpoint" in line, line
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     for words in says:
         assert words in line
     for words in says_not:
         assert words not in line
+
+
+# What holds for the whole program
+
+SETTINGS = """
+import torch
+
+torch.set_grad_enabled(False)
+torch.set_default_dtype(torch.float64)
+torch.set_default_device("meta")
+
+
+def double():
+    torch.set_grad_enabled(False)
+    return torch.nn.Sequential(
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10, device="cpu")
+    )
+"""
+
+
+def test_a_users_file_does_not_change_settings_for_the_program(tmp_path):
+    """Gradients, the default dtype and device are as before; the network computes in fp32."""
+    (tmp_path / "settings.py").write_text(SETTINGS)
+    info = describe_teacher(**COLOURS)
+    student, _ = load_student(f"{tmp_path}/settings.py:double", info, "cpu")
+    assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
+    assert torch.zeros(1).device.type == "cpu"
+    assert student(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
+
+
+LATE = """
+import torch
+
+
+class Late(torch.nn.Linear):
+    n_calls = 0
+
+    def __init__(self, num_classes, in_channels, image_size):
+        super().__init__(in_channels * image_size**2, num_classes)
+
+    def forward(self, x):
+        Late.n_calls += 1
+        if Late.n_calls > 20:
+            raise KeyError("late")
+        return super().forward(x.flatten(1))
+
+
+class LateBackward(Late):
+    def forward(self, x):
+        Late.n_calls += 1
+        y = super(Late, self).forward(x.flatten(1))
+        if Late.n_calls > 20:
+            y = y.detach()
+        return y
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Late", "KeyError: 'late' (late.py, line 14); correct that line of the network"),
+        ("LateBackward", "the backward pass failed: RuntimeError: element 0 of tensors"),
+    ],
+)
+def test_a_network_that_fails_late_is_one_line(capsys, tmp_path, name, says):
+    """Where no block of the script catches it, and where one does."""
+    load.FOREIGN.clear()
+    (tmp_path / "late.py").write_text(LATE)
+    student, _ = load_student(f"{tmp_path}/late.py:{name}", describe_teacher(), "cpu")
+
+    def learn():
+        for _ in range(30):
+            student(torch.randn(2, 1, 32, 32)).sum().backward()
+
+    def learn_as_program():
+        try:
+            learn()
+        except Exception as error:
+            report_uncaught(type(error), error, error.__traceback__)
+
+    def learn_in_a_block():
+        with fail_in_one_line("the training failed", "take fewer"):
+            learn()
+
+    assert says in read_refusal(capsys, learn_as_program)
+    line = read_refusal(capsys, learn_in_a_block)
+    assert line.startswith("test: the training failed: ") and says in line
+    assert "take fewer" not in line

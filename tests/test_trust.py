@@ -1,5 +1,6 @@
 """Whether files, folders and streams can be trusted: what is damaged, shared or gone is refused."""
 
+import errno
 import io
 import os
 import random
@@ -15,11 +16,15 @@ import pytest
 import torch
 from helpers import rows_of
 from scripts import ROOT, read_refusal, start
+from scripts import run as run_program
 from tqdm import tqdm
 
 import generative_ensemble
+import teacher
+import zskt
 from harness import run as harness_run
-from harness.images import read_images, save_images
+from harness.data import load_dataset
+from harness.images import check_image_files, read_images, save_images
 from harness.load import Misfit, describe_checkpoint, load_weights
 from harness.run import (
     MethodOptions,
@@ -420,6 +425,45 @@ def test_a_path_that_is_no_file_is_refused(tmp_path, capsys, limited_time, kind)
 
 
 @KINDS
+@pytest.mark.parametrize(
+    ("dataset", "name"),
+    [
+        ("mnist", "mnist/t10k-images-idx3-ubyte.gz"),
+        ("cifar10", "cifar-10-batches-bin/test_batch.bin"),
+        ("cifar100", "cifar-100-binary/test.bin"),
+    ],
+)
+def test_a_data_file_that_is_no_file_is_refused(
+    tmp_path, capsys, limited_time, kind, dataset, name
+):
+    path = tmp_path / name
+    path.parent.mkdir()
+    make_no_file(path, kind)
+    line = read_refusal(capsys, load_dataset, dataset, str(tmp_path), "test")
+    assert "cannot be read" in line and "Not a regular file" in line
+
+
+@KINDS
+def test_an_archive_of_data_that_is_no_file_is_refused(tmp_path, capsys, limited_time, kind):
+    make_no_file(tmp_path / "cifar-10-binary.tar.gz", kind)
+    line = read_refusal(capsys, teacher.fetch_dataset, "cifar10", str(tmp_path))
+    assert "cannot be unpacked" in line and "Not a regular file" in line
+
+
+def test_a_name_that_no_folder_can_have_is_refused(capsys):
+    line = read_refusal(capsys, check_image_files, 300 * "n", None)
+    assert "--images nnn" in line and "File name too long" in line
+
+
+@pytest.mark.parametrize("word", ["\udcff", "two\nlines", "\x1b[31mred", "nul\0"])
+def test_a_word_that_no_line_can_show_is_refused(monkeypatch, capsys, word):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "argv", ["test", "--out", word])
+    line = read_refusal(capsys, parse_args, {"": MethodOptions()}, lambda teacher, dataset: "")
+    assert "expected printable UTF-8 text" in line
+
+
+@KINDS
 @pytest.mark.parametrize("name", ["args.json", "metrics.jsonl", "seconds.txt"])
 def test_a_run_whose_record_is_no_file_is_refused(tmp_path, capsys, limited_time, kind, name):
     finish_run(tmp_path)
@@ -484,6 +528,69 @@ def test_too_little_memory_is_one_line_that_names_the_option(monkeypatch, capsys
 
     line = read_refusal(capsys, allocate_inside)
     assert line.startswith("test: --thing x: ") and line.endswith("; take fewer")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENAMETOOLONG, "File name too long", "nnn"), "test: nnn: File name too long"),
+        (OSError(errno.ENOSPC, "No space left on device", "x.part"), "x.part: No space left"),
+        (RuntimeError("std::bad_alloc"), "std::bad_alloc; lower the batch sizes"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "lower the batch sizes"),
+    ],
+)
+def test_what_is_no_bug_is_one_line(monkeypatch, capsys, error, says):
+    monkeypatch.setattr(harness_run, "RAISED", [])
+    monkeypatch.setattr(sys, "argv", ["test"])
+    line = read_refusal(capsys, harness_run.report_uncaught, type(error), error, None)
+    assert says in line
+
+
+def test_a_refusal_that_nobody_can_read_keeps_its_exit_code(monkeypatch):
+    with open("/dev/full", "w", buffering=1) as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        with pytest.raises(SystemExit) as stopped:
+            fail("--thing x: no such thing; pass another")
+        monkeypatch.undo()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # what is left goes there
+    assert stopped.value.code == 2
+
+
+def test_too_many_options_are_named_beside_the_advice(monkeypatch, capsys):
+    monkeypatch.setattr(harness_run, "RAISED", ["--iterations"])
+
+    def allocate():
+        with fail_in_one_line("batch 0 failed", "try a smaller --batch-size"):
+            ALLOCATIONS["torch"]()
+
+    line = read_refusal(capsys, allocate)
+    assert line.endswith("; try a smaller --batch-size, or lower --iterations")
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: zskt.Args(evaluations=2_000_000_000), "--evaluations: expected at most"),
+        (lambda: generative_ensemble.Args(sample=2_000_000_000), "--sample: expected at most"),
+    ],
+)
+def test_a_count_that_would_fill_the_memory_with_a_list_is_refused(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_a_checkpoint_does_not_grow_with_time(tmp_path):
+    """Neither with the rows of metrics.jsonl, nor with the pictures of a long run."""
+    sizes = []
+    for n in (12, 60):
+        run_program(
+            f"zskt.py --pseudo-batches {n} --evaluations {n} --batch-size 4 --width 4"
+            " --n-student-iter 1",
+            tmp_path / str(n),
+        )
+        assert len(rows_of(tmp_path / str(n))) == n
+        sizes.append((tmp_path / f"{n}/checkpoint.pt").stat().st_size)
+    assert abs(sizes[1] - sizes[0]) < 1000
 
 
 def test_a_bug_still_shows_its_traceback(monkeypatch, capsys):
