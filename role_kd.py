@@ -1,0 +1,1079 @@
+"""Role-wise augmentation for distillation: a teacher and its student each find their own.
+
+Fu, Geng, Duan, Zhuang, Yuan, Trischler, Lin, Pal, Dong, "Role-Wise Data Augmentation for Knowledge
+Distillation", 2020, arXiv:2004.08861. Population based training finds a schedule of augmentation
+policies for the teacher, by its validation accuracy, and a second one for the student, by the
+student's while it learns from the teacher. Both networks are then trained from scratch with them.
+
+    teacher: CE(t(x), y);    student, --kd soft: 0.7 CE(s(x), y) + 0.3 KL(p_t || p_s) at T = 3
+
+Run `python role_kd.py`: digits, arm `both` beside `base`. It writes student.pt, schedules.json,
+samples.png (ten images under each policy), curve.png (sum of a policy's probabilities over time),
+metrics.jsonl, result.json, args.json, checkpoint.pt. Metrics: `phase`, its number in result.json;
+`eval/validation`, `eval/mean`: percent, of a population's best and of all; `strength`: the sum of
+the probabilities of the best one's policy; `loss/train`, a mean over an epoch.
+
+Where we differ from the paper and its released code (of the paper no result table is to be had):
+- rounds are synchronous; reward is the eval-mode accuracy at a round's end. Released: the batch's
+  own statistics; all state is copied in an exploit, where the released student search copies
+  weights alone, without BatchNorm's statistics and Adam's averages. Ours is the cleaner choice;
+- --kd: MHGD and KD-SVD, the released setting, are left out: its heads stay random projections;
+- --bits: running moments too start from the teacher's; crops move by -4 to 4 pixels, not to 3;
+- digits and MNIST are painted with black where CIFAR is with its mean, to the nearest grey level.
+"""
+
+import copy
+import json
+import math
+import os
+import random
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import kernels
+from augmentations import (
+    N_ENTRIES,
+    N_LEVELS,
+    N_PROBABILITIES,
+    OPERATIONS,
+    Recipe,
+    apply_policy,
+    augment_base,
+)
+from harness.data import N_CLASSES, evaluate, load_dataset, normalise
+from harness.load import (
+    TEACHER_ADVICE,
+    NetworkInfo,
+    build_network,
+    check_network,
+    describe,
+    load_student,
+    load_trained,
+    make_info,
+    refuse_misfits,
+)
+from harness.networks import ResBlock
+from harness.pictures import draw_rows
+from harness.run import (
+    RunFolder,
+    RunOptions,
+    autocast,
+    check_at_least,
+    choose_device,
+    fail,
+    fail_in_one_line,
+    parse_args,
+    restore_optimizer,
+    seed_everything,
+)
+
+ARMS = {  # name: what the teacher was trained with; what the student is trained with
+    "base": ("base", "base augmentation"),
+    "teacher": ("augmented", "base augmentation"),
+    "student": ("base", "the student's schedule"),
+    "both": ("augmented", "the student's schedule"),
+    "shared": ("augmented", "the teacher's schedule"),
+    "random": ("augmented", "the student's schedule, its entries dealt to random operations"),
+    "constant": ("augmented", "the last policy of the student's schedule, all the time"),
+}
+
+
+@dataclass
+class Args(RunOptions):
+    # Run settings
+    setting: Literal["digits", "cifar10", "cifar100"] = "cifar10"
+    """Preset (PRESETS); default: that of --dataset, else digits."""
+    dataset: Literal["digits", "mnist", "cifar10", "cifar100"] = "cifar10"
+    """Real images that both networks are trained on. digits come with scikit-learn."""
+    teacher: str = "resnet20"
+    """Network that stage 1 trains from scratch: a name of harness/networks.py, file.py:factory."""
+    weights: str = ""
+    """State dict of a trained --teacher: leaves stage 1 out; for the arms base and student."""
+    student: str = "resnet8"
+    """Network that stage 2 trains, named as --teacher is."""
+    out: str = "runs/role_kd/default"
+    """Output folder."""
+    fused: bool = True
+    """Use the fused ops of kernels/; --no-fused runs their plain references."""
+    bf16: bool = True
+    """On a GPU: bfloat16 activations."""
+
+    # Method
+    arm: Literal["base", "teacher", "student", "both", "shared", "random", "constant", "all"] = (
+        "both"
+    )
+    """Who has an augmentation agent (ARMS). `base` is trained beside each; `all`: all seven, which
+    share one teacher's and one student's search."""
+    schedules: str = ""
+    """Take the schedules from this file, schedules.json of another run, instead of searching."""
+    population: int = 8
+    """Members of a search (released: 16)."""
+    search_epochs: int = 60
+    """Epochs of a search (released: 200)."""
+    interval: int = 3
+    """Epochs of a round, after which the worst quarter copies the best (released)."""
+    search_images: int = 4000
+    """Training images of a search (released)."""
+    validation_images: int = 5000
+    """Images, apart from those, whose accuracy is the reward (released: 46,000)."""
+    train_images: int = 0
+    """Training images of the final trainings; 0: all, the validation images too (released)."""
+    epochs: int = 60
+    """Epochs of a final training; the schedule is stretched to them (released: 200)."""
+    batch_size: int = 128
+    """Images of a step (released)."""
+    lr: float = 1e-3
+    """Adam's learning rate; x 0.1 at 30, 60 and 80 % of a training (released)."""
+    weight_decay: float = 1e-5
+    """L2 penalty on weights, not on biases and BatchNorm (released)."""
+    cutout: int = 16
+    """Pixels of the square that is cut out of each image of a final training (released: 16 of
+    CIFAR-10, 8 of CIFAR-100); searches have none, as released."""
+    kd: Literal["soft", "rkd", "at", "ab"] = "soft"
+    """What of the teacher's answers the student learns; see `distillation_loss`."""
+    kd_weight: float = 0.4
+    """lambda of rkd, at and ab; x 0.6 at 30, 60 and 80 % of a training (released)."""
+    bits: int = 32
+    """2 to 8: DoReFa's weights and activations of so many bits, for a student of the teacher's
+    architecture that starts from its weights (released: 2 and 4). 32: full precision."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_at_least(0, self, "train_images", "weight_decay", "cutout", "kd_weight")
+        check_at_least(1, self, "search_epochs", "interval", "search_images", "validation_images")
+        check_at_least(1, self, "epochs")
+        check_at_least(2, self, "population", "batch_size")
+        check_at_least(1e-12, self, "lr")
+        if not (2 <= self.bits <= 8 or self.bits == 32):
+            raise ValueError(f"--bits: expected 2 to 8, or 32, got {self.bits}")
+
+
+PRESETS = {
+    "digits": Args(  # ours: a demonstration of minutes
+        setting="digits",
+        dataset="digits",
+        teacher="lenet5",
+        student="lenet5_half",
+        population=4,
+        search_epochs=30,
+        interval=1,
+        search_images=700,
+        validation_images=700,
+        cutout=0,
+    ),
+    "cifar10": Args(),
+    "cifar100": Args(  # the released search and its networks, but for the loss
+        setting="cifar100",
+        dataset="cifar100",
+        teacher="resnet18_cifar",
+        student="resnet18_cifar",
+        population=16,
+        search_epochs=200,
+        validation_images=46000,
+        epochs=200,
+        cutout=8,
+        bits=2,
+    ),
+}
+
+
+def choose_preset(teacher, dataset):
+    """The preset of a run without --setting."""
+    return dataset if dataset in PRESETS else "digits"
+
+
+def shrink(args):
+    """A run of seconds, for --smoke."""
+    return replace(
+        args,
+        population=2,
+        search_epochs=2 * args.interval,
+        search_images=64,
+        validation_images=64,
+        train_images=64,
+        epochs=2,
+        batch_size=32,
+    )
+
+
+# Data
+DATASETS = {  # mean and std of the training pixels in [0, 1]; base augmentation, as in teacher.py
+    "digits": dict(mean=(0.3054,), std=(0.3237,), padding=2, mirror=False, fill=(0,)),
+    "mnist": dict(mean=(0.1000,), std=(0.2752,), padding=2, mirror=False, fill=(0,)),
+    "cifar10": dict(
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        padding=4,
+        mirror=True,
+        fill=(125, 123, 114),
+    ),
+    "cifar100": dict(
+        mean=(0.5071, 0.4865, 0.4409),
+        std=(0.2673, 0.2564, 0.2762),
+        padding=4,
+        mirror=True,
+        fill=(129, 124, 112),
+    ),
+}
+
+
+class Split(NamedTuple):
+    """Real images, and how they are augmented and normalised."""
+
+    images: torch.Tensor
+    """(N, C, H, W) uint8."""
+    labels: torch.Tensor
+    """(N,)."""
+    recipe: Recipe
+    info: NetworkInfo
+
+
+def measure(network, split):
+    """Top-1 accuracy in percent, in eval mode."""
+    return evaluate(network, split.images, split.labels, split.info)
+
+
+def load_splits(args, info, device):
+    """The images of the searches, of their reward, of the final trainings, and the test images.
+
+    The training split is shuffled once, the same for all seeds. Searches train on its first
+    --search-images, the next --validation-images are their reward, and final trainings take all.
+
+    Returns:
+        {"search": …, "validation": …, "train": …, "test": …}, Splits.
+    """
+    images, labels = load_dataset(args.dataset, args.data_dir, "train")
+    n_needed = args.search_images + args.validation_images
+    if max(n_needed, args.train_images) > len(images):
+        options = "--search-images and --validation-images, --train-images"
+        fail(f"{options}: expected at most the {len(images)} training images; lower them")
+    n_train = args.train_images or len(images)
+    if args.batch_size > min(args.search_images, n_train):
+        fail("--batch-size: expected at most --search-images and --train-images; lower it")
+
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    images = images[order].to(device)
+    labels = labels[order].to(device)
+    known = DATASETS[args.dataset]
+    fill = torch.tensor(known["fill"], dtype=torch.uint8, device=device).view(1, -1, 1, 1)
+    final = Recipe(known["padding"], known["mirror"], args.cutout, fill)
+    plain = final._replace(cutout=0)
+
+    test_images, test_labels = load_dataset(args.dataset, args.data_dir, "test")
+    search = slice(args.search_images)
+    reward = slice(args.search_images, n_needed)
+    return {
+        "search": Split(images[search], labels[search], plain, info),
+        "validation": Split(images[reward], labels[reward], plain, info),
+        "train": Split(images[:n_train], labels[:n_train], final, info),
+        "test": Split(test_images.to(device), test_labels.to(device), plain, info),
+    }
+
+
+# Policies and schedules. A policy is 60 integers: probability index and level of each of 30
+# entries. A schedule is a list of [number of epochs, policy].
+ZERO_POLICY = [0] * (2 * N_ENTRIES)
+BASE_SCHEDULE = [[1, ZERO_POLICY]]
+
+
+def explore(policy, chance):
+    """A changed copy of a policy, each integer by itself, as released.
+
+    With probability 0.2 it is drawn again from its whole range. Otherwise 0, 1, 2 or 3 is added or
+    subtracted, and what leaves the range is set to its end.
+
+    Args:
+        policy: 60 integers.
+        chance: random.Random.
+    """
+    changed = []
+    for place, value in enumerate(policy):
+        largest = N_PROBABILITIES - 1 if place % 2 == 0 else N_LEVELS - 1
+        if chance.random() < 0.2:
+            changed.append(chance.randint(0, largest))
+            continue
+        step = chance.choice((-1, 1)) * chance.randint(0, 3)
+        changed.append(min(max(value + step, 0), largest))
+    return changed
+
+
+def sum_probabilities(policy):
+    """The strength of a policy: the sum of the probabilities of its 30 entries."""
+    return sum(policy[0::2]) / 10
+
+
+def get_policy(schedule, epoch, n_epochs):
+    """The policy of an epoch of n_epochs, each piece of the schedule stretched by the ratio."""
+    length = sum(epochs for epochs, _ in schedule)
+    place = epoch * length // n_epochs
+    for epochs, policy in schedule:
+        if place < epochs:
+            return policy
+        place -= epochs
+    raise AssertionError(f"epoch {epoch} is none of {n_epochs}")
+
+
+def shuffle_entries(schedule, chance):
+    """A random schedule of matched strength: the same pairs of probability and level at all times.
+
+    One permutation deals the 30 entries of all policies to other operations.
+    """
+    order = chance.sample(range(N_ENTRIES), N_ENTRIES)
+    shuffled = []
+    for epochs, policy in schedule:
+        pairs = [policy[2 * entry : 2 * entry + 2] for entry in order]
+        shuffled.append([epochs, [value for pair in pairs for value in pair]])
+    return shuffled
+
+
+def choose_schedule(phase_name, schedules, seed):
+    """What a final training takes: teacher-base, teacher-augmented or student-ARM.
+
+    Args:
+        phase_name: as in list_phases.
+        schedules: {"teacher": …, "student": …}, those that are needed.
+        seed: of the permutation of arm `random`.
+    """
+    if phase_name in ("teacher-augmented", "student-shared"):
+        return schedules["teacher"]
+    if phase_name in ("student-student", "student-both"):
+        return schedules["student"]
+    if phase_name == "student-random":
+        return shuffle_entries(schedules["student"], random.Random(seed))
+    if phase_name == "student-constant":
+        _, last_policy = schedules["student"][-1]
+        return [[1, last_policy]]
+    return BASE_SCHEDULE
+
+
+def encode_schedules(schedules):
+    """Schedules as bytes of JSON: each policy as 30 of [operation, tenths of probability, level].
+
+    `read_schedules` reads them.
+    """
+    saved = {}
+    for role, schedule in schedules.items():
+        saved[role] = []
+        for epochs, policy in schedule:
+            entries = []
+            for entry in range(N_ENTRIES):
+                name = OPERATIONS[entry % len(OPERATIONS)]
+                entries.append([name, *policy[2 * entry : 2 * entry + 2]])
+            saved[role].append(dict(epochs=epochs, policy=entries))
+    return (json.dumps(saved, indent=1) + "\n").encode()
+
+
+def read_policy(entries):
+    """The 60 integers of 30 of [operation, tenths of probability, level].
+
+    Raises:
+        ValueError: they are none that a search finds.
+    """
+    if len(entries) != N_ENTRIES:
+        raise ValueError(f"expected {N_ENTRIES} entries of a policy, got {len(entries)}")
+    policy = []
+    for entry, (name, tenths, level) in enumerate(entries):
+        if name not in OPERATIONS:
+            raise ValueError(f"unknown operation {name!r}, expected {', '.join(OPERATIONS)}")
+        expected = OPERATIONS[entry % len(OPERATIONS)]
+        if name != expected:
+            raise ValueError(f"expected {expected} as entry {entry}, got {name}")
+        if tenths not in range(N_PROBABILITIES) or level not in range(N_LEVELS):
+            raise ValueError(f"{name}: expected 0 to 10 and 0 to 9, got {tenths} and {level}")
+        policy += [int(tenths), int(level)]
+    return policy
+
+
+def read_schedules(path, roles, n_epochs):
+    """The schedules of these roles in a schedules.json; refuse what no search of ours wrote.
+
+    Args:
+        path: the file.
+        roles: those that are needed, of teacher and student.
+        n_epochs: how long a search is.
+    """
+    schedules = {}
+    with fail_in_one_line(f"--schedules {path}", "pass schedules.json of a run with these options"):
+        saved = json.loads(Path(path).read_text())
+        for role in roles:
+            if role not in saved:
+                raise ValueError(f"it has no schedule of a {role}")
+            pieces = [[piece["epochs"], read_policy(piece["policy"])] for piece in saved[role]]
+            length = sum(epochs for epochs, _ in pieces)
+            if length != n_epochs or min(epochs for epochs, _ in pieces) < 1:
+                raise ValueError(f"expected a schedule of {n_epochs} epochs, got {length}")
+            schedules[role] = pieces
+    return schedules
+
+
+# Networks of few bits (DoReFa-Net, Zhou et al. 2016, arXiv:1606.06160)
+class RoundToSteps(torch.autograd.Function):
+    """Numbers in [0, 1] to the nearest of 0, 1/n, …, 1; the gradient passes as it is."""
+
+    @staticmethod
+    def forward(ctx, x, n):
+        return (x * n).round() / n
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output, None
+
+
+def quantize_weight(w, bits):
+    """2 round(tanh(w) / (2 max |tanh(w)|) + 1/2) - 1, rounded to 2^bits - 1 steps: in [-1, 1]."""
+    squashed = w.tanh()
+    x = squashed / (2 * squashed.abs().max()) + 0.5
+    return 2 * RoundToSteps.apply(x, 2**bits - 1) - 1
+
+
+def quantize_activation(a, bits):
+    """clip(a, 0, 1), rounded to 2^bits - 1 steps."""
+    return RoundToSteps.apply(a.clamp(0, 1), 2**bits - 1)
+
+
+class QuantizedConv2d(nn.Conv2d):
+    """A convolution of quantised weights over quantised inputs; its parameters stay fp32."""
+
+    bits = 32
+
+    def forward(self, x):
+        x = quantize_activation(x, self.bits)
+        return self._conv_forward(x, quantize_weight(self.weight, self.bits), self.bias)
+
+
+class QuantizedBlock(ResBlock):
+    """A residual block that quantises its input before both branches, as released."""
+
+    bits = 32
+
+    def forward(self, x):
+        return super().forward(quantize_activation(x, self.bits))
+
+
+def quantize_network(network, bits):
+    """Quantise all convolutions but the first, in place; linear layers keep full precision.
+
+    The names of parameters stay, so that the network loads a full-precision state dict.
+    """
+    convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
+    for conv in convolutions[1:]:
+        conv.__class__ = QuantizedConv2d
+        conv.bits = bits
+    for block in network.modules():
+        if isinstance(block, ResBlock):
+            block.__class__ = QuantizedBlock
+            block.bits = bits
+
+
+# Losses of the student
+def forward_with_groups(network, x):
+    """Logits (N, K), and the activations whose maps are compared: () if it names none."""
+    if hasattr(network, "forward_groups"):
+        return network.forward_groups(x)
+    return network(x), ()
+
+
+def soft_loss(t_logits, s_logits, y, fused):
+    """Hinton's soft targets as released: 0.7 CE + 0.3 KL(p_t || p_s), T = 3, no factor T^2."""
+    kl_divergence = kernels.kl_divergence if fused else kernels.kl_divergence_ref
+    return 0.7 * F.cross_entropy(s_logits, y) + 0.3 * kl_divergence(t_logits, s_logits, 3.0)
+
+
+def pairwise_distances(e):
+    """Distances (N, N) of points (N, D), divided by the mean of those above 0."""
+    square = (e.unsqueeze(0) - e.unsqueeze(1)).square().sum(2)  # (N, N)
+    apart = square > 0
+    distance = torch.where(apart, square, 1).sqrt() * apart
+    return distance / (distance.sum() / apart.sum().clamp(min=1))
+
+
+def triplet_cosines(e):
+    """Cosines (N, N, N) of the angles at the first of three points (N, D)."""
+    sides = F.normalize(e.unsqueeze(0) - e.unsqueeze(1), dim=2)  # (N, N, D): from i to j
+    return sides @ sides.transpose(1, 2)
+
+
+def relation_distance(t_logits, s_logits):
+    """Relational distillation (Park et al. 2019, arXiv:1904.05068) on logits of length 1:
+
+        50 Huber(pairwise distances) + 100 Huber(cosines of triplets),    means
+
+    The weights are the released ones. Huber is d^2 / 2 below 1 and |d| - 1/2 above.
+    """
+    t = F.normalize(t_logits.float(), dim=1)
+    s = F.normalize(s_logits.float(), dim=1)
+    distances = F.smooth_l1_loss(pairwise_distances(s), pairwise_distances(t))
+    cosines = F.smooth_l1_loss(triplet_cosines(s), triplet_cosines(t))
+    return 50 * distances + 100 * cosines
+
+
+def attention_distance(t_groups, s_groups, fused):
+    """Attention transfer (Zagoruyko, Komodakis 2017, arXiv:1612.03928): 1000 sum_l A_l,
+
+        A_l = mean (q(s_l) - q(t_l))^2,    q(a) = F.normalize(a.square().mean(1).flatten(1))
+
+    1000 is the beta of its authors' code.
+    """
+    attention_map = kernels.attention_map if fused else kernels.attention_map_ref
+    attention_transfer = kernels.attention_transfer if fused else kernels.attention_transfer_ref
+    distance = 0
+    for t, s in zip(t_groups, s_groups, strict=True):
+        distance = distance + attention_transfer(s, attention_map(t))
+    return 1000 * distance
+
+
+def boundary_distance(t_groups, s_groups, connectors):
+    """Activation boundaries (Heo et al. 2019, arXiv:1811.03233): 0.003 sum_l 2^l B_l / N,
+
+        B_l = sum of (s + 1)^2 where s > -1 and t <= 0, and of (s - 1)^2 where s <= 1 and t > 0
+
+    s: the student's group behind its connector, a 1x1 convolution with BatchNorm. The margin is 1.
+    The authors' code learns it before the classes; the released one builds it but never minimises
+    it. Here it is a term beside CE.
+    """
+    distance = 0
+    for i, (t, s) in enumerate(zip(t_groups, s_groups, strict=True)):
+        s = connectors[i](s)
+        off = (s + 1).square() * ((s > -1) & (t <= 0))
+        on = (s - 1).square() * ((s <= 1) & (t > 0))
+        distance = distance + 2**i * (off + on).float().sum() / len(s)
+    return 0.003 * distance
+
+
+def distillation_loss(teacher, member, x, y, weight, args):
+    """The student's loss: `soft_loss`, or CE + lambda * the distance that --kd names (released).
+
+    Args:
+        teacher: frozen; it sees the student's augmented images, as released.
+        member: Member whose network is the student.
+        weight: lambda.
+    """
+    with torch.no_grad():
+        t_logits, t_groups = forward_with_groups(teacher, x)
+    s_logits, s_groups = forward_with_groups(member.network, x)
+    if args.kd == "soft":
+        return soft_loss(t_logits, s_logits, y, args.fused)
+    if args.kd == "rkd":
+        distance = relation_distance(t_logits, s_logits)
+    elif args.kd == "at":
+        distance = attention_distance(t_groups, s_groups, args.fused)
+    else:
+        distance = boundary_distance(t_groups, s_groups, member.connectors)
+    return F.cross_entropy(s_logits, y) + weight * distance
+
+
+# One member of a population, one epoch
+@dataclass
+class Member:
+    """A network in training, and the policies that its weights have seen."""
+
+    network: nn.Module
+    connectors: nn.ModuleList
+    """Of --kd ab; else empty."""
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    """Of the order of images and their augmentation. It is the member's own, never copied."""
+    policy: list
+    """60 integers."""
+    lineage: list
+    """The schedule so far: [number of epochs, policy] of each round, of its sources' before."""
+    score: float = 0.0
+    """Validation accuracy in percent at the end of the last round."""
+
+    def get_state(self):
+        return {
+            "network": self.network.state_dict(),
+            "connectors": self.connectors.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "policy": self.policy,
+            "lineage": self.lineage,
+            "score": self.score,
+        }
+
+    def set_state(self, state):
+        state = copy.deepcopy(state)  # an optimiser would go on with the very tensors
+        self.network.load_state_dict(state["network"])
+        self.connectors.load_state_dict(state["connectors"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.policy = state["policy"]
+        self.lineage = state["lineage"]
+        self.score = state["score"]
+
+
+def make_member(network, connectors, seed, args):
+    """A member before its first step, with the all-zero policy."""
+    parameters = [*network.parameters(), *connectors.parameters()]
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.Adam(groups, args.lr, eps=1e-5, fused=True)  # released
+    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    return Member(network, connectors, optimizer, generator, ZERO_POLICY, [])
+
+
+def train_epoch(member, teacher, split, progress, args):
+    """One pass over a split under the member's policy.
+
+    Args:
+        member: changed in place.
+        teacher: frozen network that it learns from; None: it learns from labels alone.
+        split: Split.
+        progress: how much of the training is done, from 0 to 1.
+
+    Returns:
+        The mean loss.
+    """
+    n_marks = sum(progress >= mark for mark in (0.3, 0.6, 0.8))
+    for group in member.optimizer.param_groups:
+        group["lr"] = args.lr * 0.1**n_marks
+    kd_weight = args.kd_weight * 0.6**n_marks
+
+    device = split.images.device
+    n_batches = len(split.images) // args.batch_size  # a short last batch would disturb BatchNorm
+    order = torch.randperm(len(split.images), generator=member.generator, device=device)
+    total_loss = torch.zeros((), device=device)
+    member.network.train()
+    for chosen in order.split(args.batch_size)[:n_batches]:
+        y = split.labels[chosen]  # (N,)
+        images = split.images[chosen]
+        images = apply_policy(images, member.policy, split.recipe.fill, member.generator)
+        images = augment_base(images, split.recipe, member.generator)
+        x = normalise(images, split.info).contiguous(memory_format=torch.channels_last)
+        with autocast(device.type, args.bf16):
+            if teacher is None:
+                loss = F.cross_entropy(member.network(x), y)
+            else:
+                loss = distillation_loss(teacher, member, x, y, kd_weight, args)
+        member.optimizer.zero_grad()
+        loss.backward()
+        member.optimizer.step()
+        total_loss += loss.detach()
+    return total_loss.item() / n_batches
+
+
+# The search
+def exploit(members, chance):
+    """The worst quarter of a population copy members of the best quarter, and explore.
+
+    All state is copied: weights, BatchNorm's statistics, Adam's averages, policy, lineage, score.
+    Only then the policy changes, so that before its next step a clone has its source's score.
+
+    Args:
+        members: changed in place. All but the worst quarter go on unchanged.
+        chance: random.Random.
+    """
+    ranked = sorted(members, key=lambda member: member.score)
+    n = math.ceil(len(members) / 4)
+    for loser in ranked[:n]:
+        winner = chance.choice(ranked[-n:])
+        loser.set_state(winner.get_state())
+        loser.policy = explore(loser.policy, chance)
+
+
+@dataclass
+class Phase:
+    """A search or a final training on its way."""
+
+    name: str
+    teacher: nn.Module | None
+    members: list
+    """The population; of a final training one member."""
+    epoch: int = 0
+    """Epochs that each member has behind it."""
+    start: float = field(default_factory=time.time)
+    """When it would have started, had it never been interrupted."""
+
+    def get_state(self):
+        members = [member.get_state() for member in self.members]
+        return {"epoch": self.epoch, "members": members}
+
+    def set_state(self, state):
+        self.epoch = state["epoch"]
+        for member, member_state in zip(self.members, state["members"], strict=True):
+            member.set_state(member_state)
+            member.generator.set_state(member_state["generator"])
+
+
+def search(phase, splits, save, args):
+    """Population based training: the schedule with which the best member got where it is.
+
+    Args:
+        phase: Phase, perhaps continued.
+        splits: those of load_splits; `search` trains, `validation` rewards.
+        save: function of a phase and a row of metrics.
+
+    Returns:
+        [[number of epochs, policy], …], the winner's lineage.
+    """
+    n_rounds = math.ceil(args.search_epochs / args.interval)
+    for round_number in range(phase.epoch // args.interval, n_rounds):
+        n_epochs = min(args.interval, args.search_epochs - phase.epoch)  # the last may be shorter
+        for member in phase.members:
+            for i in range(n_epochs):
+                progress = (phase.epoch + i) / args.search_epochs
+                train_epoch(member, phase.teacher, splits["search"], progress, args)
+            member.lineage.append([n_epochs, member.policy])
+            member.score = measure(member.network, splits["validation"])
+        phase.epoch += n_epochs
+
+        best = max(phase.members, key=lambda member: member.score)
+        row = {"epoch": phase.epoch, "eval/validation": best.score}
+        row["eval/mean"] = sum(member.score for member in phase.members) / len(phase.members)
+        row["strength"] = sum_probabilities(best.policy)
+        if phase.epoch < args.search_epochs:
+            exploit(phase.members, random.Random(f"{args.seed} {phase.name} {round_number}"))
+        save(phase, row)
+    best = max(phase.members, key=lambda member: member.score)
+    return best.lineage
+
+
+def train(phase, split, schedule, save, args):
+    """A final training of one network with a schedule; returns its weights."""
+    (member,) = phase.members
+    for epoch in range(phase.epoch, args.epochs):
+        member.policy = get_policy(schedule, epoch, args.epochs)
+        loss = train_epoch(member, phase.teacher, split, epoch / args.epochs, args)
+        phase.epoch += 1
+        row = {"epoch": phase.epoch, "loss/train": loss}
+        row["strength"] = sum_probabilities(member.policy)
+        save(phase, row)
+    return member.network.state_dict()
+
+
+# The phases of a run
+def list_arms(arm):
+    """The arms that a run trains."""
+    return list(ARMS) if arm == "all" else list(dict.fromkeys(["base", arm]))
+
+
+def list_searches(arms):
+    """The roles whose schedules these arms need."""
+    roles = []
+    if any(ARMS[arm][0] == "augmented" for arm in arms):
+        roles.append("teacher")
+    if any("student's schedule" in ARMS[arm][1] for arm in arms):
+        roles.append("student")
+    return roles
+
+
+def list_phases(args):
+    """The names of all searches and trainings of a run, in order.
+
+    search-teacher, teacher-base, teacher-augmented, search-student, student-ARM …
+    """
+    arms = list_arms(args.arm)
+    roles = [] if args.schedules else list_searches(arms)
+    phases = []
+    if "teacher" in roles:
+        phases.append("search-teacher")
+    if not args.weights:
+        phases += [f"teacher-{kind}" for kind in dict.fromkeys(ARMS[arm][0] for arm in arms)]
+    if "student" in roles:
+        phases.append("search-student")
+    return [*phases, *(f"student-{arm}" for arm in arms)]
+
+
+def describe_teacher(args):
+    """NetworkInfo of the teacher: its architecture, and the data set's classes and pixels."""
+    pixels = DATASETS[args.dataset]
+    known = dict(dataset=args.dataset, num_classes=N_CLASSES[args.dataset], image_size=32)
+    known |= dict(mean=pixels["mean"], std=pixels["std"], accuracy=None)
+    with refuse_misfits(f"--teacher {args.teacher}", TEACHER_ADVICE):
+        return make_info(args.teacher, describe(args.teacher), known)
+
+
+def build_teacher(args, info, device, state=None):
+    """A fresh teacher; with `state` one of these weights, frozen."""
+    with refuse_misfits(f"--teacher {args.teacher}", TEACHER_ADVICE):
+        teacher = build_network(info).to(device, memory_format=torch.channels_last)
+        check_network(teacher.eval(), info, device)
+    if state is not None:
+        teacher.load_state_dict(state)
+        teacher.requires_grad_(False)
+    return teacher
+
+
+def build_student(args, info, device, state=None):
+    """A fresh student of --bits; with `state` one of these weights."""
+    student, _ = load_student(args.student, info, device)
+    if state is not None:
+        student.load_state_dict(state)
+    if args.bits < 32:
+        quantize_network(student, args.bits)
+    return student
+
+
+@torch.no_grad()
+def build_connectors(args, info, teacher, student):
+    """1x1 convolutions with BatchNorm from the student's groups to the teacher's (--kd ab)."""
+    x = torch.zeros(2, *info.image_shape, device=next(student.parameters()).device)
+    student.eval()  # a blank batch must not reach the running moments
+    _, t_groups = forward_with_groups(teacher, x)
+    _, s_groups = forward_with_groups(student, x)
+    t_sizes = [a.shape[2:] for a in t_groups]
+    s_sizes = [a.shape[2:] for a in s_groups]
+    if not t_sizes or t_sizes != s_sizes:
+        problem = "the networks have no activations of equal sizes"
+        fail(f"--kd {args.kd}: {problem}; pass --kd soft or rkd, or another --student")
+    connectors = []
+    for t, s in zip(t_groups, s_groups, strict=True):
+        conv = nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
+        connectors.append(nn.Sequential(conv, nn.BatchNorm2d(t.shape[1])))
+    return nn.ModuleList(connectors).to(x.device, memory_format=torch.channels_last)
+
+
+def choose_teacher(name, finished):
+    """The phase whose teacher a phase's students learn from; "" of a teacher's own phases."""
+    kind, _, detail = name.partition("-")
+    if kind == "student":
+        return f"teacher-{ARMS[detail][0]}"
+    if name == "search-student":
+        return "teacher-augmented" if "teacher-augmented" in finished else "teacher-base"
+    return ""
+
+
+def start_phase(name, finished, info, args, device):
+    """A Phase before its first step.
+
+    Args:
+        name: one of list_phases.
+        finished: {name of a finished phase: its schedule or its weights}.
+        info: NetworkInfo of the teacher.
+        args, device: the run's.
+    """
+    trained = choose_teacher(name, finished)
+    teacher = None
+    if trained:
+        teacher = build_teacher(args, info, device, finished[trained])
+    members = []
+    for i in range(args.population if name.startswith("search") else 1):
+        seed = 1000 * args.seed + i  # the students of all arms begin alike
+        torch.manual_seed(seed)
+        connectors = nn.ModuleList()
+        if teacher is None:
+            network = build_teacher(args, info, device)
+        else:
+            first = finished[trained] if args.bits < 32 else None
+            network = build_student(args, info, device, first)
+            if args.kd == "ab":
+                connectors = build_connectors(args, info, teacher, network)
+        members.append(make_member(network, connectors, seed, args))
+    return Phase(name, teacher, members)
+
+
+# Pictures
+def draw_policies(images, schedules, recipe, file):
+    """Ten images as they are, and under the last policy of each schedule.
+
+    Args:
+        images: (10, C, H, W) uint8.
+        schedules: {"teacher": …, "student": …}, or one of them, or none.
+        recipe: Recipe; its fill is used.
+        file: path or file object.
+    """
+    rows = [("images", images)]
+    for role, schedule in schedules.items():
+        generator = torch.Generator(images.device).manual_seed(0)
+        _, policy = schedule[-1]
+        rows.append((role, apply_policy(images, policy, recipe.fill, generator)))
+    draw_rows(rows, file)
+
+
+def draw_strengths(strengths, file):
+    """Write a PNG of each schedule's sum of probabilities over the epochs of its search.
+
+    >>> import io
+    >>> draw_strengths({"teacher": [0.0, 0.0, 1.5]}, io.BytesIO())
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure((7, 4), layout="constrained")
+    axis = figure.subplots()
+    for role, values in strengths.items():
+        axis.step(range(1, len(values) + 1), values, where="mid", label=f"{role}'s schedule")
+    axis.set(xlabel="epoch of the search", ylabel="sum of the 30 probabilities")
+    axis.grid(alpha=0.3)
+    if strengths:
+        axis.legend(loc="upper left")
+    figure.savefig(file, dpi=100)
+
+
+# Main
+def check_options(args):
+    """Refuse options that do not go together."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        fail("torchrun: expected one process, members take turns; run it with python")
+    if args.weights and args.arm not in ("base", "student"):
+        fail(f"--weights: leaves no teacher to augment for --arm {args.arm}; pass base or student")
+    if args.bits < 32 and args.student != args.teacher:
+        problem = f"expected a student that can start from the teacher, got {args.student}"
+        fail(f"--bits {args.bits}: {problem}; pass --student {args.teacher}")
+
+
+def take_given(args, info, device):
+    """What the options hand over in place of phases: {name of a phase: schedule or weights}."""
+    given = {}
+    if args.schedules:
+        roles = list_searches(list_arms(args.arm))
+        for role, schedule in read_schedules(args.schedules, roles, args.search_epochs).items():
+            given[f"search-{role}"] = schedule
+    if args.weights:
+        overrides = {"num_classes": info.num_classes, "mean": info.mean, "std": info.std}
+        with refuse_misfits(f"--teacher {args.teacher}", TEACHER_ADVICE):
+            teacher, _ = load_trained(
+                args.teacher, device, args.data_dir, args.weights, overrides=overrides
+            )
+        given["teacher-base"] = teacher.state_dict()
+    return given
+
+
+def get_schedules(finished):
+    """{"teacher": …, "student": …}: the schedules that are found or given so far."""
+    schedules = {}
+    for role in ("teacher", "student"):
+        if f"search-{role}" in finished:
+            schedules[role] = finished[f"search-{role}"]
+    return schedules
+
+
+def measure_all(finished, split, info, args):
+    """Test accuracies in percent of all trained networks, {"teacher": {…}, "student": {…}}."""
+    device = split.images.device
+    accuracies = {"teacher": {}, "student": {}}
+    for name, state in finished.items():
+        kind, _, detail = name.partition("-")
+        if kind == "teacher":
+            network = build_teacher(args, info, device, state)
+        elif kind == "student":
+            network = build_student(args, info, device, state)
+        else:
+            continue
+        accuracies[kind][detail] = measure(network, split)
+    return accuracies
+
+
+def describe_searches(seconds, run, phases):
+    """What each search cost and reached; seconds: {name of a phase: its duration}."""
+    args = run.args
+    costs = {}
+    for number, name in enumerate(phases):
+        if not name.startswith("search"):
+            continue
+        reward = [row for row in run.rows if row["phase"] == number][-1]["eval/validation"]
+        member_epochs = args.population * args.search_epochs
+        n_rounds = math.ceil(args.search_epochs / args.interval)
+        n_batches = args.search_images // args.batch_size
+        share = reward / 100
+        costs[name.partition("-")[2]] = {
+            "member_epochs": member_epochs,
+            "images_trained": member_epochs * n_batches * args.batch_size,
+            "images_measured": args.population * n_rounds * args.validation_images,
+            "seconds": round(seconds[name], 1),
+            "reward": reward,
+            "reward_standard_error": 100 * math.sqrt(share * (1 - share) / args.validation_images),
+        }
+    return costs
+
+
+def main(args):
+    device = choose_device(args.device)
+    if args.smoke:
+        args = shrink(args)
+    check_options(args)
+    seed_everything(args.seed)
+
+    info = describe_teacher(args)
+    splits = load_splits(args, info, device)
+    teacher = build_teacher(args, info, device)
+    student, student_info = load_student(args.student, info, device)
+    if args.kd in ("at", "ab"):
+        build_connectors(args, info, teacher, student)
+    finished = take_given(args, info, device)
+    phases = list_phases(args)
+
+    run = RunFolder(args, device, clears=("schedules.json",))
+    print(f"{info.name} -> {student_info.name}: arm {args.arm}, {args.dataset}, {device}")
+    phase = None
+    seconds = {}
+    with run.open_checkpoint() as saved:
+        if saved is not None:
+            finished = saved["finished"]
+            seconds = saved["seconds"]
+            name = next(name for name in phases if name not in finished)
+            phase = start_phase(name, finished, info, args, device)
+            phase.set_state(saved)
+            phase.start -= seconds[name]
+
+    bar = tqdm(phases, disable=None)
+
+    def save(phase, row):
+        run.show(bar, {"phase": phases.index(phase.name), **row})
+        seconds[phase.name] = time.time() - phase.start
+        run.save_checkpoint({"finished": finished, "seconds": seconds, **phase.get_state()})
+
+    for name in bar:
+        bar.set_description(name)
+        if name in finished:
+            continue
+        if phase is None:
+            phase = start_phase(name, finished, info, args, device)
+        if name.startswith("search"):
+            finished[name] = search(phase, splits, save, args)
+        else:
+            schedule = choose_schedule(name, get_schedules(finished), args.seed)
+            finished[name] = train(phase, splits["train"], schedule, save, args)
+        phase = None
+
+    # The test images are looked at here alone.
+    accuracies = measure_all(finished, splits["test"], info, args)
+    for kind, values in accuracies.items():
+        for name, accuracy in values.items():
+            print(f"{kind} {name}: {accuracy:.2f} %")
+
+    schedules = get_schedules(finished)
+    strengths = {}
+    for role, schedule in schedules.items():
+        strengths[role] = [
+            sum_probabilities(get_policy(schedule, epoch, args.search_epochs))
+            for epoch in range(args.search_epochs)
+        ]
+    with run.write_file("schedules.json") as file:
+        file.write(encode_schedules(schedules))
+    with run.write_file("samples.png") as file:
+        draw_policies(splits["train"].images[:10], schedules, splits["train"].recipe, file)
+    with run.write_file("curve.png") as file:
+        draw_strengths(strengths, file)
+
+    arm = "both" if args.arm == "all" else args.arm
+    accuracy = accuracies["student"][arm]
+    student = build_student(args, info, device, finished[f"student-{arm}"])
+    known_accuracy = accuracy if args.bits == 32 else None  # of the network without quantisation
+    run.save_student(student, student_info.arch, info, "role_kd", args.dataset, known_accuracy)
+    run.finish(
+        dict(
+            teacher=info.name,
+            student=student_info.name,
+            dataset=args.dataset,
+            arm=args.arm,
+            teacher_accuracy=accuracies["teacher"][ARMS[arm][0]],
+            student_accuracy=accuracy,
+            teacher_accuracies=accuracies["teacher"],
+            student_accuracies=accuracies["student"],
+            searches=describe_searches(seconds, run, phases),
+            strengths=strengths,
+            phases={name: round(seconds[name], 1) for name in phases},
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(parse_args(PRESETS, choose_preset))
