@@ -1,12 +1,17 @@
 """Time ops and whole steps: on a GPU, or with --cpu the CPU path.
 
-    python -m bench --cpu --csv results/bench-cpu.csv    # ops and steps of the CPU path
-    python -m bench                                      # ops on a GPU
-    python -m bench --end-to-end                         # and whole steps
+    python -m bench --cpu --csv FILE                     # everything, of the CPU path
+    python -m bench --csv FILE                           # everything, on a GPU
+    python -m bench --cpu --only released --csv FILE     # one part
+    python -m bench --cpu --only released --match resnet18 --keep --csv FILE    # some rows of it
     python -m bench --sweep js_divergence                # candidates of an op's tuning constants
 
+Parts: `ops`; `steps`, one step of deepinversion.py piece by piece; `once`, what fuse_batchnorm
+costs before the first step; `released`, whole steps of released loops beside ours.
+
 One process, the same tensors for every column; medians with the 20th and 80th percentile; ratios
-only within a row. On a CPU one thread runs, and its processor time counts.
+only within a row. On a CPU one thread runs, and its processor time counts. The CSV is written after
+each row.
 
 What does not agree with its reference is marked in its row and not timed. The exit code is then 2.
 """
@@ -15,6 +20,7 @@ import csv
 import subprocess
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,16 +28,22 @@ import triton
 import tyro
 
 from bench.ops import bench_ops, sweep
-from bench.timing import measure_limits
+from bench.timing import Options, measure_limits
 from harness.run import ROOT, fail
 
 
 @dataclass
 class Args:
     cpu: bool = False
-    """Time the CPU path: ops and whole steps."""
-    end_to_end: bool = False
-    """Time whole steps too."""
+    """Time the CPU path."""
+    only: Literal["", "ops", "steps", "once", "released"] = ""
+    """Time one part; empty: all of them."""
+    match: str = ""
+    """Time only rows whose op or network contains this text."""
+    compile: bool = True
+    """Have columns of torch.compile."""
+    ablations: bool = True
+    """Have columns of a step without one of its ops."""
     sweep: Literal[
         "",
         "bn_moment_loss",
@@ -46,8 +58,14 @@ class Args:
     """Time the candidates of this op's tuning constants instead."""
     seconds: float = 1.0
     """Per column of an op's row; tenfold for a step."""
+    rounds: int = 20
+    """Least number of rounds on a CPU, in which all columns run once."""
     csv: str = ""
     """Also write the rows to this file."""
+    keep: bool = False
+    """Keep the rows that the file has, except those that are measured again."""
+    smoke: bool = False
+    """Tiny shapes, two rounds: everything runs, and no figure means anything."""
 
 
 def run_command(command):
@@ -65,9 +83,9 @@ def name_device(device):
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def write_csv(path, rows, device):
-    """Write the rows with what they were measured on."""
-    common = dict(
+def describe_machine(device):
+    """What rows were measured on."""
+    known = dict(
         date=str(date.today()),
         commit=run_command(["git", "describe", "--always", "--dirty"]),
         device=name_device(device),
@@ -76,16 +94,60 @@ def write_csv(path, rows, device):
     )
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version,power.limit", "--format=csv,noheader"]
-        common["driver, power limit"] = run_command(query)
-    fields = list(common)
+        known["driver, power limit"] = run_command(query)
+    return known
+
+
+def identify(row):
+    """What makes a row the same in another run."""
+    names = ("op", "shape", "layout", "mode", "constant", "value")
+    return tuple(row.get(name) or "" for name in names)
+
+
+def read_csv(path):
+    """The rows of a file, without their empty cells; none where there is no file."""
+    if not Path(path).exists():
+        return []
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{name: cell for name, cell in row.items() if cell} for row in rows]
+
+
+def write_csv(path, rows):
+    """Write the rows; a column is there if any row has it."""
+    fields = []
     for row in rows:
         fields += [name for name in row if name not in fields]
-    with open(path, "w", newline="") as file:
+    unfinished = Path(f"{path}.tmp")
+    with open(unfinished, "w", newline="") as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
-        for row in rows:
-            writer.writerow(common | row)
-    print(f"wrote {path}")
+        writer.writerows(rows)
+    unfinished.replace(path)
+
+
+def produce_rows(args, options):
+    """Measure all parts that are asked for; yields the rows as they are measured."""
+    if args.sweep:
+        yield from sweep(args.sweep, options.device, args.seconds)
+        return
+
+    def wants(part):
+        return args.only in ("", part)
+
+    if wants("ops") or wants("steps"):
+        limits = measure_limits(options.device, options.smoke)
+    if wants("ops"):
+        yield from bench_ops(options, limits)
+
+    from bench import released, steps  # they import the scripts
+
+    if wants("steps"):
+        yield from steps.bench_steps(options, limits)
+    if wants("once"):
+        yield from steps.bench_verifications(options)
+    if wants("released"):
+        yield from released.bench_released(options)
 
 
 def main(args):
@@ -98,17 +160,21 @@ def main(args):
         torch.set_num_threads(1)  # processor time is then the time of an idle machine
     print(f"{name_device(device)}, torch {torch.__version__}, triton {triton.__version__}")
     torch.manual_seed(0)  # the gate compares roundings: the same inputs pass it again
-    if args.sweep:
-        rows = sweep(args.sweep, device, args.seconds)
-    else:
-        limits = measure_limits(device)
-        rows = bench_ops(device, args.seconds, limits)
-        if args.cpu or args.end_to_end:
-            from bench.steps import bench_steps  # it imports the scripts
 
-            rows += bench_steps(device, args.seconds * 10, limits)
-    if args.csv:
-        write_csv(args.csv, rows, device)
+    options = Options(
+        device, args.seconds, args.rounds, args.match, args.compile, args.ablations, args.smoke
+    )
+    machine = describe_machine(device)
+    kept = read_csv(args.csv) if args.keep else []
+    rows = []
+    for row in produce_rows(args, options):
+        rows.append(machine | row)
+        if args.csv:
+            measured = {identify(row) for row in rows}
+            others = [row for row in kept if identify(row) not in measured]
+            write_csv(args.csv, [*others, *rows])
+    if not rows:
+        fail(f"--match {args.match}: no row's name contains it")
     n_problems = sum("problem" in row for row in rows)
     if n_problems:
         fail(f"{n_problems} of {len(rows)} rows are wrong and not timed; their lines say why")

@@ -17,13 +17,7 @@ from functools import partial
 import torch
 
 import kernels
-from bench.timing import (
-    can_compile,
-    mark_row,
-    measure_peak,
-    name_columns,
-    time_together,
-)
+from bench.timing import mark_row, measure_peak, name_columns, time_together
 from harness.run import shorten_error
 from kernels import _channels
 
@@ -206,7 +200,7 @@ def make_bn_act_case(x, residual, affine, activation, layout="channels_last"):
     )
 
 
-def make_batchnorm_cases(device, dtype):
+def make_batchnorm_cases(device, dtype, smoke):
     """bn_moment_loss and bn_act_moments on layers of ResNet-20 and 34 (CIFAR), 18 and 50 at 224."""
     layers = [(100, 16, 32, 32), (100, 64, 8, 8)]
     if device == "cuda":
@@ -222,6 +216,8 @@ def make_batchnorm_cases(device, dtype):
             (64, 1024, 14, 14),
             (64, 2048, 7, 7),
         ]
+    if smoke:
+        layers = [(3, 4, 5, 5)]
     for shape in layers:
         affine = make_affine(shape[1], device)
         _, _, mean, var = affine
@@ -253,10 +249,12 @@ ACTIVATION_LAYERS = (
 )
 
 
-def make_activation_cases(device, dtype):
+def make_activation_cases(device, dtype, smoke):
     """bn_act_moments with other activations than relu, on layers of the networks that have them."""
     batch_size = 64 if device == "cuda" else 4
     for activation, shape in ACTIVATION_LAYERS:
+        if smoke:
+            shape = (4, 5, 5)
         x = make_activations((batch_size, *shape), device, dtype)
         yield make_bn_act_case(x, None, make_affine(shape[0], device), activation)
 
@@ -265,11 +263,14 @@ def call_distance(op, sizes, moments, running_var):
     return op(moments, running_var, sizes)
 
 
-def make_distance_cases(device):
+def make_distance_cases(device, smoke):
     """moment_distance on all layers of a ResNet-20, and on about as many as a ResNet-50 has."""
     resnet20 = (16,) * 7 + (32,) * 6 + (64,) * 6
     resnet50 = (64, 64, 64, 256) * 4 + (512, 128) * 4 + (1024, 256) * 12 + (2048, 512) * 7
-    for sizes, name in ((resnet20, "ResNet-20"), (resnet50, "about ResNet-50")):
+    networks = [(resnet20, "ResNet-20"), (resnet50, "about ResNet-50")]
+    if smoke:
+        networks = [((2, 5), "two layers")]
+    for sizes, name in networks:
         n = sum(sizes)
         moments = torch.randn(2, n, device=device).requires_grad_()
         running_var = torch.rand(n, device=device)
@@ -285,13 +286,15 @@ def make_distance_cases(device):
         )
 
 
-def make_image_cases(device):
+def make_image_cases(device, smoke):
     """total_variation and jittered_view on images of the scripts."""
     shapes = [(100, 3, 32, 32)]
     view_dtype = torch.float32
     if device == "cuda":
         shapes = [(256, 3, 32, 32), (64, 3, 224, 224), (256, 3, 224, 224)]
         view_dtype = torch.bfloat16
+    if smoke:
+        shapes = [(2, 3, 9, 8)]
     for shape in shapes:
         x = make_activations(shape, device, torch.float32)
         name = name_shape(x)
@@ -311,11 +314,15 @@ def make_image_cases(device):
         )
 
 
-def make_divergence_cases(device):
+def make_divergence_cases(device, smoke):
     """js_divergence and kl_divergence; in a student's step the teacher's logits are constants."""
     shapes = [(100, 10), (100, 1000)]
     if device == "cuda":
         shapes = [(256, 10), (256, 1000), (256, 21841)]
+    of_students = [(128, 10), (128, 1000)]
+    if smoke:
+        shapes = [(4, 10)]
+        of_students = [(4, 10)]
     for shape in shapes:
         p = torch.randn(shape, device=device).mul_(3).requires_grad_()
         q = torch.randn(shape, device=device).mul_(3).requires_grad_()
@@ -323,7 +330,7 @@ def make_divergence_cases(device):
         n = p.numel()
         name = name_shape(p)
         yield Case("js_divergence", name, "contiguous", (p, q), (size, 3 * size), (20 * n, 40 * n))
-    for shape in [(128, 10), (128, 1000)]:
+    for shape in of_students:
         p = torch.randn(shape, device=device).mul_(3)
         q = torch.randn(shape, device=device).mul_(3).requires_grad_()
         size = p.nbytes
@@ -334,7 +341,7 @@ def make_divergence_cases(device):
         )
 
 
-def make_attention_cases(device, dtype):
+def make_attention_cases(device, dtype, smoke):
     """attention_transfer on groups of two WRNs and of LeNet-5."""
     groups = [
         ((128, 16, 32, 32), "channels_last"),
@@ -343,6 +350,8 @@ def make_attention_cases(device, dtype):
         ((128, 6, 28, 28), "channels_last"),
         ((128, 16, 32, 32), "contiguous"),
     ]
+    if smoke:
+        groups = [((3, 4, 5, 5), "channels_last")]
     for shape, layout in groups:
         target = kernels.attention_map_ref(torch.randn(shape, device=device))
         x = make_activations(shape, device, dtype, layout)
@@ -355,15 +364,15 @@ def make_attention_cases(device, dtype):
         )
 
 
-def make_cases(device):
-    """All rows. On a GPU activations are bf16, images and logits fp32."""
+def make_cases(device, smoke=False):
+    """All rows. On a GPU activations are bf16, images and logits fp32. smoke: tiny shapes."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    yield from make_batchnorm_cases(device, dtype)
-    yield from make_activation_cases(device, dtype)
-    yield from make_distance_cases(device)
-    yield from make_image_cases(device)
-    yield from make_divergence_cases(device)
-    yield from make_attention_cases(device, dtype)
+    yield from make_batchnorm_cases(device, dtype, smoke)
+    yield from make_activation_cases(device, dtype, smoke)
+    yield from make_distance_cases(device, smoke)
+    yield from make_image_cases(device, smoke)
+    yield from make_divergence_cases(device, smoke)
+    yield from make_attention_cases(device, dtype, smoke)
 
 
 def find_leaves(inputs):
@@ -448,10 +457,10 @@ def make_calls(case):
     return dict(zip(MODES, (run_forward, run_both), strict=True)), ""
 
 
-def list_columns(case, calls, device):
+def list_columns(case, calls, options):
     """{column: what to time}; torch.compile has none where it fails."""
     columns = {"eager": case.reference, "ours": case.function}
-    if not can_compile(device):
+    if not options.can_compile:
         return columns
 
     torch._dynamo.reset()  # each shape is compiled as if it were the only one
@@ -466,22 +475,25 @@ def list_columns(case, calls, device):
     return columns
 
 
-def bench_ops(device, seconds, limits):
-    """Time every op; returns a row per op, shape and mode. Rows of wrong ops have a `problem`."""
+def bench_ops(options, limits):
+    """Time every op; yields a row per op, shape and mode. Rows of wrong ops have a `problem`."""
+    device = options.device
     title = f"{'op':18} {'shape':28} {'layout':14} {'mode':8}"
     print(f"\n{title}     eager   compile      ours  ratio %limit  (ms)")
-    rows = []
-    for case in make_cases(device):
+    for case in make_cases(device, options.smoke):
+        if options.match not in f"{case.op} {case.shape}":
+            continue
         known = dict(op=case.op, shape=case.shape, layout=case.layout, dtype=case.dtype)
         calls, problem = make_calls(case)
         if problem:
-            rows += [mark_row(problem, **known, mode=mode) for mode in MODES]
+            for mode in MODES:
+                yield mark_row(problem, **known, mode=mode)
             continue
 
-        columns = list_columns(case, calls, device)
+        columns = list_columns(case, calls, options)
         for mode, n_bytes, flops in zip(MODES, case.n_bytes, case.flops, strict=True):
             functions = {name: partial(calls[mode], run) for name, run in columns.items()}
-            times = time_together(functions, device, seconds)
+            times = time_together(functions, device, options.seconds, options.n_least)
             row = known | dict(mode=mode)
             for name in columns:
                 row |= name_columns(name, times[name])
@@ -491,9 +503,8 @@ def bench_ops(device, seconds, limits):
             row["gb_per_s"] = n_bytes / ours / 1e6
             row["percent_of_limit"] = limits.compute_percent(ours, n_bytes, flops)
             row["peak_mb"] = measure_peak(functions["ours"], device)
-            rows.append(row)
             print_row(row)
-    return rows
+            yield row
 
 
 def print_row(row):

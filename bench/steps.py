@@ -1,9 +1,10 @@
-"""Whole steps of deepinversion.py and zskt.py, beside plain loops.
+"""Whole steps of deepinversion.py, part by part, beside plain loops.
 
 Columns of one synthesis step, all with the same network, images and terms of the loss:
 
 - bare: forward pass and image gradient of the frozen teacher's cross-entropy alone, channels_last;
-- conventional: the loop as most public code has it: weight gradients, NCHW, a forward hook a
+- conventional: the loop as most public code has it, with our loss (released loops as they are, with
+  their own loss: released.py): weight gradients, NCHW, a forward hook a
   BatchNorm with a mean and the variance of a permuted copy, total variation by slices, clipping
   channel by channel, the loss read in each step; `conventional amp` is the same under autocast;
 - ours: the step of deepinversion.py; `ours without …`: with one fused op replaced by its reference;
@@ -20,6 +21,7 @@ written once each way; for each fused BatchNorm the 5 passes of `bn_act_moments`
 import contextlib
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -29,18 +31,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import deepinversion
 import kernels
-import zskt
 from bench.timing import (
-    can_compile,
     choose_slower,
     mark_row,
     measure_peak,
     name_columns,
     time_together,
 )
-from harness.load import list_imagenet, list_packaged, load_student, load_teacher
+from harness.load import list_imagenet, list_packaged
 from harness.networks import NETWORKS
-from harness.run import make_optimizer, shorten_error
+from harness.run import shorten_error
 from kernels.fuse_batchnorm import FusedBatchNorm
 
 # all terms of the loss on
@@ -112,6 +112,22 @@ def hook_conventionally(network, terms):
             module.register_forward_hook(add_term)
 
 
+def subtract_neighbours(view):
+    """Differences of neighbouring pixels in four directions, by slices."""
+    return [
+        view[:, :, :, :-1] - view[:, :, :, 1:],
+        view[:, :, :-1] - view[:, :, 1:],
+        view[:, :, :-1, :-1] - view[:, :, 1:, 1:],
+        view[:, :, 1:, :-1] - view[:, :, :-1, 1:],
+    ]
+
+
+def clip_channels(x):
+    """Clip images to BOUNDS in place, channel by channel, as released."""
+    for c in range(x.shape[1]):
+        x.data[:, c] = torch.clamp(x.data[:, c], *BOUNDS)
+
+
 def make_conventional(name, device, noise, labels, amp=False):
     args = ALL_TERMS
     network = make_teacher(name, device)
@@ -127,20 +143,14 @@ def make_conventional(name, device, noise, labels, amp=False):
         terms.clear()
         with torch.autocast(device, torch.bfloat16, enabled=amp):
             logits = network(view)
-        differences = [
-            view[:, :, :, :-1] - view[:, :, :, 1:],
-            view[:, :, :-1] - view[:, :, 1:],
-            view[:, :, :-1, :-1] - view[:, :, 1:, 1:],
-            view[:, :, 1:, :-1] - view[:, :, :-1, 1:],
-        ]
+        differences = subtract_neighbours(view)
         loss = F.cross_entropy(logits.float(), labels) + args.alpha_bn * sum(terms)
         loss = loss + args.alpha_tv_l2 * sum(torch.norm(d) for d in differences)
         loss = loss + args.alpha_tv_l1 * sum(d.abs().mean() for d in differences)
         loss = loss + args.alpha_l2 * torch.norm(view.reshape(len(view), -1), dim=1).mean()
         loss.backward()
         optimizer.step()
-        for c in range(x.shape[1]):
-            x.data[:, c] = torch.clamp(x.data[:, c], *BOUNDS)
+        clip_channels(x)
         return loss.item()
 
     return run
@@ -181,24 +191,26 @@ def make_ours(name, device, noise, labels, args=ALL_TERMS, without="", compiled=
     return run
 
 
-def list_columns(device):
+def list_columns(options):
     """{column: maker of a function to time, called with network, device, noise and labels}."""
+    device = options.device
     tuned = replace(ALL_TERMS, fused=False, graph=False)
     columns = {"bare": make_bare, "conventional": make_conventional}
     if device == "cuda":
         columns["conventional amp"] = partial(make_conventional, amp=True)
     columns["ours"] = make_ours
-    columns["ours without fused BatchNorm"] = partial(make_ours, without="batchnorm")
-    columns["ours without moment_distance"] = partial(make_ours, without="moment_distance")
-    columns["ours without jittered_view"] = partial(make_ours, without="jittered_view")
-    if device == "cuda":
+    if options.ablations:
+        columns["ours without fused BatchNorm"] = partial(make_ours, without="batchnorm")
+        columns["ours without moment_distance"] = partial(make_ours, without="moment_distance")
+        columns["ours without jittered_view"] = partial(make_ours, without="jittered_view")
+    if options.ablations and device == "cuda":
         columns["ours without graph"] = partial(make_ours, args=replace(ALL_TERMS, graph=False))
     columns["tuned"] = partial(make_ours, args=tuned)
-    if can_compile(device):
+    if options.can_compile:
         columns["tuned compile"] = partial(make_ours, args=tuned, compiled=True)
-    if device == "cuda":
-        graphed = replace(ALL_TERMS, fused=False)
-        columns["tuned compile graph"] = partial(make_ours, args=graphed, compiled=True)
+        if device == "cuda":
+            graphed = replace(ALL_TERMS, fused=False)
+            columns["tuned compile graph"] = partial(make_ours, args=graphed, compiled=True)
     return columns
 
 
@@ -256,17 +268,20 @@ def check_first_losses(name, device, noise, labels):
     return torch.allclose(ours[is_loss].double(), theirs[is_loss].double(), rtol=tolerance)
 
 
-def time_makers(makers, device, seconds):
-    """time_together for functions that are made first.
+def time_makers(makers, options):
+    """time_together for functions that are made first; a step gets tenfold the seconds of an op.
 
     On a GPU they are made one after another, because all at once may not fit it.
 
     Returns:
         {name: Times}, {name: peak memory in MB, None on a CPU}.
     """
+    device = options.device
+    seconds = 10 * options.seconds
     if device == "cpu":
         functions = {name: make() for name, make in makers.items()}
-        return time_together(functions, device, seconds), dict.fromkeys(makers)
+        times = time_together(functions, device, seconds, options.n_least)
+        return times, dict.fromkeys(makers)
     names = list(makers)
     rounds = []
     peaks = {}
@@ -291,25 +306,38 @@ def time_makers(makers, device, seconds):
     return choose_slower(rounds), peaks
 
 
-def name_step(name, noise):
-    """The shape of a step's rows: network and images."""
-    return f"{name} {'x'.join(str(size) for size in noise.shape)}"
+class Case(NamedTuple):
+    """A network and the images of its step."""
+
+    name: str
+    size: int
+    """Side of the images in pixels."""
+    batch_size: int
+
+    def __str__(self):
+        return f"{self.name} {self.batch_size}x3x{self.size}x{self.size}"
+
+    def make_inputs(self, device):
+        """Noise (N, 3, size, size) and labels (N,)."""
+        noise = torch.randn(self.batch_size, 3, self.size, self.size, device=device)
+        return noise, torch.arange(self.batch_size, device=device) % 10
 
 
-def bench_step(device, seconds, limits, name, size, batch_size):
+def bench_step(options, limits, case):
     """Time one synthesis step of one network; returns a row per column."""
-    labels = torch.arange(batch_size, device=device) % 10
-    noise = torch.randn(batch_size, 3, size, size, device=device)
-    shape = name_step(name, noise)
+    device = options.device
+    name, size, batch_size = case
+    noise, labels = case.make_inputs(device)
+    shape = str(case)
     problem = find_step_problem(name, device, noise, labels)
     if problem:
         return [mark_row(problem, op="step", shape=shape, mode="step")]
 
     n_bytes, flops = count_step(name, device, noise, labels)
     makers = {}
-    for column, make in list_columns(device).items():
+    for column, make in list_columns(options).items():
         makers[column] = partial(make, name, device, noise, labels)
-    times, peaks = time_makers(makers, device, seconds)
+    times, peaks = time_makers(makers, options)
 
     bound = limits.compute_bound(n_bytes, flops)
     print(f"\none step, {name}, {batch_size} images of {size} px, {device}, all terms on;", end=" ")
@@ -334,10 +362,11 @@ def bench_step(device, seconds, limits, name, size, batch_size):
 
 
 # What fuse_batchnorm costs, once
-def bench_verification(device, seconds, name, size, batch_size):
+def bench_verification(options, case):
     """Time fuse_batchnorm with and without an example, beside a step of a run's own batch."""
-    labels = torch.arange(batch_size, device=device) % 10
-    noise = torch.randn(batch_size, 3, size, size, device=device)
+    device = options.device
+    name, size, batch_size = case
+    noise, labels = case.make_inputs(device)
     network = make_frozen_teacher(name, device)
     example = noise[:N_EXAMPLES].contiguous(memory_format=torch.channels_last)
     columns = {
@@ -345,7 +374,8 @@ def bench_verification(device, seconds, name, size, batch_size):
         "fuse_batchnorm, verified": partial(kernels.fuse_batchnorm, network, example),
         "fuse_batchnorm, not verified": partial(kernels.fuse_batchnorm, network),
     }
-    times = time_together(columns, device, seconds, n_least=5)  # a check is long, and runs once
+    n_least = min(5, options.n_least)  # a check is long, and runs once
+    times = time_together(columns, device, 10 * options.seconds, n_least)
 
     step = times["step"].median
     title = f"{name}, {batch_size} images of {size} px, verified with {N_EXAMPLES}"
@@ -355,151 +385,44 @@ def bench_verification(device, seconds, name, size, batch_size):
     for column, time in times.items():
         figures = f"{time.median:9.2f} {time.p20:9.2f} {time.p80:9.2f}"
         print(f"{column:30} {figures} {time.median / step:7.2f}")
-        row = dict(op=f"once: {column}", shape=name_step(name, noise), mode="once")
+        row = dict(op=f"once: {column}", shape=str(case), mode="once")
         row |= name_columns("ours", time) | dict(times_step=time.median / step)
         rows.append(row)
     return rows
 
 
-# One pseudo-batch
-def make_players(args, device):
-    """Teacher, student, generator and optimisers of a pseudo-batch, the same in every column."""
-    torch.manual_seed(0)
-    teacher, info = load_teacher(args, device)
-    student, _ = load_student(args.student, info, device)
-    generator = zskt.Generator(args.width, info.channels, info.image_size, args.affine)
-    generator.to(device, memory_format=torch.channels_last)
-    optimizers = {
-        "generator": make_optimizer("adam", generator, args.lr_generator),
-        "student": make_optimizer("adam", student, args.lr_student),
-    }
-    return teacher, student, generator, optimizers
+# All tables
+STEPS = {
+    "cpu": [
+        Case("resnet20", 32, 100),
+        Case("mobilenet_v2_cifar", 32, 32),
+        Case("efficientnet_lite0", 224, 4),
+    ],
+    "cuda": [
+        Case("resnet50", 224, 64),
+        Case("resnet18", 224, 128),
+        Case("resnet34_cifar", 32, 256),
+        Case("resnet20", 32, 256),
+        Case("efficientnet_lite0", 224, 64),
+        Case("mobilenet_v2_cifar", 32, 256),
+        Case("resnet20", 32, 64),
+    ],
+    "smoke": [Case("resnet8", 8, 4)],
+}
+VERIFICATIONS = {
+    "cpu": [Case("resnet20", 32, 100), Case("resnet50", 224, 4)],
+    "cuda": [Case("resnet20", 32, 256), Case("resnet50", 224, 64)],
+    "smoke": [Case("resnet8", 8, 4)],
+}
 
 
-def make_our_pseudo_batch(args, device):
-    """The pseudo-batch of zskt.py as a function of no arguments; it returns its figures."""
-    players = make_players(args, device)
-    figures = torch.zeros(len(zskt.METRICS), device=device)
-
-    def play():
-        figures.copy_(zskt.play_pseudo_batch(*players, args))
-
-    step = kernels.CapturedStep(play, enabled=device == "cuda")
-
-    def run():
-        step()
-        return figures
-
-    return run
+def bench_steps(options, limits):
+    """One synthesis step of each network; yields the rows as they are measured."""
+    for case in options.choose(STEPS[options.sizes]):
+        yield from bench_step(options, limits, case)
 
 
-def make_attention_maps(groups):
-    return [F.normalize(a.pow(2).mean(1).view(len(a), -1)) for a in groups]
-
-
-def make_conventional_pseudo_batch(args, device):
-    """A loop without our care: the generator runs again in each of the student's steps, the teacher
-    is not frozen and answers again, in NCHW. It returns the generator's loss."""
-    teacher, student, generator, _ = make_players(args, device)
-    for network in (teacher, student, generator):
-        network.requires_grad_(True).to(memory_format=torch.contiguous_format)
-    adam_g = torch.optim.Adam(generator.parameters(), args.lr_generator)
-    adam_s = torch.optim.Adam(student.parameters(), args.lr_student)
-
-    def step(learner, adam, sign, beta, z):
-        adam.zero_grad()
-        x = generator(z)
-        t_logits, t_groups = teacher.forward_groups(x)
-        s_logits, s_groups = student.forward_groups(x)
-        log_p_s = F.log_softmax(s_logits, 1)
-        p_t = F.softmax(t_logits, 1)
-        loss = sign * F.kl_div(log_p_s, p_t, reduction="sum") / t_logits.numel()
-        if beta:
-            s_maps = make_attention_maps(s_groups)
-            t_maps = make_attention_maps(t_groups)
-            distances = [(a - b).pow(2).mean() for a, b in zip(s_maps, t_maps, strict=True)]
-            loss = loss + beta * sum(distances)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
-        adam.step()
-        return loss.item()
-
-    def run():
-        z = torch.randn(args.batch_size, zskt.Z_DIM, device=device)
-        loss = step(generator, adam_g, -1, 0, z)
-        for _ in range(args.n_student_iter):
-            step(student, adam_s, 1, args.beta, z)
-        return loss
-
-    return run
-
-
-def check_first_loss(columns, device):
-    """Whether our pseudo-batch and the conventional one have the same loss of the generator."""
-    torch.manual_seed(1)
-    expected = columns["conventional"]()
-    torch.manual_seed(1)
-    loss = columns["ours"]()[0].item()
-    tolerance = 0.1 if device == "cuda" else 1e-3  # bf16
-    return abs(loss - expected) < tolerance * abs(expected)
-
-
-def bench_pseudo_batch(device, seconds, teacher, student, sizes):
-    """Time a pseudo-batch of the paper's setting; sizes: options of zskt.py; a row per column."""
-    args = replace(zskt.PRESETS["cifar10"], teacher=teacher, student=student, **sizes)
-    makers = {
-        "conventional": partial(make_conventional_pseudo_batch, args),
-        "ours": partial(make_our_pseudo_batch, args),
-        "ours --no-fused": partial(make_our_pseudo_batch, replace(args, fused=False)),
-        "ours --fresh-z": partial(make_our_pseudo_batch, replace(args, fresh_z=True)),
-    }
-    title = f"{teacher} to {student}, batch {args.batch_size}, width {args.width}"
-    columns = {name: make(device) for name, make in makers.items()}
-    if not check_first_loss(columns, device):
-        problem = "ours disagrees with the plain loop"
-        return [mark_row(problem, op="pseudo-batch", shape=title, mode="pseudo-batch")]
-    times = time_together(columns, device, seconds)
-
-    print(f"\none pseudo-batch, {title}, {device}")
-    print(f"{'column':16} {'ms':>9} {'p20':>9} {'p80':>9} {'x conventional':>15}")
-    rows = []
-    for name, time in times.items():
-        to_conventional = time.median / times["conventional"].median
-        figures = f"{time.median:9.2f} {time.p20:9.2f} {time.p80:9.2f}"
-        print(f"{name:16} {figures} {to_conventional:15.2f}")
-        row = dict(op=f"pseudo-batch: {name}", shape=title, mode="pseudo-batch")
-        row |= name_columns("ours", time) | dict(times_conventional=to_conventional)
-        rows.append(row)
-    return rows
-
-
-def bench_steps(device, seconds, limits):
-    """All tables of whole steps: ImageNet, CIFAR and small ones on a GPU, small ones on a CPU."""
-    steps = [
-        ("resnet20", 32, 100),
-        ("mobilenet_v2_cifar", 32, 32),
-        ("efficientnet_lite0", 224, 4),
-    ]
-    verifications = [("resnet20", 32, 100), ("resnet50", 224, 4)]
-    wide = dict(batch_size=16, width=32)  # a CPU would take minutes for the paper's sizes
-    if device == "cuda":
-        steps = [
-            ("resnet50", 224, 64),
-            ("resnet18", 224, 128),
-            ("efficientnet_lite0", 224, 64),
-            ("resnet34_cifar", 32, 256),
-            ("mobilenet_v2_cifar", 32, 256),
-            ("resnet20", 32, 256),
-            ("resnet20", 32, 64),
-        ]
-        verifications = [("resnet20", 32, 256), ("resnet50", 224, 64)]
-        wide = dict(batch_size=128, width=128)
-    rows = []
-    for name, size, batch_size in steps:
-        rows += bench_step(device, seconds, limits, name, size, batch_size)
-    for name, size, batch_size in verifications:
-        rows += bench_verification(device, seconds, name, size, batch_size)
-    small = dict(batch_size=128, width=16)
-    rows += bench_pseudo_batch(device, seconds, "digits-lenet5", "lenet5_half", small)
-    rows += bench_pseudo_batch(device, seconds, "cifar10-wrn-16-1", "wrn_16_1", wide)
-    return rows
+def bench_verifications(options):
+    """What fuse_batchnorm costs once on some networks; yields the rows as they are measured."""
+    for case in options.choose(VERIFICATIONS[options.sizes]):
+        yield from bench_verification(options, case)

@@ -61,24 +61,57 @@ class Limits:
         return 1e3 * max(n_bytes / self.bandwidth, flops / self.flops)
 
 
-def can_compile(device):
-    """torch.compile needs a C++ compiler on a CPU."""
-    return device == "cuda" or shutil.which("g++") is not None
+@dataclass
+class Options:
+    """How the tables are measured."""
+
+    device: str
+    """cpu or cuda."""
+    seconds: float = 1.0
+    """Per column of an op's row; tenfold for a step."""
+    n_least: int = 20
+    """Rounds that a CPU runs at least."""
+    match: str = ""
+    """Only rows whose name contains this."""
+    compile: bool = True
+    """Have columns of torch.compile."""
+    ablations: bool = True
+    """Have columns of a step without one of its ops."""
+    smoke: bool = False
+    """Tiny shapes, two rounds."""
+
+    def __post_init__(self):
+        if self.smoke:
+            self.seconds = 0.0
+            self.n_least = 2
+
+    @property
+    def sizes(self):
+        """Key of the tables' lists of shapes."""
+        return "smoke" if self.smoke else self.device
+
+    @property
+    def can_compile(self):
+        """torch.compile needs a C++ compiler on a CPU."""
+        return self.compile and (self.device == "cuda" or shutil.which("g++") is not None)
+
+    def choose(self, cases):
+        """Those of `cases` whose text contains `match`."""
+        return [case for case in cases if self.match in str(case)]
 
 
 def time_together(functions, device, seconds, n_least=20):
     """Time each function for about `seconds`; on a CPU at least `n_least` times.
 
-    On a CPU the functions take turns, every other round backwards, so that no one always follows
-    the same neighbour and a drifting machine slows all alike. On a GPU triton's do_bench times each
-    (it clears the cache in between), in both orders; the slower of the two medians counts.
+    On a CPU the functions take turns (run_in_turns). On a GPU triton's do_bench times each (it
+    clears the cache in between), in both orders; the slower of the two medians counts.
 
     Returns:
         {name: Times}.
     """
     if device == "cuda":
         return _time_on_gpu(functions, seconds)
-    return _time_in_turns(functions, seconds, n_least)
+    return summarise_turns(run_in_turns(functions, seconds, n_least))
 
 
 def _time_on_gpu(functions, seconds):
@@ -113,7 +146,19 @@ def choose_slower(rounds):
     return slower
 
 
-def _time_in_turns(functions, seconds, n_least):
+class Turns(NamedTuple):
+    """What functions took that ran in turns on a CPU: {name: [ms, …]}, a number a round."""
+
+    processor: dict
+    wall: dict
+
+
+def run_in_turns(functions, seconds, n_least):
+    """Run functions in turns for about `seconds` each, at least `n_least` rounds; Turns.
+
+    Every other round runs backwards, so that no function always follows the same neighbour, and a
+    drifting machine slows all alike.
+    """
     names = list(functions)
     processor = {name: [] for name in names}
     wall = {name: [] for name in names}
@@ -131,24 +176,46 @@ def _time_in_turns(functions, seconds, n_least):
             processor[name].append((time.process_time() - start) * 1e3)
             wall[name].append((time.perf_counter() - wall_start) * 1e3)
         n_rounds += 1
+    return Turns(processor, wall)
+
+
+def summarise_turns(turns):
+    """{name: Times} of Turns."""
     found = {}
-    for name in names:
-        deciles = statistics.quantiles(processor[name], n=10)
-        found[name] = Times(deciles[4], deciles[1], deciles[7], statistics.median(wall[name]))
+    for name, times in turns.processor.items():
+        deciles = statistics.quantiles(times, n=10)
+        wall = statistics.median(turns.wall[name])
+        found[name] = Times(deciles[4], deciles[1], deciles[7], wall)
     return found
 
 
-def measure_limits(device):
-    """Limits of this machine, by a copy of 256 MB and a matrix product."""
-    source = torch.randn(COPY_BYTES // 4, device=device)
+def compute_ratio(turns, name, other):
+    """How many times longer `name` takes than `other`, by the ratios of their turns; Times.
+
+    Each ratio is of two runs side by side in one round. `wall` is the same by the wall clock.
+    """
+
+    def divide(times):
+        return [a / b for a, b in zip(times[name], times[other], strict=True)]
+
+    deciles = statistics.quantiles(divide(turns.processor), n=10)
+    wall = statistics.median(divide(turns.wall))
+    return Times(deciles[4], deciles[1], deciles[7], wall)
+
+
+def measure_limits(device, smoke=False):
+    """Limits of this machine, by a copy of 256 MB and a matrix product; smoke: of small ones."""
+    n_bytes = COPY_BYTES // 256 if smoke else COPY_BYTES
+    source = torch.randn(n_bytes // 4, device=device)
     target = torch.empty_like(source)
     n = 8192 if device == "cuda" else 1024
+    seconds = 0.0 if smoke else 1.0
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     a = torch.randn(n, n, device=device, dtype=dtype)
     b = torch.randn(n, n, device=device, dtype=dtype)
     columns = {"copy": lambda: target.copy_(source), "product": lambda: a @ b}
-    times = time_together(columns, device, 1.0)
-    bandwidth = 2 * COPY_BYTES / times["copy"].median * 1e3
+    times = time_together(columns, device, seconds)
+    bandwidth = 2 * n_bytes / times["copy"].median * 1e3
     flops = 2 * n**3 / times["product"].median * 1e3
     product = f"product of {n} x {n} {dtype} {flops / 1e12:.2f} TFLOP/s"
     print(f"copy {bandwidth / 1e9:.1f} GB/s, {product}")

@@ -13,14 +13,25 @@ from torch import nn
 import deepinversion
 import kernels
 from bench import __main__ as bench_main
-from bench import ops, steps
+from bench import ops, released, steps
 from bench.ops import Case, call_bn_act, call_distance, make_activations, make_bn_act_case
-from bench.timing import Limits, Times, choose_slower, time_together
+from bench.timing import (
+    Limits,
+    Options,
+    Times,
+    Turns,
+    choose_slower,
+    compute_ratio,
+    run_in_turns,
+    time_together,
+)
 
 COUNTS = ((1, 1), (1, 1))
+SMOKE = Options("cpu", compile=False, smoke=True)
+LIMITS = Limits(1e9, 1e9)
 
 
-def make_small_cases(device):
+def make_small_cases(device, smoke=False):
     """One small case of every op."""
     x = make_activations((4, 6, 5, 5), device, torch.float32)
     image = make_activations((2, 3, 9, 40), device, torch.float32)
@@ -127,10 +138,12 @@ def raise_error(*inputs):
         pytest.param(raise_error, "RuntimeError: out of shared memory", id="error"),
     ],
 )
-def test_a_wrong_op_marks_its_rows_and_the_others_are_timed(wrong, problem, monkeypatch, capsys):
+def test_a_wrong_op_marks_its_rows_and_the_others_are_timed(
+    wrong, problem, monkeypatch, capsys, tmp_path
+):
     """And the benchmark still fails, at its very end."""
 
-    def make_three_cases(device):
+    def make_three_cases(device, smoke):
         x = make_activations((4, 6, 5, 5), device, torch.float32)
         inputs = (x, torch.rand(6), torch.rand(6))
         right = Case("bn_moment_loss", "first", "", inputs, *COUNTS)
@@ -140,15 +153,13 @@ def test_a_wrong_op_marks_its_rows_and_the_others_are_timed(wrong, problem, monk
 
     monkeypatch.setattr(ops, "make_cases", make_three_cases)
     monkeypatch.setattr(ops, "time_together", pretend_to_time)
-    monkeypatch.setattr(ops, "can_compile", lambda device: False)
-    monkeypatch.setattr(bench_main, "measure_limits", lambda device: Limits(1e9, 1e9))
-    monkeypatch.setattr(steps, "bench_steps", lambda *rest: [])
-    written = []
-    monkeypatch.setattr(bench_main, "write_csv", lambda path, rows, device: written.extend(rows))
+    monkeypatch.setattr(bench_main, "measure_limits", lambda *rest: LIMITS)
+    path = str(tmp_path / "rows.csv")
 
     with pytest.raises(SystemExit) as exit:
-        bench_main.main(bench_main.Args(cpu=True, csv="rows.csv"))
+        bench_main.main(bench_main.Args(cpu=True, only="ops", compile=False, csv=path))
     assert exit.value.code == 2
+    written = bench_main.read_csv(path)
     assert [row["shape"] for row in written] == ["first"] * 2 + ["second"] * 2 + ["third"] * 2
     for row in written:
         assert row.get("problem", "") == (problem if row["shape"] == "second" else "")
@@ -275,23 +286,15 @@ def test_a_wrong_step_marks_its_row(monkeypatch):
         return kernels.moment_distance_ref(moments, running_var, *rest) * 1.01
 
     monkeypatch.setattr(kernels, "moment_distance", scale_distance)
-    (row,) = steps.bench_step("cpu", 0.0, Limits(1e9, 1e9), "resnet8", 8, 4)
+    (row,) = steps.bench_step(SMOKE, LIMITS, steps.Case("resnet8", 8, 4))
     assert row["problem"] == "fused and plain steps disagree"
-    assert "ours_ms" not in row
-
-
-def test_a_wrong_pseudo_batch_marks_its_row(monkeypatch):
-    monkeypatch.setattr(steps, "check_first_loss", lambda columns, device: False)
-    sizes = dict(batch_size=8, width=8)
-    (row,) = steps.bench_pseudo_batch("cpu", 0.0, "digits-lenet5", "lenet5_half", sizes)
-    assert row["problem"] == "ours disagrees with the plain loop"
     assert "ours_ms" not in row
 
 
 def test_verification_is_counted_in_steps(monkeypatch):
     monkeypatch.setattr(kernels._common, "INTERPRET", False)
 
-    def pretend_to_time(functions, *rest, n_least):
+    def pretend_to_time(functions, *rest):
         for run in functions.values():
             run()
         return dict(
@@ -299,7 +302,7 @@ def test_verification_is_counted_in_steps(monkeypatch):
         )
 
     monkeypatch.setattr(steps, "time_together", pretend_to_time)
-    rows = steps.bench_verification("cpu", 0.0, "resnet8", 8, 6)
+    rows = steps.bench_verification(SMOKE, steps.Case("resnet8", 8, 6))
     assert [row["times_step"] for row in rows] == [1.0, 2.5, 0.5]
 
 
@@ -316,11 +319,175 @@ def test_of_two_rounds_the_larger_median_counts():
     )
 
 
-def test_columns_of_a_pseudo_batch_have_the_same_first_loss(monkeypatch):
-    """Its row is marked where they differ."""
+# Turns
+
+
+def test_a_ratio_is_that_of_neighbours_in_their_rounds():
+    """A machine that gets twice as slow after two of five rounds changes no ratio."""
+    ours = [10.0, 10.0, 20.0, 20.0, 20.0]
+    theirs = [15.0, 15.0, 30.0, 30.0, 30.0]
+    turns = Turns(dict(a=theirs, b=ours), dict(a=[3.0] * 5, b=[1.0, 1.0, 1.0, 3.0, 3.0]))
+    assert compute_ratio(turns, "a", "b") == Times(1.5, 1.5, 1.5, 3.0)
+
+
+def test_every_other_round_runs_backwards():
+    order = []
+    functions = {name: partial(order.append, name) for name in "ab"}
+    turns = run_in_turns(functions, 0.0, 3)
+    assert "".join(order) == "aabb" + "ab" + "ba" + "ab"
+    assert len(turns.processor["a"]) == len(turns.wall["b"]) == 3
+
+
+# Released loops
+
+
+@pytest.fixture
+def cpu_path(monkeypatch):
     monkeypatch.setattr(kernels._common, "INTERPRET", False)
 
-    monkeypatch.setattr(steps, "time_together", pretend_to_time)
-    sizes = dict(batch_size=8, width=8)
-    rows = steps.bench_pseudo_batch("cpu", 0.0, "digits-lenet5", "lenet5_half", sizes)
-    assert [row["op"] for row in rows][:2] == ["pseudo-batch: conventional", "pseudo-batch: ours"]
+
+def find(title):
+    """The smoke row of a released loop."""
+    (comparison,) = [row for row in released.list_comparisons(SMOKE) if row.title == title]
+    return comparison
+
+
+TITLES = [row.title for row in released.list_comparisons(SMOKE)]
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_released_loop_has_the_losses_of_ours(title, cpu_path):
+    """Its gate. The first three losses of a synthesis step; of a game those of its first steps."""
+    assert find(title).find_problem() == ""
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_a_released_loop_goes_on_as_ours_does(title, cpu_path):
+    """A whole step of each changes what the next one starts from."""
+    comparison = find(title)
+    torch.manual_seed(2)
+    run = comparison.make_released()
+    first, second = run(), run()
+    assert first != second
+
+
+@pytest.mark.parametrize(
+    "module, name, title",
+    [
+        pytest.param(released, "subtract_neighbours", released.CIFAR, id="variation"),
+        pytest.param(released, "diverge", "zero-shot transfer, same noise", id="divergence"),
+        pytest.param(released, "balance", "pseudo replay", id="entropies"),
+    ],
+)
+def test_a_released_loop_with_another_loss_is_not_timed(module, name, title, monkeypatch, cpu_path):
+    right = getattr(module, name)
+
+    def change(*inputs):
+        value = right(*inputs)
+        return [2 * d for d in value] if isinstance(value, list) else 1.1 * value
+
+    monkeypatch.setattr(module, name, change)
+    if title == released.CIFAR:  # its variation weighs too little to show
+        args = replace(released.INVERSIONS[title], alpha_tv_l2=0.1)
+        monkeypatch.setitem(released.INVERSIONS, title, args)
+    row = released.compare_released(find(title), SMOKE)
+    assert row["problem"].startswith("first losses differ")
+    assert "ours_ms" not in row
+
+
+def count_calls(module):
+    """A list that gets a number a forward pass: whether gradients were on."""
+    calls = []
+    module.register_forward_hook(lambda *rest: calls.append(torch.is_grad_enabled()))
+    return calls
+
+
+@pytest.mark.parametrize("fresh_z, n_answers", [(False, 1), (True, 10)])
+def test_the_released_game_asks_the_teacher_as_often_as_released(
+    fresh_z, n_answers, monkeypatch, cpu_path
+):
+    """Once with a graph, for the generator; then once a noise without one. The generator runs in
+    each step, and its weights get a gradient in each."""
+    args = replace(
+        released.zskt.PRESETS["cifar10"],
+        teacher="digits-lenet5",
+        student="lenet5_half",
+        batch_size=8,
+        width=8,
+        fresh_z=fresh_z,
+    )
+    players = released.make_players(args, "cpu")
+    teacher, _, generator = players
+    monkeypatch.setattr(released, "make_players", lambda *rest: players)
+    n_gradients = []
+    run = released.make_released_pseudo_batch(args, "cpu")
+    answers = []
+    forward_groups = teacher.forward_groups
+
+    def answer(x):
+        answers.append(torch.is_grad_enabled())
+        return forward_groups(x)
+
+    monkeypatch.setattr(teacher, "forward_groups", answer)
+    made = count_calls(generator)
+    generator.conv1.weight.register_hook(n_gradients.append)
+    run()
+    assert answers == [True] + [False] * n_answers
+    assert made == [True] * 11
+    assert len(n_gradients) == 11
+    assert all(weight.requires_grad for weight in teacher.parameters())
+
+
+def test_only_the_frozen_loop_spares_gradients_of_weights(monkeypatch, cpu_path):
+    made = []
+    make_teacher = released.make_teacher
+    monkeypatch.setattr(
+        released, "make_teacher", lambda *rest: made.append(make_teacher(*rest)) or made[-1]
+    )
+    for title in released.INVERSIONS:
+        released.make_released_step(
+            title, "resnet8", "cpu", torch.randn(4, 3, 8, 8), torch.arange(4)
+        )()
+    has_gradient = [network.fc.weight.grad is not None for network in made]
+    assert has_gradient == [True, True, False]
+
+
+# The program
+
+
+def run_smoke(path, **options):
+    bench_main.main(bench_main.Args(cpu=True, smoke=True, compile=False, csv=str(path), **options))
+    return bench_main.read_csv(path)
+
+
+def test_rows_are_chosen_and_others_kept(tmp_path, cpu_path):
+    path = tmp_path / "rows.csv"
+    (first,) = run_smoke(path, only="released", match="CIFAR class")
+    rows = run_smoke(path, only="released", match="DeepInversion", keep=True)
+    assert [row["op"] for row in rows] == [
+        "released: DeepInversion, CIFAR class",
+        "released: DeepInversion, ImageNet class",
+    ]
+    assert rows[0]["released_ms"] != first["released_ms"]  # measured again
+
+
+def test_each_row_is_written_at_once(tmp_path, monkeypatch):
+    path = tmp_path / "rows.csv"
+    seen = []
+
+    def produce_rows(args, options):
+        yield dict(op="first", shape="")
+        seen.append(path.read_text())
+        yield dict(op="second", shape="")
+
+    monkeypatch.setattr(bench_main, "produce_rows", produce_rows)
+    run_smoke(path)
+    assert "first" in seen[0]
+    assert "second" not in seen[0]
+
+
+def test_text_that_no_row_contains_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        run_smoke(tmp_path / "rows.csv", only="released", match="resnet19")
+    assert exit.value.code == 2
+    assert "--match resnet19: no row's name contains it" in capsys.readouterr().err
