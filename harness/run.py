@@ -3,11 +3,13 @@
 import argparse
 import atexit
 import contextlib
+import ctypes
 import errno
 import io
 import json
 import math
 import os
+import platform
 import random
 import re
 import socket
@@ -41,6 +43,7 @@ RAISED = []  # options of the command line whose numbers are above the preset's
 COUNTERS = ("step", "epoch", "epochs_done")  # in a checkpoint: what its run has behind it
 WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG)
 PIPE_CODE = 141  # a shell's exit code of a program that wrote into a closed pipe
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt, in malloc.h
 LOCKS = {}  # {path: open file} of the folders that this process holds
 OWN_FOLDERS = [ROOT / name for name in ("harness", "kernels", "bench", "tests")]
 FOREIGN = {}  # {file or module: folders} of the users' own code that networks come from
@@ -290,12 +293,30 @@ def report_uncaught(kind, error, trace):
 
 # Device, seeds, precision, optimisers
 def choose_device(device):
-    """The device that --device asks for, "cpu" or "cuda"; refuses cuda where none is visible."""
+    """The device that --device asks for, "cpu" or "cuda"; refuses cuda where none is visible.
+
+    For the CPU the process keeps the memory that it frees, as keep_freed_memory says.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: no CUDA device is visible; use --device cpu")
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        keep_freed_memory()
     return device
+
+
+def keep_freed_memory():
+    """Let glibc keep freed memory for the next tensors; other C libraries are left alone.
+
+    It would return large blocks to the system, which then clears their pages anew: a step of
+    ResNet-20 with 100 images has some 13,000 page faults, which take a tenth of its time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # bytes that may be free at the heap's end
+    libc.mallopt(M_MMAP_THRESHOLD, 2**30)  # smaller blocks come from the heap
 
 
 def seed_everything(seed):

@@ -15,7 +15,8 @@
     hardswish   u min(max(u + 3, 0), 6) / 6     0 where u <= -3, 1 where u >= 3, else u / 3 + 1 / 2
 
 Values and slopes are those of torch.nn.functional, at the borders too. relu and relu6 take their
-slope at u rounded to the dtype of y: it is 0 exactly where y, as stored, is 0 (or 6 for relu6).
+slope at u rounded to the dtype of y: it is 0 exactly where y, as stored, is 0 (or 6 for relu6). The
+CPU path takes all slopes there.
 
 An inversion step (Yin et al., arXiv:1912.08795, eq. 4-6) needs two things of every BatchNorm of a
 frozen teacher: its output in eval mode, and how far the moments of its input are from the running
@@ -42,6 +43,8 @@ plain layers: after every activation but relu.
 
 The weights and running statistics are constants here: they get no gradient.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -433,18 +436,18 @@ def _forward_on_cpu(x, residual, affine, activation):
     """
     shift, scale, bias = affine
     ones = torch.ones_like(scale)
-    u = F.batch_norm(x.float(), shift, ones, scale, bias, training=False, eps=0.0)
+    u = F.batch_norm(x, shift, ones, scale, bias, training=False, eps=0.0)
     if residual is not None:
         u.add_(residual)
 
     if activation == "none":
-        y = u.to(x.dtype)
+        y = u
         saved = None
     elif activation == "relu":
-        y = u.relu_().to(x.dtype)
+        y = u.relu_()
         saved = y
     else:
-        y = ACTIVATIONS[activation](u).to(x.dtype)
+        y = ACTIVATIONS[activation](u)
         saved = u
     return y, saved, compute_moments_on_cpu(x, shift)
 
@@ -454,12 +457,26 @@ def _multiply_by_slope_on_cpu(dy, saved, activation):
     if activation == "relu":
         return torch.ops.aten.threshold_backward(dy, saved, 0)
     if activation == "relu6":
-        return torch.ops.aten.hardtanh_backward(dy, saved.to(dy.dtype), 0, 6)
+        return torch.ops.aten.hardtanh_backward(dy, saved, 0, 6)
     if activation == "silu":
-        return torch.ops.aten.silu_backward(dy.float(), saved).to(dy.dtype)
+        return torch.ops.aten.silu_backward(dy, saved)
     if activation == "hardswish":
-        return torch.ops.aten.hardswish_backward(dy.float(), saved).to(dy.dtype)
+        return torch.ops.aten.hardswish_backward(dy, saved)
     return dy
+
+
+def _add_scaled_channels(dx, g, scale):
+    """Add scale_c g to dx (N, C, *spatial) in place."""
+    scale = scale.to(dx.dtype)
+    by_channel = dx.movedim(1, -1)  # (N, *spatial, C)
+    g_by_channel = g.movedim(1, -1)
+    if by_channel.is_contiguous() and g_by_channel.is_contiguous():
+        # Rows of several positions: rows of few channels are slow in half precision.
+        n_positions = math.gcd(dx.numel() // len(scale), 16)
+        scale = scale.repeat(n_positions)
+        by_channel.view(-1, len(scale)).addcmul_(g_by_channel.view(-1, len(scale)), scale)
+    else:
+        by_channel.addcmul_(g_by_channel, scale)
 
 
 def _backward_on_cpu(ctx, dy, grads):
@@ -467,8 +484,7 @@ def _backward_on_cpu(ctx, dy, grads):
     x, saved, affine, moments = ctx.saved_tensors
     g = _multiply_by_slope_on_cpu(dy, saved, ctx.activation)
     dx = compute_dx_on_cpu(x, affine[0], moments, grads)
-    scale = affine[1].to(dx.dtype).view(-1, *[1] * (x.dim() - 2))  # (C, *1)
-    dx.addcmul_(g, scale)
+    _add_scaled_channels(dx, g, affine[1])
     dresidual = g if ctx.needs_input_grad[1] else None
     return dx, dresidual
 
@@ -533,7 +549,8 @@ def bn_act_moments(
 
     Note:
         Differentiable once, in x and residual. Arithmetic is in fp32 and y is rounded once, where
-        a BatchNorm and an addition in half precision round twice. Repeated calls are bit-equal.
+        a BatchNorm and an addition in half precision round twice; the CPU path does that too.
+        Repeated calls are bit-equal.
 
         Until the backward pass y may be modified in place, unless the activation is relu. On a GPU
         the residual may not be, if the activation is relu6, silu or hardswish. moments may not be

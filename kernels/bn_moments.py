@@ -244,7 +244,7 @@ def compute_moments_on_cpu(x, shift):
     moments = _compute_moments_in_one_pass(x)
     if moments is None:
         return _compute_centred_moments(x, shift)
-    far = _find_far_channels(*moments)
+    far = _find_far_channels(*moments, x.dtype)
     moments[0] -= shift
     if len(far):
         moments[:, far] = _compute_centred_moments(x[:, far], shift[far])
@@ -262,12 +262,18 @@ def _compute_centred_moments(x, shift):
     return torch.stack((mean + residue, var))
 
 
-def _find_far_channels(mean, var):
+def _find_far_channels(mean, var, dtype):
     """The channels whose mean is so far from 0 that sums of x itself would lose its variance.
 
-    A network has some nearly dead channels, so these are taken apart and not the whole layer.
+    A network has some nearly dead channels, so these are taken apart and not the whole layer. Half
+    precision has rounded x already, by far more than sums in fp32 do.
+
+    Args:
+        mean, var: (C,) fp32.
+        dtype: of x.
     """
-    return (mean.square() > 25 * var).nonzero().squeeze(1)
+    n_deviations = 5 if dtype == torch.float32 else 50
+    return (mean.square() > n_deviations**2 * var).nonzero().squeeze(1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -307,8 +313,10 @@ def _compute_moments_in_one_pass(x):
     if n_rows < 16:
         return None
 
-    columns = dense.float().view(n_rows, -1)
-    mean, var = torch.batch_norm_update_stats(columns, None, None, 0.0)  # var is biased
+    columns = dense.view(n_rows, -1)
+    # fp32 running statistics, which a momentum of 0 leaves alone, make the results fp32
+    unused = torch.zeros(2, columns.size(1))
+    mean, var = torch.batch_norm_update_stats(columns, *unused, 0.0)  # var is biased
     mean = mean.view(groups)
     var = var.view(groups)
     pooled = mean.mean(dims, keepdim=True)
@@ -324,18 +332,20 @@ def compute_dx_on_cpu(x, shift, moments, grads):
     a = grads[0] * inverse_n
     b = grads[1] * (2 * inverse_n)
     by_channel = x.movedim(1, -1)  # (N, *spatial, C)
-    is_dense = x.is_contiguous() or by_channel.is_contiguous()
-    if x.dtype != torch.float32 or not is_dense:
+    if not x.is_contiguous() and not by_channel.is_contiguous():
         centred = (by_channel.float() - shift).sub_(distance)
         return centred.mul_(b).add_(a).to(x.dtype).movedim(-1, 1)
 
     # As b x + (a - b mean), in one pass. Where |mean| > 5 sqrt(var) this would cancel.
     mean = distance + shift
-    dx = F.batch_norm(x, mean, torch.ones_like(mean), b, a, training=False, eps=0.0)
-    far = _find_far_channels(mean, var)
+    dense = x if x.is_contiguous() else by_channel.view(-1, len(mean))
+    dx = F.batch_norm(dense, mean, torch.ones_like(mean), b, a, training=False, eps=0.0)
+    if dense is not x:
+        dx = dx.view(by_channel.shape).movedim(-1, 1)
+    far = _find_far_channels(mean, var, x.dtype)
     if len(far):
         centred = (x[:, far].movedim(1, -1) - shift[far]).sub_(distance[far])
-        dx[:, far] = centred.mul_(b[far]).add_(a[far]).movedim(-1, 1)
+        dx[:, far] = centred.mul_(b[far]).add_(a[far]).to(dx.dtype).movedim(-1, 1)
     return dx
 
 

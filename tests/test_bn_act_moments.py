@@ -1,6 +1,7 @@
 """bn_act_moments: the layers it replaces, known values, layouts, extremes."""
 
 import importlib
+import math
 from functools import partial
 
 import pytest
@@ -257,3 +258,27 @@ def test_extremes(extreme, backend, device):
     assert moments.isfinite().all()
     assert (moments[1] >= 0).all()
     assert got.gradients["x"].isfinite().all()
+
+
+# Half precision on a CPU
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "silu", "hardswish", "none"])
+def test_half_precision_is_not_copied_on_cpu(activation, layout, monkeypatch):
+    """Rows of few channels too, of which some are nearly dead."""
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    options = dict(layout=layout, dtype=torch.bfloat16, gain=0.3)  # hardswish jumps at 3 and -3
+    args = make_layer_arguments("cpu", (32, 6, 16, 16), None, activation, **options)
+    args["x"][:, 2] = 100.0
+    args["running_mean"][2] = 99.0
+    assert_matches_definition(BN_ACT_MOMENTS, args)
+
+    x = args["x"].requires_grad_()
+    with torch.profiler.profile(record_shapes=True) as record:
+        y, moments = kernels.bn_act_moments(**args)
+        (y.sum() + moments.sum()).backward()
+    assert y.dtype == torch.bfloat16
+    for event in record.events():
+        if event.name == "aten::_to_copy":
+            assert math.prod(event.input_shapes[0]) < x.numel() / 2, "a whole tensor is converted"

@@ -111,6 +111,20 @@ def test_large_batches_on_cpu(shape, mean, layout, monkeypatch):
     assert_both_match(x, running_mean + mean, running_var)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_large_batches_in_half_precision_on_cpu(dtype, layout, monkeypatch):
+    """Read as they are, not as copies in fp32; some channels are too far from 0 for one pass."""
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    x = make_x("cpu", (64, 16, 8, 8), layout)
+    x[:, 3] += 20  # 13 deviations: one pass will do for numbers of few digits
+    x[:, 5] = 300 + 0.5 * x[:, 5]
+    x[:, 7] = 2.5
+    running_mean, running_var = make_running("cpu", x.shape)
+    running_mean[5] += 300
+    assert_both_match(x.to(dtype), running_mean, running_var)
+
+
 # Many rows and many programs, which small inputs do not need
 
 

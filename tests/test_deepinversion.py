@@ -170,6 +170,39 @@ def test_terms_and_gradient_are_those_of_the_formulas(competition, fused):
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_bf16_on_a_cpu_changes_the_gradient_little(fused, monkeypatch):
+    """The teacher's activations alone are rounded: moments, losses and images stay fp32."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    teacher = make_teacher()
+    x = torch.randn(16, 3, 8, 8, requires_grad=True)
+    draw = torch.tensor([2, -1, 1])
+    labels = torch.arange(16) % 10
+    gradients = []
+    for bf16_cpu in (False, True):
+        args = replace(TINY, fused=fused, bf16_cpu=bf16_cpu)
+        watched = di.watch_batchnorms(teacher, x.detach(), args, "cpu")
+        target = di.Target(labels, watched, None)
+        total, terms = di.synthesis_loss(x, draw, target, args)
+        assert total.dtype == terms.dtype == torch.float32
+        gradients.append(*torch.autograd.grad(total, x))
+    in_fp32, in_bf16 = gradients
+    assert in_bf16.dtype == torch.float32
+    assert not torch.equal(in_fp32, in_bf16)
+    assert F.cosine_similarity(in_fp32.flatten(), in_bf16.flatten(), dim=0) > 0.99
+
+
+def test_bf16_on_a_cpu_needs_its_units(monkeypatch):
+    asked = replace(TINY, bf16_cpu=True)
+    for units, dtype in ({"amx_bf16": True}, torch.bfloat16), ({}, torch.float32):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=units: found, raising=False)
+        assert di.choose_dtype("cpu", asked) == dtype
+        assert di.choose_dtype("cpu", TINY) == torch.float32
+        assert di.choose_dtype("cuda", TINY) == torch.bfloat16
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert di.choose_dtype("cpu", asked) == torch.float32
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_moment_loss_adds_norms_and_the_first_layer_has_a_factor(fused):
     first = torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.ones(2)
     second = torch.tensor([[0.0], [6.0]]), torch.ones(1)

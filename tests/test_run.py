@@ -4,6 +4,8 @@ import copy
 import errno
 import json
 import math
+import platform
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 import torch
 import torch.nn as nn
 from helpers import rows_of
-from scripts import read_refusal
+from scripts import ROOT, read_refusal
 from tqdm import tqdm
 
 from harness import run as harness_run
@@ -186,6 +188,28 @@ def test_a_gpu_that_is_not_there_is_refused(capsys, monkeypatch):
     assert choose_device("auto") == choose_device("cpu") == "cpu"
     line = read_refusal(capsys, choose_device, "cuda")
     assert "no CUDA device is visible; use --device cpu" in line
+
+
+COUNT_PAGE_FAULTS = """
+import resource, torch
+from harness.run import choose_device
+choose_device("cpu")
+for step in range(5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensors = [torch.ones(4_000_000) for _ in range(4)]
+    del tensors
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the setting is of glibc")
+def test_freed_memory_is_kept_on_the_cpu():
+    """A page fault is the system's work on a page that it gives away."""
+    command = [sys.executable, "-c", COUNT_PAGE_FAULTS]
+    found = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    first, _, *others = map(int, found.stdout.split())  # in the second step the heap still grows
+    assert first > 1000
+    assert max(others) < 100
 
 
 def test_a_seed_settles_all_random_numbers():

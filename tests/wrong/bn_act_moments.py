@@ -122,9 +122,15 @@ MUTANTS = [
     Mutant(
         "output kept where nothing follows it",
         FILE,
-        """        y = u.to(x.dtype)
+        """        y = u
         saved = None""",
-        """        y = u.to(x.dtype)
+        """        y = u
         saved = y""",
+    ),
+    Mutant(
+        "channels in another order on the CPU",
+        FILE,
+        "scale = scale.repeat(n_positions)",
+        "scale = scale.repeat_interleave(n_positions)",
     ),
 ]

@@ -87,7 +87,7 @@ MUTANTS = [
     Mutant(
         "one pass on the CPU where the mean is far from zero",
         FILE,
-        "(mean.square() > 25 * var)",
+        "(mean.square() > n_deviations**2 * var)",
         "(mean.square() > math.inf * var)",
     ),
     Mutant(
