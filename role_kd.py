@@ -166,6 +166,9 @@ PRESETS = {
         interval=1,
         search_images=700,
         validation_images=700,
+        epochs=40,
+        batch_size=32,
+        lr=2e-3,
         cutout=0,
     ),
     "cifar10": Args(),
@@ -367,7 +370,7 @@ def encode_schedules(schedules):
                 name = OPERATIONS[entry % len(OPERATIONS)]
                 entries.append([name, *policy[2 * entry : 2 * entry + 2]])
             saved[role].append(dict(epochs=epochs, policy=entries))
-    return (json.dumps(saved, indent=1) + "\n").encode()
+    return (json.dumps(saved) + "\n").encode()
 
 
 def read_policy(entries):
