@@ -3,6 +3,7 @@
 import ast
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -471,3 +472,14 @@ def test_tracked_files_are_small_and_none_is_generated():
         if path.is_file():
             assert path.stat().st_size < 2_000_000, path.name
             assert path.suffix not in (".pyc", ".npz", ".part"), path.name
+
+
+def test_triton_is_imported_only_where_it_can_run():
+    """It takes 0.3 s, and on a machine without a GPU nobody needs it."""
+    if torch.version.cuda or torch.version.hip:
+        pytest.skip("this PyTorch is built for GPUs")
+    code = "import sys, kernels; print('triton' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.check_output(command, cwd=ROOT, env=environment, text=True)
+    assert found == "False\n"
