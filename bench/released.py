@@ -76,7 +76,7 @@ from harness.load import load_student, load_teacher
 from harness.run import make_optimizer, shorten_error
 
 NO_PRIORS = dict(alpha_tv_l1=0.0, alpha_tv_l2=0.0, alpha_l2=0.0)
-IMAGENET = replace(deepinversion.PRESETS["imagenet-1"], bf16=False)
+IMAGENET = deepinversion.PRESETS["imagenet-1"]
 CIFAR = "DeepInversion, CIFAR class"
 IMAGENET_CLASS = "DeepInversion, ImageNet class"
 SRE2L = "SRe2L-like, teacher frozen"
@@ -168,8 +168,7 @@ def make_released_step(title, name, device, noise, labels):
 
 def make_our_step(title, name, device, noise, labels):
     """Ours with the terms of that loop; it returns deepinversion.TERMS."""
-    args = replace(INVERSIONS[title], bf16=device == "cuda")
-    return make_ours(name, device, noise, labels, args)
+    return make_ours(name, device, noise, labels, INVERSIONS[title])
 
 
 def find_step_problem(title, name, device, noise, labels):
