@@ -30,7 +30,7 @@ n_failed=0
 # What differs in a rehearsal.
 bench=()
 arms=(--device cuda)
-images=(--teacher cifar10-resnet20 --dataset none)
+images=(--teacher cifar10-resnet20)
 teacher=(--dataset cifar10 --arch wrn_40_2 --epochs 20)
 pair=(--student wrn-16-1 --dataset cifar10 --pseudo-batches 2000 --evaluations 40)
 spare_teacher=cifar10-wrn-16-1

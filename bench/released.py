@@ -22,9 +22,10 @@ DeepInversion, ImageNet class, at full resolution. As above, but:
 - pixels are clipped after each step, channel by channel in a Python loop [DI 1.2, 4];
 - a step whose loss is the lowest so far clones the images [DI 1.2].
 
-SRe2L-like. As the ImageNet class, but the teacher is frozen, there is no warm-up, and both priors
-have weight 0 (they are computed) [DI 6]. It keeps the last images [DI 6]. In place of its random
-crop, which it resizes, stands our roll, so that both see the same views.
+SRe2L-like. As the ImageNet class, but there is no warm-up, both priors have weight 0, and the last
+images are kept [DI 6]; the teacher is frozen, and the priors are computed all the same (its code).
+In place of its random crop, which it resizes, stands our roll, so that both see the same views; its
+copy of the images in each step is left out.
 
 Zero-shot transfer:
 - one generator step, with the graph through teacher and student [Z 1.1, 4.6];
@@ -311,15 +312,15 @@ def make_released_pseudo_batch(args, device):
 
 
 def find_pseudo_batch_problem(args, device):
-    """Whether the losses of generator and student differ, with one student step."""
-    args = replace(args, n_student_iter=1)
+    """Whether the losses of generator and student differ, with one student step and in fp32."""
+    args = replace(args, n_student_iter=1, bf16=False)
     released = make_released_pseudo_batch(args, device)
     ours = make_our_pseudo_batch(args, device)
     torch.manual_seed(1)
     losses = released()
     torch.manual_seed(1)
     others = ours()[:2].tolist()
-    tolerance = 0.1 if device == "cuda" else 1e-3  # bf16
+    tolerance = 2e-2 if device == "cuda" else 1e-3  # TF32
     if is_close(losses[:1], others[:1], tolerance) and is_close(losses[1:], others[1:], tolerance):
         return ""
     return f"first losses differ: released {losses}, ours {others}"
@@ -459,15 +460,15 @@ def make_released_iteration(args, device):
 
 
 def find_iteration_problem(args, device):
-    """Whether the losses differ, with one student step and one of the memory."""
-    args = replace(args, n_student_iter=1, n_memory_iter=1)
+    """Whether the losses differ, with one student step and one of the memory, in fp32."""
+    args = replace(args, n_student_iter=1, n_memory_iter=1, bf16=False)
     released = make_released_iteration(args, device)
     ours = make_our_iteration(args, device)
     torch.manual_seed(1)
     losses = released()
     torch.manual_seed(1)
     others = ours().tolist()
-    tolerance = 0.1 if device == "cuda" else 1e-3  # bf16
+    tolerance = 2e-2 if device == "cuda" else 1e-3  # TF32
     for loss, other in zip(losses, others, strict=True):
         if not is_close([loss], [other], tolerance):
             return f"first losses differ: released {losses}, ours {others}"
