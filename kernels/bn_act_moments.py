@@ -36,6 +36,9 @@ With a residual, fused:
     relu                    8: the backward pass also reads y and writes dresidual
     relu6, silu, hardswish  8: the backward pass also reads the residual and writes dresidual
 
+Where two layers read y, as where a residual branches off, the backward pass reads both their
+gradients: 1 more. Autograd would add them first: 3 more.
+
 What the kernels save for the backward pass: x, and with a residual y (relu) or the residual (relu6,
 silu, hardswish). The CPU path saves, beside x, what plain PyTorch saves: y for relu, u for relu6,
 silu and hardswish, nothing for none. So y may be modified in place wherever that works after the
@@ -253,6 +256,7 @@ def _bn_act_moments_bwd_kernel(
     dresidual_ptr,  # out, shape of x; unused unless NEEDS_RESIDUAL
     x_ptr,  # (N, C, *spatial)
     dy_ptr,  # shape of x
+    dy_again_ptr,  # shape and strides of dy, added to it; unused unless HAS_DY_AGAIN
     saved_ptr,  # shape of x: y or the residual; unused where SAVED is "nothing"
     affine_ptr,  # (3, C) fp32: running_mean, scale, bias
     mean_ptr,  # (C,) fp32: mean - running_mean
@@ -290,6 +294,7 @@ def _bn_act_moments_bwd_kernel(
     stride_scol,
     stride_sc,
     inverse_n,  # 1 / n
+    HAS_DY_AGAIN: tl.constexpr,  # whether dy_again_ptr is read
     SAVED: tl.constexpr,  # what saved_ptr holds: "y", "residual" or "nothing"
     NEEDS_RESIDUAL: tl.constexpr,  # whether dresidual is wanted
     ACTIVATION: tl.constexpr,  # one of ACTIVATIONS
@@ -310,6 +315,7 @@ def _bn_act_moments_bwd_kernel(
         dx_ptr += channel * stride_dxc
         dresidual_ptr += channel * stride_dxc
         dy_ptr += channel * stride_dyc
+        dy_again_ptr += channel * stride_dyc
         saved_ptr += channel * stride_sc
     shift = tl.load(affine_ptr + channels, mask=mask_c, other=0.0)
     scale = tl.load(affine_ptr + n_channels + channels, mask=mask_c, other=0.0)
@@ -331,6 +337,8 @@ def _bn_act_moments_bwd_kernel(
         )
         offs = offs_row[:, None] + offs_col[None, :] * stride_dycol
         g = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if HAS_DY_AGAIN:
+            g += tl.load(dy_again_ptr + offs, mask=mask, other=0.0).to(tl.float32)
 
         u = x * scale + bias
         if SAVED != "nothing":
@@ -389,11 +397,16 @@ def _forward_on_gpu(x, residual, affine, activation):
     return y, merge_partials(partial)
 
 
-def _backward_on_gpu(ctx, dy, grads):
+def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, moments = ctx.saved_tensors
+    x, saved, affine, moments = saved_tensors
+    if dy_again is not None and dy_again.stride() != dy.stride():
+        dy = dy + dy_again
+        dy_again = None
+    has_again = dy_again is not None
     dx = torch.empty_like(x)
-    needs_residual = ctx.needs_input_grad[1] and ctx.activation != "none"
+    is_dy_itself = ctx.activation == "none" and not has_again
+    needs_residual = ctx.needs_input_grad[1] and not is_dy_itself
     dresidual = torch.empty_like(x) if needs_residual else None
     # A layer's slice of the gradients of all layers is read where it lies.
     row_grads = grads if grads.stride(1) == 1 else grads.contiguous()
@@ -408,6 +421,7 @@ def _backward_on_gpu(ctx, dy, grads):
             dresidual if needs_residual else dx,
             x,
             dy,
+            dy_again if has_again else dy,
             other,
             affine,
             moments,  # the kernel reads its first row
@@ -419,12 +433,13 @@ def _backward_on_gpu(ctx, dy, grads):
             *dy_strides,
             *other_strides,
             inverse_n,
+            has_again,
             ctx.saved,
             needs_residual,
             ctx.activation,
             **launch.blocks,
         )
-    if ctx.needs_input_grad[1] and ctx.activation == "none":
+    if ctx.needs_input_grad[1] and is_dy_itself:
         return dx, dy
     return dx, dresidual
 
@@ -479,9 +494,11 @@ def _add_scaled_channels(dx, g, scale):
         by_channel.addcmul_(g_by_channel, scale)
 
 
-def _backward_on_cpu(ctx, dy, grads):
+def _backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, moments = ctx.saved_tensors
+    x, saved, affine, moments = saved_tensors
+    if dy_again is not None:
+        dy = dy + dy_again
     g = _multiply_by_slope_on_cpu(dy, saved, ctx.activation)
     dx = compute_dx_on_cpu(x, affine[0], moments, grads)
     _add_scaled_channels(dx, g, affine[1])
@@ -498,7 +515,8 @@ def _choose_saved(activation, residual):
 
 class _BNActMoments(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, affine, activation):
+    def forward(ctx, x, residual, affine, activation, n_uses):
+        ctx.set_materialize_grads(False)
         ctx.activation = activation
         if _common.runs_triton(x):
             y, moments = _forward_on_gpu(x, residual, affine, activation)
@@ -507,16 +525,24 @@ class _BNActMoments(torch.autograd.Function):
         else:
             y, saved, moments = _forward_on_cpu(x, residual, affine, activation)
         ctx.save_for_backward(x, saved, affine, moments)
+        if n_uses == 2:
+            return y, moments, y.view_as(y)
         return y, moments
 
     @staticmethod
-    def backward(ctx, dy, grads):
+    def backward(ctx, dy, grads, dy_again=None):
         _common.refuse_double_backward("bn_act_moments")
-        if _common.runs_triton(dy):
-            dx, dresidual = _backward_on_gpu(ctx, dy, grads)
-        else:
-            dx, dresidual = _backward_on_cpu(ctx, dy, grads)
-        return dx, dresidual, None, None
+        saved_tensors = ctx.saved_tensors  # read once: gradient checkpointing allows no more
+        x, _, _, moments = saved_tensors
+        if dy is None:
+            dy, dy_again = dy_again, None
+        if dy is None:
+            dy = torch.zeros_like(x)
+        if grads is None:
+            grads = torch.zeros_like(moments)
+        run = _backward_on_gpu if _common.runs_triton(dy) else _backward_on_cpu
+        dx, dresidual = run(ctx, saved_tensors, dy, dy_again, grads)
+        return dx, dresidual, None, None, None
 
 
 def bn_act_moments(
@@ -580,10 +606,15 @@ def bn_act_moments(
             f"bn_act_moments: expected residual of {expected}, got {got}; match it to x"
         )
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
-    return _BNActMoments.apply(x, residual, affine, activation)
+    return _BNActMoments.apply(x, residual, affine, activation, 1)
 
 
-def bn_act_moments_folded(x, affine, residual=None, activation="relu"):
-    """`bn_act_moments` for constants that `fold_constants` has folded; tensors are not checked."""
+def bn_act_moments_folded(x, affine, residual=None, activation="relu", n_uses=1):
+    """`bn_act_moments` for constants that `fold_constants` has folded; tensors are not checked.
+
+    Args:
+        n_uses: 2: y is returned once more, after the moments, for a second layer that reads it. The
+            backward pass then reads both gradients, where autograd would write their sum first.
+    """
     _check_activation(activation)
-    return _BNActMoments.apply(x, residual, affine, activation)
+    return _BNActMoments.apply(x, residual, affine, activation, n_uses)

@@ -103,17 +103,21 @@ class FusedBatchNorm(nn.Module):
         self.activation = activation
         self.record = record
         self.place = place
+        self.n_uses = 1  # 2: forward returns its output twice, for two layers that read it
 
     def forward(self, input, residual=None):
         if residual is None or (residual.shape == input.shape and residual.dtype == input.dtype):
-            y, moments = bn_act_moments_folded(input, self.affine, residual, self.activation)
+            y, moments, *again = bn_act_moments_folded(
+                input, self.affine, residual, self.activation, self.n_uses
+            )
         else:  # an addition that broadcasts or converts
             y, moments = bn_act_moments_folded(input, self.affine, None, "none")
             y = y + residual
             if self.activation != "none":
                 y = getattr(F, self.activation)(y)
+            again = [y] * (self.n_uses - 1)
         self.record.add(self.place, moments, self.running_var, self.eps)
-        return y
+        return (y, *again) if again else y
 
 
 class MeasuredBatchNorm(nn.Module):
@@ -504,6 +508,7 @@ def _rebuild_by_tracing(model, layers):
             node.target = f"measured_{number}"
             traced.add_module(node.target, MeasuredBatchNorm(layer, record, number))
             n_measured += 1
+    _fork_outputs(traced)
     traced.graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
@@ -577,6 +582,30 @@ def _replace_nodes(traced, name, fused, node, addition, end):
     for replaced in (end, addition, node):
         if replaced is not None:
             traced.graph.erase_node(replaced)
+
+
+def _fork_outputs(traced):
+    """Let fused layers return their output twice where two nodes read it: a residual branches off.
+
+    Their backward kernel then adds the two gradients. An operation in place needs the one output.
+    """
+    for node in list(traced.graph.nodes):
+        if node.op != "call_module":
+            continue
+        layer = traced.get_submodule(node.target)
+        readers = list(node.users)
+        if type(layer) is not FusedBatchNorm or len(readers) != 2:
+            continue
+        if any(_is_inplace(traced, reader) for reader in readers):
+            continue
+
+        layer.n_uses = 2
+        with traced.graph.inserting_after(node):
+            outputs = [
+                traced.graph.call_function(operator.getitem, (node, number)) for number in (0, 1)
+            ]
+        for reader, output in zip(readers, outputs, strict=True):
+            reader.replace_input_with(node, output)
 
 
 def _find_only_user(node):

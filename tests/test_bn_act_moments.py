@@ -260,6 +260,83 @@ def test_extremes(extreme, backend, device):
     assert got.gradients["x"].isfinite().all()
 
 
+# An output that two layers read
+
+
+def call_twice(x, affine, residual, activation, n_uses):
+    """y for the first reader, y for the second one, and the moments."""
+    module = importlib.import_module("kernels.bn_act_moments")
+    outputs = module.bn_act_moments_folded(x, affine, residual, activation, n_uses)
+    y, moments, *again = outputs
+    assert len(again) == n_uses - 1
+    return y, again[0] if again else y, moments
+
+
+@pytest.mark.parametrize("used", ["both", "both, strided", "first", "second", "neither"])
+@pytest.mark.parametrize(
+    ("activation", "residual", "layout"),
+    [
+        pytest.param("relu", None, "contiguous", id="relu"),
+        pytest.param("relu", "channels_last", "channels_last", id="relu-residual-channels_last"),
+        pytest.param("none", "contiguous", "contiguous", id="none-residual"),
+        pytest.param("silu", "contiguous", "contiguous", id="silu-residual"),
+    ],
+)
+def test_gradients_of_two_readers_are_added(activation, residual, layout, used, backend, device):
+    """As autograd adds them where the output is one tensor."""
+    args = make_layer_arguments(device, (3, 5, 4, 6), residual, activation, layout=layout)
+    module = importlib.import_module("kernels.bn_act_moments")
+    names = ("weight", "bias", "running_mean", "running_var", "eps")
+    affine = module.fold_constants(*(args[name] for name in names))
+    dy = random_tensor(args["x"].shape, device, seed=7)
+    dy_again = random_tensor(args["x"].shape, device, seed=8)
+    if used == "both, strided":
+        dy = dy.contiguous(memory_format=torch.channels_last)
+    grads = random_tensor((2, 5), device, seed=9)
+
+    gradients = []
+    for n_uses in (1, 2):
+        x = args["x"].detach().requires_grad_()
+        other = None if residual is None else args["residual"].detach().requires_grad_()
+        first, second, moments = call_twice(x, affine, other, activation, n_uses)
+        assert torch.equal(first, second)
+        results = {"moments": (moments, grads)}
+        if used not in ("second", "neither"):
+            results["first"] = (first, dy)
+        if used not in ("first", "neither"):
+            results["second"] = (second, dy_again)
+        torch.autograd.backward(*zip(*results.values(), strict=True))
+        gradients.append([leaf.grad for leaf in (x, other) if leaf is not None])
+    for one, two in zip(*gradients, strict=True):
+        if one is None:  # nothing reads the residual
+            assert two is None or not two.any()
+        else:
+            torch.testing.assert_close(two, one, rtol=1e-5, atol=1e-6)
+
+
+def test_gradients_of_two_readers_are_added_in_the_kernel(device, monkeypatch):
+    """Read where they lie: a sum of them is not written first."""
+    args = make_layer_arguments(device, (3, 5, 4, 6))
+    module = importlib.import_module("kernels.bn_act_moments")
+    names = ("weight", "bias", "running_mean", "running_var", "eps")
+    affine = module.fold_constants(*(args[name] for name in names))
+    x = args["x"].requires_grad_()
+    first, second, _ = call_twice(x, affine, None, "relu", 2)
+
+    seen = []
+    backward = module._backward_on_gpu
+
+    def record(ctx, saved, dy, dy_again, grads):
+        seen.append((dy, dy_again))
+        return backward(ctx, saved, dy, dy_again, grads)
+
+    monkeypatch.setattr(module, "_backward_on_gpu", record)
+    dy = torch.ones_like(first)
+    torch.autograd.backward((first, second), (dy, 2 * dy))
+    ((one, two),) = seen
+    assert torch.equal(one, dy) and torch.equal(two, 2 * dy)
+
+
 # Half precision on a CPU
 
 

@@ -7,6 +7,7 @@ compiled ahead of time. By hand, as a table of registers:
     python tests/test_compile.py cuda:90
 """
 
+import importlib
 import json
 import os
 import re
@@ -32,6 +33,14 @@ NHWC = torch.channels_last
 def images(shape, dtype, memory_format):
     x = torch.ones(shape, dtype=dtype).contiguous(memory_format=memory_format)
     return x.requires_grad_()
+
+
+def run_with_two_readers(x, residual):
+    """A layer whose output two others read, as where a residual branches off."""
+    layer = importlib.import_module("kernels.bn_act_moments")
+    affine = torch.ones(3, x.shape[1])
+    y, _, again = layer.bn_act_moments_folded(x, affine, residual, "relu", n_uses=2)
+    (y.sum() + again.sum()).backward()
 
 
 def run_batchnorm_ops():
@@ -64,6 +73,8 @@ def run_batchnorm_ops():
             for form in ("l2", "relative", "kl")
         )
         (y.sum() + distance).backward()
+
+        run_with_two_readers(x, residual)
 
     x = images((64, 96, 56, 56), BFLOAT, NHWC)
     residual = images((64, 96, 56, 56), BFLOAT, NHWC)

@@ -190,6 +190,36 @@ def test_what_follows_a_batchnorm_is_fused_with_it(make, left):
     assert rest == left
 
 
+class TwoReaders(nn.Module):
+    """What the first layers return is read twice, by an addition in place or by a sum."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.branch = nn.Conv2d(6, 6, 3, padding=1)
+        self.in_place = in_place
+
+    def forward(self, x):
+        y = F.silu(self.bn(self.conv(x)))
+        if self.in_place:
+            return self.branch(y) + y.add_(1)
+        return self.branch(y) * y
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["out-of-place", "in-place"])
+def test_an_output_that_two_layers_read_is_returned_twice(in_place, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    network = TwoReaders(in_place).eval()
+    fused = kernels.fuse_batchnorm(network, torch.randn(2, 3, 8, 8) if not in_place else None)
+    layers = [layer for layer in fused.modules() if hasattr(layer, "n_uses")]
+    assert [layer.n_uses for layer in layers] == [1 if in_place else 2]
+
+    resnet = kernels.fuse_batchnorm(NETWORKS["resnet18"](num_classes=10).eval())
+    n_uses = [layer.n_uses for layer in resnet.modules() if hasattr(layer, "n_uses")]
+    assert n_uses.count(2) == 7  # the outputs of eight blocks but the last; before, a max-pool
+
+
 @pytest.mark.parametrize("name", ["foreign", "untraceable"])
 @pytest.mark.filterwarnings("ignore:fuse_batchnorm")
 def test_only_the_chosen_kinds_with_statistics_are_replaced(name, monkeypatch):

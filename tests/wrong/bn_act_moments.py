@@ -133,4 +133,28 @@ MUTANTS = [
         "scale = scale.repeat(n_positions)",
         "scale = scale.repeat_interleave(n_positions)",
     ),
+    Mutant(
+        "the second reader's gradient is lost in the kernel",
+        FILE,
+        "g += tl.load(dy_again_ptr",
+        "g += 0.0 * tl.load(dy_again_ptr",
+    ),
+    Mutant(
+        "the second reader's gradient is lost on the CPU",
+        FILE,
+        "    if dy_again is not None:\n        dy = dy + dy_again",
+        "    if dy_again is not None:\n        pass",
+    ),
+    Mutant(
+        "the second reader's gradient is lost where it is the only one",
+        FILE,
+        "dy, dy_again = dy_again, None",
+        "dy_again = None",
+    ),
+    Mutant(
+        "a second gradient of other strides is read as if it had the first one's",
+        FILE,
+        "if dy_again is not None and dy_again.stride() != dy.stride():",
+        "if False:",
+    ),
 ]

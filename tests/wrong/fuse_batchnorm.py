@@ -168,4 +168,16 @@ MUTANTS = [
         "self.n_outside += 1",
         "pass",
     ),
+    Mutant(
+        "no output is returned twice",
+        FILE,
+        "_fork_outputs(traced)\n    traced.graph.lint()",
+        "traced.graph.lint()",
+    ),
+    Mutant(
+        "an output that an operation in place reads is returned twice",
+        FILE,
+        "if any(_is_inplace(traced, reader) for reader in readers):",
+        "if False:",
+    ),
 ]
