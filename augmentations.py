@@ -245,7 +245,7 @@ def change_sharpness(x, levels, generator):
     kernel = torch.ones(3, 3, device=x.device)
     kernel[1, 1] = 5
     kernel = kernel.expand(C, 1, 3, 3)
-    total = F.conv2d(pixels, kernel, groups=C).long()  # (N, C, H - 2, W - 2), whole numbers
+    total = F.conv2d(pixels, kernel, groups=C).round().long()  # (N, C, H - 2, W - 2)
     smooth = pixels.clone()
     smooth[:, :, 1:-1, 1:-1] = ((2 * total + 13) // 26).float()  # total / 13, rounded
     return blend(x, smooth, levels)

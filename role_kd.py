@@ -74,15 +74,16 @@ from harness.run import (
     seed_everything,
 )
 
-ARMS = {  # name: what the teacher was trained with; what the student is trained with
-    "base": ("base", "base augmentation"),
-    "teacher": ("augmented", "base augmentation"),
-    "student": ("base", "the student's schedule"),
-    "both": ("augmented", "the student's schedule"),
-    "shared": ("augmented", "the teacher's schedule"),
-    "random": ("augmented", "the student's schedule, its entries dealt to random operations"),
-    "constant": ("augmented", "the last policy of the student's schedule, all the time"),
+ARMS = {  # name: its teacher, and the schedule that its student is trained with
+    "base": ("base", "zero"),
+    "teacher": ("augmented", "zero"),
+    "student": ("base", "student"),
+    "both": ("augmented", "student"),
+    "shared": ("augmented", "teacher"),
+    "random": ("augmented", "random"),  # the student's, its entries dealt to random operations
+    "constant": ("augmented", "last"),  # the last policy of the student's, all the time
 }
+ArmName = Literal["base", "teacher", "student", "both", "shared", "random", "constant", "all"]
 
 
 @dataclass
@@ -106,9 +107,7 @@ class Args(RunOptions):
     """On a GPU: bfloat16 activations."""
 
     # Method
-    arm: Literal["base", "teacher", "student", "both", "shared", "random", "constant", "all"] = (
-        "both"
-    )
+    arm: ArmName = "both"
     """Who has an augmentation agent (ARMS). `base` is trained beside each; `all`: all seven, which
     share one teacher's and one student's search."""
     schedules: str = ""
@@ -336,24 +335,22 @@ def shuffle_entries(schedule, chance):
     return shuffled
 
 
-def choose_schedule(phase_name, schedules, seed):
-    """What a final training takes: teacher-base, teacher-augmented or student-ARM.
+def choose_schedule(kind, schedules, seed):
+    """What a final training takes.
 
     Args:
-        phase_name: as in list_phases.
-        schedules: {"teacher": …, "student": …}, those that are needed.
-        seed: of the permutation of arm `random`.
+        kind: zero: base augmentation alone; else as in ARMS.
+        schedules: {"teacher": …, "student": …}, those that have been found.
+        seed: of the permutation of `random`.
     """
-    if phase_name in ("teacher-augmented", "student-shared"):
-        return schedules["teacher"]
-    if phase_name in ("student-student", "student-both"):
-        return schedules["student"]
-    if phase_name == "student-random":
+    if kind == "zero":
+        return BASE_SCHEDULE
+    if kind == "random":
         return shuffle_entries(schedules["student"], random.Random(seed))
-    if phase_name == "student-constant":
+    if kind == "last":
         _, last_policy = schedules["student"][-1]
         return [[1, last_policy]]
-    return BASE_SCHEDULE
+    return schedules[kind]
 
 
 def encode_schedules(schedules):
@@ -533,21 +530,21 @@ def attention_distance(t_groups, s_groups, fused):
 
 
 def boundary_distance(t_groups, s_groups, connectors):
-    """Activation boundaries (Heo et al. 2019, arXiv:1811.03233): 0.003 sum_l 2^l B_l / N,
+    """Activation boundaries (Heo et al. 2019, arXiv:1811.03233): sum_l 2^l mean B_l,
 
-        B_l = sum of (s + 1)^2 where s > -1 and t <= 0, and of (s - 1)^2 where s <= 1 and t > 0
+        B_l = (s + 1)^2 where s > -1 and t <= 0;    (s - 1)^2 where s <= 1 and t > 0;    else 0
 
     s: the student's group behind its connector, a 1x1 convolution with BatchNorm. The margin is 1.
-    The authors' code learns it before the classes; the released one builds it but never minimises
-    it. Here it is a term beside CE.
+    Its authors learn boundaries first and classes then; the released code builds the loss and never
+    minimises it. Here it stands beside CE, hence means: the sums, x 0.003, of both drown CE.
     """
     distance = 0
     for i, (t, s) in enumerate(zip(t_groups, s_groups, strict=True)):
         s = connectors[i](s)
         off = (s + 1).square() * ((s > -1) & (t <= 0))
         on = (s - 1).square() * ((s <= 1) & (t > 0))
-        distance = distance + 2**i * (off + on).float().sum() / len(s)
-    return 0.003 * distance
+        distance = distance + 2**i * (off + on).float().mean()
+    return distance
 
 
 def distillation_loss(teacher, member, x, y, weight, args):
@@ -760,10 +757,12 @@ def list_arms(arm):
 
 def list_searches(arms):
     """The roles whose schedules these arms need."""
+    teachers = {ARMS[arm][0] for arm in arms}
+    kinds = {ARMS[arm][1] for arm in arms}
     roles = []
-    if any(ARMS[arm][0] == "augmented" for arm in arms):
+    if "augmented" in teachers:
         roles.append("teacher")
-    if any("student's schedule" in ARMS[arm][1] for arm in arms):
+    if kinds & {"student", "random", "last"}:
         roles.append("student")
     return roles
 
@@ -842,6 +841,15 @@ def choose_teacher(name, finished):
     if name == "search-student":
         return "teacher-augmented" if "teacher-augmented" in finished else "teacher-base"
     return ""
+
+
+def get_schedule_kind(name):
+    """What a final training is augmented with, as in choose_schedule."""
+    if name == "teacher-base":
+        return "zero"
+    if name == "teacher-augmented":
+        return "teacher"
+    return ARMS[name.removeprefix("student-")][1]
 
 
 def start_phase(name, finished, info, args, device):
@@ -1032,7 +1040,8 @@ def main(args):
         if name.startswith("search"):
             finished[name] = search(phase, splits, save, args)
         else:
-            schedule = choose_schedule(name, get_schedules(finished), args.seed)
+            kind = get_schedule_kind(name)
+            schedule = choose_schedule(kind, get_schedules(finished), args.seed)
             finished[name] = train(phase, splits["train"], schedule, save, args)
         phase = None
 

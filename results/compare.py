@@ -3,16 +3,20 @@
     python results/compare.py memories --runs runs/a runs/b … --out results/replay-mnist
     python results/compare.py generators --runs runs/a runs/b … --out results/ensemble-arms-mnist
     python results/compare.py students --runs X=runs/a Y=runs/b … --out results/students-mnist
+    python results/compare.py roles --runs runs/a runs/b … --out results/role-kd-cifar10
 
 - memories: runs of pseudo_replay.py by --memory;
 - generators: runs of generative_ensemble.py by number and size of their generators;
-- students: runs of deepinversion.py --student by labels of your own, X and Y above.
+- students: runs of deepinversion.py --student by labels of your own, X and Y above;
+- roles: runs of role_kd.py --arm all, a seed each, by arm, with 95 % intervals over the seeds.
 
 Each writes OUT.json and OUT.png. OUT.json holds what the runs share, and {"arms": {arm: [figures of
-a run, …]}}. Runs of memories and generators that differ in more than arm and seed are refused.
+a run, …]}}. Runs that differ in more than arm and seed are refused, but for those of students.
 """
 
 import json
+import math
+import statistics
 import sys
 from pathlib import Path
 
@@ -55,26 +59,28 @@ def add_run(arms, arm, figures):
     runs.append(figures)
 
 
-def get_shared(results, differing):
+def get_shared(results, differing, names=NAMES):
     """What all runs share; refuse runs that differ in anything but their arm and their seed.
 
     Args:
         results: their result.json.
         differing: options that make the arm.
+        names: what of a result.json besides its options they share.
     """
     descriptions = []
     for result in results:
-        description = {name: result[name] for name in NAMES}
+        description = {name: result[name] for name in names}
         for name, value in result["setting"].items():
             if name not in FREE and name not in differing:
                 description.setdefault(name, value)
         descriptions.append(description)
     first = descriptions[0]
     for description in descriptions[1:]:
-        names = [k for k in first.keys() | description.keys() if first.get(k) != description.get(k)]
-        if names:
-            advice = f"pass runs that differ in {', '.join(differing)} and seed alone"
-            fail(f"--runs: they differ in {', '.join(sorted(names))}; {advice}")
+        other = [k for k in first.keys() | description.keys() if first.get(k) != description.get(k)]
+        if other:
+            allowed = " and ".join([*differing, "seed"])
+            advice = f"pass runs that differ in {allowed} alone"
+            fail(f"--runs: they differ in {', '.join(sorted(other))}; {advice}")
     return first
 
 
@@ -161,6 +167,82 @@ def compare_students(runs: tuple[str, ...], out: str):
     save(out, {}, arms, lambda file: draw_curves(curves, file))
 
 
+# Student's t that 95 % of the distribution lie within, by the number of values less one
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+def estimate(values):
+    """Mean, standard deviation, and half the width of the 95 % interval of the mean.
+
+    >>> estimate([1.0, 2.0, 3.0])
+    {'mean': 2.0, 'std': 1.0, 'half_width': 2.4843}
+    """
+    std = statistics.stdev(values)
+    half_width = T_95[len(values) - 1] * std / math.sqrt(len(values))
+    found = {"mean": statistics.mean(values), "std": std, "half_width": half_width}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def compare_roles(runs: tuple[str, ...], out: str):
+    """Runs of role_kd.py --arm all: the arms' students, with 95 % intervals over seeds.
+
+    `summary` in OUT.json holds an arm's estimate, and that of how much `both` is above it in the
+    same run: seeds, initial weights and searches are the same there.
+
+    Args:
+        runs: the --out folders of finished runs, 2 to 10.
+        out: path of what is written, without .json and .png.
+    """
+    if not 2 <= len(runs) <= 10:
+        fail(f"--runs: expected 2 to 10, got {len(runs)}; an interval needs several seeds")
+    arms = {}
+    results = []
+    for folder in runs:
+        with fail_in_one_line(f"--runs {folder}", "pass the --out of finished runs of --arm all"):
+            result = json.loads((Path(folder) / "result.json").read_text())
+            if result["arm"] != "all":
+                raise ValueError(f"expected --arm all, got {result['arm']}")
+        for arm, accuracy in result["student_accuracies"].items():
+            figures = {"student_accuracy": accuracy}
+            if arm == "both":  # what all arms have in common stands once
+                names = ("teacher_accuracies", "searches", "strengths", "phases", "device_name")
+                figures |= select(result, (*names, "seconds", "versions"))
+            add_run(arms, arm, figures | {"seed": result["seed"]})
+        results.append(result)
+    shared = get_shared(results, (), ("teacher", "student"))
+
+    accuracies = {arm: [run["student_accuracy"] for run in arms[arm]] for arm in arms}
+    summary = {}
+    for arm, values in accuracies.items():
+        pairs = zip(accuracies["both"], values, strict=True)
+        summary[arm] = estimate(values)
+        summary[arm]["both_less_this"] = estimate([both - value for both, value in pairs])
+    print_means(arms, ("student_accuracy",))
+    save(out, shared | dict(summary=summary), arms, lambda file: draw_roles(accuracies, file))
+
+
+def draw_roles(accuracies, file):
+    """Each arm's runs as points, their mean and its 95 % interval.
+
+    Args:
+        accuracies: {arm: [percent of a run, …]}.
+        file: path or file object.
+
+    >>> import io
+    >>> draw_roles({"base": [50.0, 51.0], "both": [51.0, 53.0]}, io.BytesIO())
+    """
+    figure = Figure((7, 4), layout="constrained")
+    axis = figure.subplots()
+    for i, values in enumerate(accuracies.values()):
+        found = estimate(values)
+        axis.errorbar(i, found["mean"], found["half_width"], fmt="_", capsize=8, color="C0")
+        axis.plot([i] * len(values), values, ".", color="C1")
+    axis.set(ylabel="test accuracy of the student, %")
+    axis.set(xticks=range(len(accuracies)), xticklabels=list(accuracies))
+    axis.grid(axis="y", alpha=0.3)
+    figure.savefig(file, dpi=100)
+
+
 def draw_generators(arms, file):
     """Bars, an arm's mean over runs ± one std: accuracy of each class, diversity over the real.
 
@@ -204,5 +286,6 @@ if __name__ == "__main__":
             "memories": compare_memories,
             "generators": compare_generators,
             "students": compare_students,
+            "roles": compare_roles,
         }
     )

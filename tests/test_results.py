@@ -108,6 +108,35 @@ def test_generators_are_compared_by_number_and_size(tmp_path):
     assert list(saved["arms"]) == ["1 of 7,000", "10 of 7,000"]
 
 
+def write_role_run(folder, seed, **accuracies):
+    """A finished run of role_kd.py --arm all, as far as it is read."""
+    folder.mkdir()
+    result = dict(teacher="t", student="s", arm="all", seed=seed, student_accuracies=accuracies)
+    result["setting"] = dict(seed=seed, out=str(folder), population=4)
+    (folder / "result.json").write_text(json.dumps(result))
+    return str(folder)
+
+
+def test_roles_are_compared_within_their_runs(tmp_path, capsys):
+    runs = (
+        write_role_run(tmp_path / "a", 0, base=50.0, both=51.0),
+        write_role_run(tmp_path / "b", 1, base=52.0, both=53.0),
+        write_role_run(tmp_path / "c", 2, base=54.0, both=55.0),
+    )
+    compare.compare_roles(runs, str(tmp_path / "out"))
+    saved = json.loads((tmp_path / "out.json").read_text())
+    base = saved["summary"]["base"]
+    # 4.303 is Student's t of two degrees of freedom
+    assert (base["mean"], base["std"]) == (52, 2)
+    assert base["half_width"] == pytest.approx(4.303 * 2 / 3**0.5, abs=1e-4)
+    assert base["both_less_this"] == dict(mean=1, std=0, half_width=0)
+    assert [run["seed"] for run in saved["arms"]["both"]] == [0, 1, 2]
+    assert saved["population"] == 4
+    assert Image.open(tmp_path / "out.png").size == (700, 400)
+    line = refuse(capsys, compare.compare_roles, runs[:1], "out")
+    assert "expected 2 to 10, got 1" in line
+
+
 def test_images_are_exported_into_class_folders_that_sort(tmp_path):
     images = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
     save_images(get_image_path(tmp_path, 0), images, torch.tensor([2, 10, 2]))

@@ -31,6 +31,8 @@ COMMANDS = {
     " --latent 8",
     "generative_ensemble": "generative_ensemble.py --generators 5 --steps 10 --batch-size 10"
     " --latent 8 --width 6 --epochs 3 --iterations 5 --student-batch 10",
+    "role_kd": "role_kd.py --population 2 --search-epochs 4 --search-images 96"
+    " --validation-images 96 --train-images 96 --epochs 3",
     "teacher": "teacher.py --arch lenet5 --epochs 4 --batch-size 256 --lr 0.05",
 }
 SMOKE = {
@@ -39,6 +41,7 @@ SMOKE = {
     "zskt": "zskt.py --smoke",
     "pseudo_replay": "pseudo_replay.py --smoke",
     "generative_ensemble": "generative_ensemble.py --smoke",
+    "role_kd": "role_kd.py --smoke",
     "teacher": "teacher.py --smoke --arch lenet5",
 }
 # A small network with two BatchNorms and a shortcut.
@@ -79,7 +82,10 @@ STEP = {
     " --batch-size 4 --latent 4 --width 4 --epochs 1 --iterations 1 --student-batch 4",
 }
 EVERY_SCRIPT = pytest.mark.parametrize("name", COMMANDS)
-EVERY_METHOD = pytest.mark.parametrize("name", [name for name in COMMANDS if name != "teacher"])
+# those that train on real images need the data set's own teacher
+EVERY_METHOD = pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if name not in ("teacher", "role_kd")]
+)
 EVERY_TRAINING = pytest.mark.parametrize(
     "name", [name for name in COMMANDS if name != "deepinversion"]
 )
@@ -265,6 +271,13 @@ REFUSED_STUDENTS = [
     ("--dataset mnist --data-dir nowhere", "check --data-dir"),
     ("--teacher cifar10-wrn-16-1 --dataset digits", "do not fit the teacher"),
 ]
+REFUSED_ROLES = [
+    ("--population 1", "--population: expected at least 2"),
+    ("--bits 0", "--bits: expected 2 to 8, or 32, got 0"),
+    ("--arm nobody", "nobody"),
+    ("--schedules nowhere.json", "--schedules nowhere.json: FileNotFoundError"),
+    ("--arm student --weights nowhere.pt", "nowhere.pt"),
+]
 
 
 @EVERY_SCRIPT
@@ -274,6 +287,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(capsys, call, tmp_
         "teacher": REFUSED,
         "deepinversion": [*REFUSED, *REFUSED_TEACHERS],
         "deepinversion-student": REFUSED_STUDENTS,
+        "role_kd": [*REFUSED, *REFUSED_TEACHERS[:3], *REFUSED_STUDENTS[:2], *REFUSED_ROLES],
     }
     for option, says in cases.get(name, [*REFUSED, *REFUSED_TEACHERS, *REFUSED_STUDENTS]):
         assert says in refuse(capsys, call, f"{SMOKE[name]} {option}"), option
@@ -304,7 +318,7 @@ def test_help_explains_every_option(capsys, call, name):
 
 @EVERY_SCRIPT
 def test_the_seed_settles_a_run(tmp_path, step_command, name):
-    command = SMOKE[name] if name == "teacher" else step_command(name)
+    command = SMOKE[name] if name in ("teacher", "role_kd") else step_command(name)
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(f"{command} --seed {seed}", tmp_path / out)
     assert_same_run(tmp_path / "a", tmp_path / "b")
