@@ -89,7 +89,7 @@ ArmName = Literal["base", "teacher", "student", "both", "shared", "random", "con
 @dataclass
 class Args(RunOptions):
     # Run settings
-    setting: Literal["digits", "cifar10", "cifar100"] = "cifar10"
+    setting: Literal["cifar10", "cifar100", "digits"] = "cifar10"
     """Preset (PRESETS); default: that of --dataset, else digits."""
     dataset: Literal["digits", "mnist", "cifar10", "cifar100"] = "cifar10"
     """Real images that both networks are trained on. digits come with scikit-learn."""
@@ -155,6 +155,7 @@ class Args(RunOptions):
 
 
 PRESETS = {
+    "cifar10": Args(),
     "digits": Args(  # ours: a demonstration of minutes
         setting="digits",
         dataset="digits",
@@ -170,7 +171,6 @@ PRESETS = {
         lr=2e-3,
         cutout=0,
     ),
-    "cifar10": Args(),
     "cifar100": Args(  # the released search and its networks, but for the loss
         setting="cifar100",
         dataset="cifar100",
@@ -866,7 +866,8 @@ def start_phase(name, finished, info, args, device):
     if trained:
         teacher = build_teacher(args, info, device, finished[trained])
     members = []
-    for i in range(args.population if name.startswith("search") else 1):
+    n_members = args.population if name.startswith("search") else 1
+    for i in range(n_members):
         seed = 1000 * args.seed + i  # the students of all arms begin alike
         torch.manual_seed(seed)
         connectors = nn.ModuleList()
