@@ -406,6 +406,39 @@ def make_cpu_step():
     return f"{format_table([*head, '% of limit'], rows)}\n\n{describe_bench('bench-cpu.csv')}"
 
 
+def make_bf16_steps():
+    """Steps on a CPU in bfloat16 and fp32, from results/bf16-cpu.json."""
+    saved = read_json("bf16-cpu.json")
+    rows = []
+    for row in saved["steps"]:
+        ours = row["ours_bf16_ms"]
+        shape = f"{row['network']}, {row['n_images']} images of {row['image_size']} px"
+        times = [row["ours_ms"], ours, row["bare_ms"], row["bare_bf16_ms"]]
+        ratios = [f"{ours / row['ours_ms']:.2f}", f"{ours / row['bare_bf16_ms']:.2f}"]
+        cosine = f"{row['gradient_cosine']:.4f}"
+        rows.append([shape, *(f"{ms:.0f}" for ms in times), *ratios, cosine])
+    head = ["one step", "fp32, ms", "bf16, ms", "bare fp32, ms", "bare bf16, ms"]
+    head += ["bf16 / fp32", "bf16 / bare bf16", "cosine of the gradients"]
+    versions = saved["versions"]
+    note = (
+        f"{saved['device_name']}, torch {versions['torch']}, commit {versions['commit']}; medians "
+        "of processor time; `results/bf16-cpu.json`."
+    )
+    return f"{format_table(head, rows)}\n\n{note}"
+
+
+def make_bf16_images():
+    """What a verifier sees in images made in bfloat16 and in fp32."""
+    saved = read_json("bf16-cpu.json")["images"]
+    rows = []
+    for precision, runs in saved.items():
+        agreements = [run["verifier_agreement"] for run in runs]
+        each = ", ".join(f"{agreement:.0f}" for agreement in agreements)
+        rows.append([precision, format_percent(agreements, 1), each])
+    head = ["activations", "`cifar10-wrn-16-1` agrees", "seeds 0 to 2"]
+    return f"{format_table(head, rows)}\n\n`results/bf16-cpu.json`."
+
+
 def make_cpu_pseudo_batch():
     """Pseudo-batches of zskt.py on a CPU: a row a pair of networks."""
     pairs = {}
@@ -438,6 +471,8 @@ MAKERS = {
     "architectures": make_architectures,
     "cpu_ops": make_cpu_ops,
     "cpu_step": make_cpu_step,
+    "bf16_steps": make_bf16_steps,
+    "bf16_images": make_bf16_images,
     "cpu_pseudo_batch": make_cpu_pseudo_batch,
 }
 

@@ -92,7 +92,7 @@ OWN_PACKAGES = {
     "harness": {"harness", "kernels"},
     "script": {"harness", "kernels"},
     "bench": {"bench", "harness", "kernels", *(path.stem for path in SCRIPTS)},
-    "results": {"harness", "kernels", *(path.stem for path in SCRIPTS)},
+    "results": {"bench", "harness", "kernels", *(path.stem for path in SCRIPTS)},
 }
 # packages that are not in requirements.txt; who imports them says what to install
 OPTIONAL = {
