@@ -973,6 +973,16 @@ def measure_all(finished, split, info, args):
     return accuracies
 
 
+def compute_strengths(schedules):
+    """The sum of probabilities of each epoch of the searches, {"teacher": […], "student": […]}."""
+    strengths = {}
+    for role, schedule in schedules.items():
+        strengths[role] = []
+        for n_epochs, policy in schedule:
+            strengths[role] += [sum_probabilities(policy)] * n_epochs
+    return strengths
+
+
 def describe_searches(seconds, run, phases):
     """What each search cost and reached; seconds: {name of a phase: its duration}."""
     args = run.args
@@ -1053,12 +1063,7 @@ def main(args):
             print(f"{kind} {name}: {accuracy:.2f} %")
 
     schedules = get_schedules(finished)
-    strengths = {}
-    for role, schedule in schedules.items():
-        strengths[role] = [
-            sum_probabilities(get_policy(schedule, epoch, args.search_epochs))
-            for epoch in range(args.search_epochs)
-        ]
+    strengths = compute_strengths(schedules)
     with run.write_file("schedules.json") as file:
         file.write(encode_schedules(schedules))
     with run.write_file("samples.png") as file:
