@@ -371,7 +371,8 @@ def train(teacher, info, student, test, run):
     with run.open_checkpoint() as saved:
         if saved is not None:
             steps_done = saved["step"]
-            previews = saved["previews"]
+            for end, images in saved["previews"]:
+                previews.append((end, images.view(10, *info.image_shape)))
             generator.load_state_dict(saved["generator"])
             student.load_state_dict(saved["student"])
             for name, optimizer in optimizers.items():

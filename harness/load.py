@@ -528,7 +528,7 @@ def load_factory(spec, num_classes, in_channels, image_size):
         raise Misfit(f"{name} returned a {kind}, expected a torch.nn.Module", "return the network")
     if isinstance(network, nn.DataParallel):
         network = network.module
-    return network.float()
+    return network.float()  # we compute in fp32
 
 
 # Logits of a network that returns more

@@ -214,9 +214,19 @@ def explain_foreign(error):
         if line:
             return f"{shorten_error(error)} ({line}); correct that line of the network"
         frames = traceback.extract_tb(error.__traceback__)
-        if any(Path(frame.filename).parts[-2:] == ("autograd", "graph.py") for frame in frames):
+        if frames and frames[-1].filename.endswith("autograd/graph.py"):  # in none of our ops
             return f"the backward pass failed: {shorten_error(error)}; correct {where}"
     return ""
+
+
+def find_cause(error):
+    """The OSError that led to an error, or the error itself: PyTorch hides a full disk."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 @contextlib.contextmanager
@@ -230,7 +240,7 @@ def refuse_unwritable(path):
             advice = advise_less_memory()
         if not Path(path).parent.is_dir():
             advice = "its folder has gone; start again and leave --out where it is"
-        fail(f"{path} cannot be written: {shorten_error(error)}; {advice}")
+        fail(f"{path} cannot be written: {shorten_error(find_cause(error))}; {advice}")
 
 
 def prepare_program():
@@ -757,7 +767,8 @@ class RunFolder:
         saved = dict(state=state, n_rows=len(self.rows), rng=self._generator().get_rng_state())
         newest, previous = self.checkpoints
         if newest.exists():
-            os.replace(newest, previous)
+            with refuse_unwritable(previous):
+                os.replace(newest, previous)
         with self.write_file(newest.name) as file:
             torch.save(saved, file)
         self.save_seconds()

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -36,6 +36,7 @@ from harness.run import (
     parse_args,
     prepare_program,
     read_checkpoint,
+    refuse_unwritable,
 )
 
 
@@ -58,7 +59,7 @@ def is_equal(a, b):
         return False
     if isinstance(a, dict):
         return list(a) == list(b) and all(is_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list):
+    if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(is_equal, a, b))
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
@@ -358,6 +359,34 @@ def test_a_state_that_its_script_refuses_changes_nothing(tmp_path, capsys):
     assert not (tmp_path / "result.json").exists()  # it is at work again
 
 
+@pytest.mark.parametrize(
+    "previews", [7, [3], [(1, torch.zeros(10, 1, 8, 8))], [(1, "image")]], ids=str
+)
+def test_pictures_that_no_run_drew_are_refused(tmp_path, capsys, previews):
+    """They would show at the end of the run only."""
+    args = zskt.Args(
+        out=str(tmp_path),
+        device="cpu",
+        fused=False,
+        teacher="digits-lenet5",
+        student="lenet5_half",
+        dataset="none",
+        pseudo_batches=1,
+        batch_size=4,
+        n_student_iter=1,
+        width=4,
+        beta=0.0,
+    )
+    zskt.main(args)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    saved["state"]["previews"] = previews
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    before = read_folder(tmp_path)
+    line = read_refusal(capsys, zskt.main, replace(args, resume=True))
+    assert "no checkpoint of this run" in line
+    assert read_folder(tmp_path) == before
+
+
 def test_two_damaged_checkpoints_both_stay(tmp_path, capsys):
     finish_run(tmp_path)
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
@@ -544,6 +573,34 @@ def test_what_is_no_bug_is_one_line(monkeypatch, capsys, error, says):
     monkeypatch.setattr(sys, "argv", ["test"])
     line = read_refusal(capsys, harness_run.report_uncaught, type(error), error, None)
     assert says in line
+
+
+def test_a_full_disk_that_another_error_hides_is_named(tmp_path, capsys):
+    """PyTorch's writer ends with an error of its own where a file's write failed."""
+
+    def write():
+        with refuse_unwritable(tmp_path / "checkpoint.pt"):
+            try:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            finally:
+                raise RuntimeError("[enforce fail at inline_container.cc:672] . ")
+
+    line = read_refusal(capsys, write)
+    assert "checkpoint.pt cannot be written: OSError: [Errno 28] No space left on device" in line
+    assert "enforce fail" not in line and line.endswith("continue with --resume")
+
+
+def test_a_picture_that_memory_is_too_small_for_is_not_blamed_on_the_disk(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(harness_run, "RAISED", ["--sample"])
+
+    def write():
+        with refuse_unwritable(tmp_path / "samples.png"):
+            ALLOCATIONS["python"]()
+
+    line = read_refusal(capsys, write)
+    assert line.endswith("; lower --sample") and "free some space" not in line
 
 
 def test_a_refusal_that_nobody_can_read_keeps_its_exit_code(monkeypatch):
