@@ -54,6 +54,8 @@ class Args:
         "attention_transfer",
         "js_divergence",
         "kl_divergence",
+        "fake_quantize",
+        "fake_quantize_channels",
     ] = ""
     """Time the candidates of this op's tuning constants instead."""
     seconds: float = 1.0

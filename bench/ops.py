@@ -66,6 +66,14 @@ DISTANCE = (
     ("moment_distance",),
     {"_META": [dict(BLOCK=b, num_warps=w) for b in (256, 512, 1024) for w in (1, 4, 8)]},
 )
+QUANTIZED = (
+    ("_channels", "fake_quantize"),
+    {"_TILES": TILES, "BACKWARD_PROGRAMS": [1024, 2048, 4096, 8192]},
+)
+CHANNEL_BLOCKS = (
+    ("fake_quantize",),
+    {"_BLOCK": [1024, 2048, 4096]},
+)
 SWEEPS = {
     "bn_moment_loss": CHANNELS,
     "bn_act_moments": CHANNELS,
@@ -75,6 +83,8 @@ SWEEPS = {
     "attention_transfer": ATTENTION,
     "js_divergence": LOGITS,
     "kl_divergence": LOGITS,
+    "fake_quantize": QUANTIZED,
+    "fake_quantize_channels": CHANNEL_BLOCKS,
 }
 
 MODES = ("forward", "both")  # both: forward and backward pass
@@ -364,6 +374,60 @@ def make_attention_cases(device, dtype, smoke):
         )
 
 
+def avoid_halves(x, low, high, bits):
+    """x with 0 in place of what rounding may put on either side of a half step of the grid."""
+    scale, _ = kernels.quantization_grid(low.double(), high.double(), bits)
+    position = x.double() / scale
+    is_near = (position - position.floor() - 0.5).abs() < 0.01
+    return x.masked_fill(is_near, 0)
+
+
+def make_quantization_cases(device, dtype, smoke):
+    """fake_quantize on activations of ResNet-20 and 18, fake_quantize_channels on their weights."""
+    bits = 4
+    low = torch.zeros((), device=device)
+    high = torch.full((), 2.0, device=device)
+    layers = [(100, 16, 32, 32), (100, 64, 8, 8)]
+    weights = [(16, 16, 3, 3), (64, 64, 3, 3)]
+    if device == "cuda":
+        layers = [(256, 16, 32, 32), (256, 64, 8, 8), (128, 64, 56, 56), (128, 512, 7, 7)]
+        weights = [(64, 64, 3, 3), (512, 512, 3, 3)]
+    if smoke:
+        layers = [(3, 4, 5, 5)]
+        weights = [(4, 3, 3, 3)]
+    for shape in layers:
+        x = make_activations(shape, device, dtype).detach()
+        x = avoid_halves(x, low, high, bits).requires_grad_()
+        size = x.nbytes
+        n = x.numel()
+        yield Case(
+            "fake_quantize",
+            f"{name_shape(x)} {bits} bits",
+            "channels_last",
+            (x, low, high, bits),
+            (2 * size, 5 * size),
+            (7 * n, 10 * n),
+        )
+    for shape in weights:
+        x = make_activations(shape, device, torch.float32).detach()
+        rows = x.flatten(1)
+        ends = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+        quiet = avoid_halves(rows, *ends, bits)
+        is_end = (rows == ends[0]) | (rows == ends[1])
+        x = torch.where(is_end, rows, quiet).view(shape)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        size = x.nbytes
+        n = x.numel()
+        yield Case(
+            "fake_quantize_channels",
+            f"{name_shape(x)} {bits} bits",
+            "channels_last",
+            (x, bits),
+            (2 * size, 2 * size),
+            (9 * n, 9 * n),
+        )
+
+
 def make_cases(device, smoke=False):
     """All rows. On a GPU activations are bf16, images and logits fp32. smoke: tiny shapes."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
@@ -373,6 +437,7 @@ def make_cases(device, smoke=False):
     yield from make_image_cases(device, smoke)
     yield from make_divergence_cases(device, smoke)
     yield from make_attention_cases(device, dtype, smoke)
+    yield from make_quantization_cases(device, dtype, smoke)
 
 
 def find_leaves(inputs):

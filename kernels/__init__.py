@@ -9,6 +9,13 @@ from kernels.attention_transfer import (
 from kernels.bn_act_moments import bn_act_moments, bn_act_moments_ref
 from kernels.bn_moments import bn_moment_loss, bn_moment_loss_ref, bn_moments, bn_moments_ref
 from kernels.cuda_graph import CapturedStep
+from kernels.fake_quantize import (
+    fake_quantize,
+    fake_quantize_channels,
+    fake_quantize_channels_ref,
+    fake_quantize_ref,
+    quantization_grid,
+)
 from kernels.fuse_batchnorm import fuse_batchnorm, hook_batchnorm
 from kernels.jittered_view import jittered_view, jittered_view_ref
 from kernels.js_divergence import js_divergence, js_divergence_ref, js_released
@@ -28,6 +35,10 @@ __all__ = [
     "bn_moment_loss_ref",
     "bn_moments",
     "bn_moments_ref",
+    "fake_quantize",
+    "fake_quantize_channels",
+    "fake_quantize_channels_ref",
+    "fake_quantize_ref",
     "fuse_batchnorm",
     "hook_batchnorm",
     "jittered_view",
@@ -39,6 +50,7 @@ __all__ = [
     "kl_divergence_ref",
     "moment_distance",
     "moment_distance_ref",
+    "quantization_grid",
     "total_variation",
     "total_variation_ref",
 ]

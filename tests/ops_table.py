@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from helpers import extreme_images, lay_out, random_logits, random_tensor
 
-from kernels import attention_map_ref
+from kernels import attention_map_ref, quantization_grid
 
 FLOAT = torch.float32
 HALF = torch.float16
@@ -354,6 +354,135 @@ ATTENTION_TRANSFER = Op(
     },
 )
 
+
+# Fake quantization
+
+
+def avoid_halves(x, low, high, bits):
+    """The values x with 0 in place of those that rounding may put on either side of a half step."""
+    scale, zero = quantization_grid(low.double(), high.double(), bits)
+    position = x.double() / scale
+    is_near = (position - position.floor() - 0.5).abs() < 0.01
+    return x.masked_fill(is_near, 0)
+
+
+def make_quantized(
+    device, shape, bits=4, ends=(-1.0, 2.0), gain=1.5, end_dtype=FLOAT, layout=DENSE, dtype=FLOAT
+):
+    """Random numbers, many of which lie outside the range."""
+    low, high = torch.tensor(ends, dtype=end_dtype, device=device)
+    x = (gain * random_tensor(shape, device)).to(dtype)
+    x = avoid_halves(x, low.clamp_max(0), high.clamp_min(0), bits)
+    return {"x": lay_out(x, layout), "low": low, "high": high, "bits": bits}
+
+
+def make_weight(device, shape, bits=4, shift=0.0, gain=1.0, layout=DENSE, dtype=FLOAT):
+    """Random numbers, of which each channel keeps the least and the greatest."""
+    x = (gain * (random_tensor(shape, device) + shift)).to(dtype)
+    rows = x.flatten(1)
+    ends = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    quiet = avoid_halves(rows, ends[0], ends[1], bits)
+    is_end = (rows == ends[0]) | (rows == ends[1])
+    x = torch.where(is_end, rows, quiet).view(shape)
+    return {"x": lay_out(x, layout), "bits": bits}
+
+
+VALUE = torch.tensor(1.0)
+
+BITS_REFUSED = {
+    "bits-0": ({"bits": 0}, ValueError, "OP: expected bits from 1 to 16, got 0; 8 is usual"),
+    "bits-17": ({"bits": 17}, ValueError, "bits from 1 to 16, got 17"),
+    "bits-float": ({"bits": 4.0}, TypeError, "a python integer, got float; pass an int"),
+    "bits-bool": ({"bits": True}, TypeError, "a python integer, got bool"),
+    "6-D": ({"x": torch.ones(1, 1, 1, 1, 1, 1)}, ValueError, "got .*; reshape it"),
+}
+
+QUANTIZED_CASES = {
+    "one-bit": {"shape": (3, 5), "bits": 1},
+    "eight-bits": {"shape": (4, 5, 3, 3), "bits": 8},
+    "sixteen-bits": {"shape": (4, 5, 3, 3), "bits": 16},
+    "odd": {"shape": (2, 3, 5, 7), "bits": 3},
+    "channels_last": {"shape": (2, 3, 5, 7), "layout": LAST},
+    "sliced": {"shape": (2, 3, 4, 5), "layout": "sliced"},
+    "sliced-channels_last": {"shape": (2, 3, 4, 5), "layout": "sliced-channels_last"},
+    "offset": {"shape": (2, 3, 4, 5), "layout": "offset"},
+    "expanded": {"shape": (3, 2, 4, 5), "layout": "expanded"},
+    "transposed": {"shape": (2, 3, 4, 5), "layout": "transposed"},
+    "2-D": {"shape": (7, 5)},
+    "5-D": {"shape": (2, 3, 2, 3, 5)},
+    "5-D-sliced": {"shape": (2, 3, 2, 3, 5), "layout": "sliced"},
+    "fp16": {"shape": (2, 3, 5, 7), "dtype": HALF, "bits": 3},
+    "bf16-channels_last": {"shape": (2, 8, 5, 7), "dtype": BFLOAT, "bits": 3, "layout": LAST},
+    "tiny": {"shape": (3, 4, 2, 5), "gain": 1e-6},
+}
+
+FAKE_QUANTIZE = Op(
+    name="fake_quantize",
+    file="fake_quantize",
+    make=make_quantized,
+    differentiable=("x",),
+    results=("y",),
+    like_x=("y",),
+    small={"shape": (3, 6, 4, 2)},
+    cases={
+        **QUANTIZED_CASES,
+        "one-value": {"shape": (1,)},
+        "1-D": {"shape": (7,)},
+        "tile-1": {"shape": (1, 1, 23, 89)},
+        "tile+2-bf16": {"shape": (1, 2, 41, 25), "dtype": BFLOAT, "bits": 3},
+        "rows-of-programs": {"shape": (7, 3, 9, 33), "layout": "sliced"},
+        "resnet20-layer3": {"shape": (4, 64, 8, 8), "layout": LAST},
+        "relu": {"shape": (2, 3, 5, 7), "ends": (0.0, 2.0)},
+        "range-above-zero": {"shape": (2, 3, 5, 7), "ends": (0.5, 2.0)},
+        "range-below-zero": {"shape": (2, 3, 5, 7), "ends": (-2.0, -0.5)},
+        "range-of-no-width": {"shape": (2, 3, 5, 7), "ends": (0.0, 0.0)},
+        "all-outside": {"shape": (2, 3, 5, 7), "ends": (-1e-3, 1e-3), "gain": 1e4},
+        "ends-of-bf16": {"shape": (2, 3, 5, 7), "end_dtype": BFLOAT},
+    },
+    gradcheck={},  # the slope is no derivative of the steps
+    refused={
+        **BITS_REFUSED,
+        "low-list": ({"low": [0.0]}, TypeError, "OP: expected low to be a tensor, got list"),
+        "low-float": ({"low": 0.0}, TypeError, "expected low to be a tensor, got float"),
+        "low-1-D": ({"low": VALUE[None]}, ValueError, r"low of shape \(\), got \(1,\); pass one"),
+        "high-1-D": ({"high": VALUE[None]}, ValueError, r"high of shape \(\), got \(1,\)"),
+        "high-integer": ({"high": VALUE.long()}, TypeError, "expected high in float32"),
+        "high-elsewhere": ({"high": VALUE.to("meta")}, ValueError, "expected one device"),
+        "high-with-gradient": (
+            {"high": torch.tensor(1.0, requires_grad=True)},
+            ValueError,
+            "constant high; detach it",
+        ),
+        "no-dimension": ({"x": VALUE}, ValueError, r"1 to 5 dimensions, got \(\); reshape"),
+    },
+)
+
+FAKE_QUANTIZE_CHANNELS = Op(
+    name="fake_quantize_channels",
+    file="fake_quantize",
+    make=make_weight,
+    differentiable=("x",),
+    results=("y",),
+    like_x=("y",),
+    small={"shape": (5, 6, 4, 2)},
+    cases={
+        **QUANTIZED_CASES,
+        "one-value": {"shape": (1, 1)},
+        "block-1": {"shape": (2, 4095)},
+        "block+1": {"shape": (2, 4097)},
+        "blocks-channels_last": {"shape": (2, 460, 3, 3), "layout": LAST, "bits": 8},
+        "all-above-zero": {"shape": (5, 4, 3, 3), "shift": 9.0},
+        "all-below-zero": {"shape": (5, 4, 3, 3), "shift": -9.0},
+        "dead": {"shape": (5, 4, 3, 3), "gain": 0.0},
+    },
+    gradcheck={},
+    refused={
+        **BITS_REFUSED,
+        "1-D": ({"x": torch.ones(3)}, ValueError, r"OP: expected x of shape \(C, \*rest\), 2-D"),
+    },
+    keeps_layout=False,  # the gradient is passed on as it comes
+)
+
 OPS = [
     JS_DIVERGENCE,
     KL_DIVERGENCE,
@@ -361,4 +490,6 @@ OPS = [
     ATTENTION_TRANSFER,
     TOTAL_VARIATION,
     JITTERED_VIEW,
+    FAKE_QUANTIZE,
+    FAKE_QUANTIZE_CHANNELS,
 ]

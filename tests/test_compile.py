@@ -151,6 +151,29 @@ def run_attention_ops():
     kernels.attention_map(sliced).sum().backward()
 
 
+def run_quantizers():
+    import kernels
+
+    ends = torch.zeros(()), torch.ones(())
+    for shape, dtype, memory_format in (
+        ((256, 64, 32, 32), BFLOAT, NHWC),
+        ((256, 16, 32, 32), torch.float32, NCHW),
+        ((64, 2048, 7, 7), torch.float16, NHWC),
+    ):
+        kernels.fake_quantize(images(shape, dtype, memory_format), *ends, 4).sum().backward()
+    sliced = images((4, 8, 10, 12), torch.float32, NCHW)[:, :, ::2, 1:]
+    kernels.fake_quantize(sliced, *ends, 8).sum().backward()
+
+    for shape, memory_format in (
+        ((64, 16, 3, 3), NHWC),
+        ((16, 3, 3, 3), NCHW),
+        ((512, 512, 3, 3), NHWC),
+        ((2048, 1024, 1, 1), NCHW),
+    ):
+        kernels.fake_quantize_channels(images(shape, torch.float32, memory_format), 4)
+    kernels.fake_quantize_channels(torch.ones(1000, 2048, dtype=BFLOAT), 8)
+
+
 def run_ops():
     """Forward and backward of every op on inputs as the scripts have them.
 
@@ -160,6 +183,7 @@ def run_ops():
     run_image_ops()
     run_divergences()
     run_attention_ops()
+    run_quantizers()
 
 
 def is_wide(args):
