@@ -91,6 +91,8 @@ def start_prepared(name, options, folder, prepare=len, argument=""):
     """Start a script in `folder` and in a process of its own that calls prepare(argument) first."""
     script = name.partition("-")[0]
     argv = [str(ROOT / f"{script}.py"), *options]
+    for path in name_streams(folder):
+        path.write_text("")  # a kill may come before the program opens them
     arguments = prepare, argument, argv, name_streams(folder), folder
     process = FORKSERVER.Process(target=run_prepared, args=arguments)
     process.start()
