@@ -52,6 +52,12 @@ def format_longest(runs):
     return f"{max(run['seconds'] for run in runs):.0f} s, {runs[0]['device_name']}"
 
 
+def format_accuracies(found, name):
+    """Mean ± std of one entry of several dicts; "" where they lack it."""
+    values = [accuracies[name] for accuracies in found if name in accuracies]
+    return format_percent(values) if values else ""
+
+
 def get_preset(result):
     """The preset that a run took; older files call it `name`."""
     setting = result["setting"]
@@ -280,6 +286,26 @@ def make_students():
     return format_table([*head, "best less final", "seeds", "longest, device"], rows)
 
 
+def make_roles_digits():
+    """Students of role_kd.py on digits, over the seeds of a setting."""
+    rows = []
+    for stem, runs in read_seeds("role-kd-digits*-seed*.json").items():
+        first = runs[0]
+        setting = first["setting"]
+        student = f"`{first['student']}`"
+        if setting["bits"] < 32:
+            student += f", W{setting['bits']}A{setting['bits']}"
+        row = [f"`{first['teacher']}` → {student}"]
+        for kind in ("base", "augmented"):
+            row.append(format_accuracies([run["teacher_accuracies"] for run in runs], kind))
+        for arm in ("base", "both"):
+            row.append(format_accuracies([run["student_accuracies"] for run in runs], arm))
+        row += [str(len(runs)), format_longest(runs), f"`results/{stem}-seed*.json`"]
+        rows.append(row)
+    head = ["teacher → student", "teacher, base", "its schedule", "student, `base`", "`both`"]
+    return format_table([*head, "seeds", "longest, device", "files"], rows)
+
+
 def make_generators(data):
     """One generator against many, from results/ensemble-arms-DATA.json."""
     table = read_json(f"ensemble-arms-{data}.json")
@@ -468,6 +494,7 @@ MAKERS = {
     "ensemble_arms_digits": make_generators_digits,
     "ensemble_arms_mnist": make_generators_mnist,
     "ensemble_speed": make_ensemble_speed,
+    "roles_digits": make_roles_digits,
     "architectures": make_architectures,
     "cpu_ops": make_cpu_ops,
     "cpu_step": make_cpu_step,
