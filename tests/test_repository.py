@@ -286,7 +286,7 @@ def find_commands(path):
     text = path.read_text().replace("\\\n", " ")
     for command in re.findall(r"(?<![\w.])(\w+\.py(?: [^`\n#]*)?)", text):
         script, *words = command.split()
-        if (ROOT / script).exists():
+        if ROOT / script in SCRIPTS:
             yield script, [word[2:] for word in words if word.startswith("--")]
 
 
