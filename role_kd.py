@@ -47,7 +47,15 @@ from augmentations import (
     apply_policy,
     augment_base,
 )
-from harness.data import N_CLASSES, evaluate, load_dataset, normalise
+from harness.data import (
+    CROP_PADDING,
+    MIRRORED,
+    N_CLASSES,
+    PIXELS,
+    evaluate,
+    load_dataset,
+    normalise,
+)
 from harness.load import (
     TEACHER_ADVICE,
     NetworkInfo,
@@ -206,23 +214,11 @@ def shrink(args):
 
 
 # Data
-DATASETS = {  # mean and std of the training pixels in [0, 1]; base augmentation, as in teacher.py
-    "digits": dict(mean=(0.3054,), std=(0.3237,), padding=2, mirror=False, fill=(0,)),
-    "mnist": dict(mean=(0.1000,), std=(0.2752,), padding=2, mirror=False, fill=(0,)),
-    "cifar10": dict(
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        padding=4,
-        mirror=True,
-        fill=(125, 123, 114),
-    ),
-    "cifar100": dict(
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        padding=4,
-        mirror=True,
-        fill=(129, 124, 112),
-    ),
+FILL = {  # grey levels of what an operation leaves clear: the mean colour; black round digits
+    "digits": (0,),
+    "mnist": (0,),
+    "cifar10": (125, 123, 114),
+    "cifar100": (129, 124, 112),
 }
 
 
@@ -263,9 +259,9 @@ def load_splits(args, info, device):
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = images[order].to(device)
     labels = labels[order].to(device)
-    known = DATASETS[args.dataset]
-    fill = torch.tensor(known["fill"], dtype=torch.uint8, device=device).view(1, -1, 1, 1)
-    final = Recipe(known["padding"], known["mirror"], args.cutout, fill)
+    fill = torch.tensor(FILL[args.dataset], dtype=torch.uint8, device=device).view(1, -1, 1, 1)
+    mirror = args.dataset in MIRRORED
+    final = Recipe(CROP_PADDING[args.dataset], mirror, args.cutout, fill)
     plain = final._replace(cutout=0)
 
     test_images, test_labels = load_dataset(args.dataset, args.data_dir, "test")
@@ -786,9 +782,8 @@ def list_phases(args):
 
 def describe_teacher(args):
     """NetworkInfo of the teacher: its architecture, and the data set's classes and pixels."""
-    pixels = DATASETS[args.dataset]
     known = dict(dataset=args.dataset, num_classes=N_CLASSES[args.dataset], image_size=32)
-    known |= dict(mean=pixels["mean"], std=pixels["std"], accuracy=None)
+    known |= PIXELS[args.dataset] | dict(accuracy=None)
     with refuse_misfits(f"--teacher {args.teacher}", TEACHER_ADVICE):
         return make_info(args.teacher, describe(args.teacher), known)
 

@@ -36,7 +36,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harness.data import FILES, FOLDERS, N_CLASSES, evaluate, load_dataset, normalise
+from harness.data import (
+    CROP_PADDING,
+    FILES,
+    FOLDERS,
+    MIRRORED,
+    N_CLASSES,
+    PIXELS,
+    evaluate,
+    load_dataset,
+    normalise,
+)
 from harness.load import build_network, load_trained, make_info, refuse_misfits
 from harness.networks import IMAGENET_NETWORKS, NETWORKS
 from harness.run import (
@@ -122,17 +132,6 @@ def shrink(args):
 
 
 # Data
-# Mean and standard deviation are those of the training split's pixels in [0, 1], with MNIST padded
-# and digits enlarged to 32 px.
-DESCRIPTIONS = {
-    "digits": dict(mean=(0.3054,), std=(0.3237,)),
-    "mnist": dict(mean=(0.1000,), std=(0.2752,)),
-    "cifar10": dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
-    "cifar100": dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
-}
-CROP_PADDING = {"digits": 2, "mnist": 2, "cifar10": 4, "cifar100": 4}  # pixels on each side
-MIRRORED = ("cifar10", "cifar100")  # a mirrored digit is another sign
-
 # Official addresses, and the MD5 sums that are published beside the files.
 MNIST_URL = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 CIFAR_URL = "https://www.cs.toronto.edu/~kriz/"
@@ -374,7 +373,7 @@ def train_and_export(args, device):
     run = RunFolder(args, device, may_change=("export",), clears=("teacher.pt",))
     versions = describe_machine(device)["versions"]  # now: the files may change during the run
     known = dict(dataset=args.dataset, num_classes=N_CLASSES[args.dataset], image_size=32)
-    info = make_info(args.arch, known, DESCRIPTIONS[args.dataset])
+    info = make_info(args.arch, known, PIXELS[args.dataset])
     network = build_network(info).to(device, memory_format=torch.channels_last)
     advice = "try a smaller --batch-size"
     if args.compile:

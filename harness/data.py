@@ -43,6 +43,17 @@ MNIST_IMAGES = "{}-images-idx3-ubyte.gz"
 MNIST_LABELS = "{}-labels-idx1-ubyte.gz"
 
 N_CLASSES = {"digits": 10, "mnist": 10, "cifar10": 10, "cifar100": 100}
+# Mean and standard deviation of the training split's pixels in [0, 1], with MNIST padded and digits
+# enlarged to 32 px.
+PIXELS = {
+    "digits": dict(mean=(0.3054,), std=(0.3237,)),
+    "mnist": dict(mean=(0.1000,), std=(0.2752,)),
+    "cifar10": dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)),
+    "cifar100": dict(mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)),
+}
+# How networks are augmented that learn from real images.
+CROP_PADDING = {"digits": 2, "mnist": 2, "cifar10": 4, "cifar100": 4}  # pixels on each side
+MIRRORED = ("cifar10", "cifar100")  # a mirrored digit is another sign
 
 # The official files of each data set: folder, and the files of each split.
 FOLDERS = {

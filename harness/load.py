@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
+from harness.data import PIXELS
 from harness.networks import NETWORKS, copy_network, sample_example
 from harness.run import (
     FOREIGN,
@@ -66,12 +67,7 @@ EFFICIENTNET_FILES = {
 }
 
 # What is taken of a network that is not described otherwise: CIFAR-10's.
-DEFAULTS = dict(
-    num_classes=10,
-    image_size=32,
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2470, 0.2435, 0.2616),
-)
+DEFAULTS = dict(num_classes=10, image_size=32, **PIXELS["cifar10"])
 
 WEIGHT_FILES = (".pth", ".th", ".tar", ".bin", ".ckpt", ".pkl", ".safetensors")
 

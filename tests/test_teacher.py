@@ -159,7 +159,7 @@ def test_digits_are_split_once_and_have_the_moments_that_they_are_normalised_wit
     assert not shown & {image.numpy().tobytes() for image in test_images}
     assert torch.equal(images, load_dataset("digits", "", "train")[0])
 
-    x = normalise(images, make_info("digits", teacher.DESCRIPTIONS["digits"]))
+    x = normalise(images, make_info("digits", teacher.PIXELS["digits"]))
     assert abs(x.mean()) < 1e-3
     assert abs(x.std() - 1) < 1e-3
 
@@ -389,7 +389,7 @@ def test_steps_are_those_of_nesterov_on_shuffled_and_cropped_batches(tmp_path, f
     trained = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["state"]["network"]
 
     torch.manual_seed(3)
-    info = make_info("lenet5", teacher.DESCRIPTIONS["digits"])
+    info = make_info("lenet5", teacher.PIXELS["digits"])
     network = NETWORKS["lenet5"](num_classes=10, in_channels=1)
     images, labels = teacher.load_dataset("digits", "", "train")
     generator = seeded(3)
