@@ -15,7 +15,8 @@ Another table says what `fuse_batchnorm` costs once before the first step, in st
 that is the check of its result.
 
 Minimal bytes of a step: for each convolution and linear layer its input, output and weight read or
-written once each way; for each fused BatchNorm the 5 passes of `bn_act_moments`, 8 with a residual.
+written once each way; for each fused BatchNorm the 5 passes of `bn_act_moments`, 8 with a residual,
+and 1 more where two layers read its output.
 """
 
 import contextlib
@@ -223,6 +224,7 @@ def count_bytes(network, x):
         tensors = [t for t in (*inputs, output) if torch.is_tensor(t)]
         if isinstance(module, FusedBatchNorm):
             passes = 8 if len(tensors) == 3 else 5
+            passes += module.n_uses - 1
             n_values.append(passes * tensors[0].numel())
         else:
             n_values.append(2 * (sum(t.numel() for t in tensors) + module.weight.numel()))

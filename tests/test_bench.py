@@ -440,14 +440,16 @@ def test_the_released_game_asks_the_teacher_as_often_as_released(
 
 def test_only_the_frozen_loop_spares_gradients_of_weights(monkeypatch, cpu_path):
     made = []
-    make_teacher = released.make_teacher
-    monkeypatch.setattr(
-        released, "make_teacher", lambda *rest: made.append(make_teacher(*rest)) or made[-1]
-    )
+
+    def make_teacher(name, device):
+        made.append(steps.make_teacher(name, device))
+        return made[-1]
+
+    monkeypatch.setattr(released, "make_teacher", make_teacher)
+    noise = torch.randn(4, 3, 8, 8)
     for title in released.INVERSIONS:
-        released.make_released_step(
-            title, "resnet8", "cpu", torch.randn(4, 3, 8, 8), torch.arange(4)
-        )()
+        run = released.make_released_step(title, "resnet8", "cpu", noise, torch.arange(4))
+        run()
     has_gradient = [network.fc.weight.grad is not None for network in made]
     assert has_gradient == [True, True, False]
 
