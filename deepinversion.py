@@ -236,7 +236,7 @@ IMAGENET = replace(  # ours
 PRESETS = {
     "cifar10": CIFAR10,
     "any": replace(  # of networks whose data set we do not know: results/moment_forms.py
-        CIFAR10, setting="any", moments="kl", alpha_bn=10.0, first_bn=1.0),
+        CIFAR10, setting="any", moments="relative", alpha_bn=1.0, first_bn=1.0),
     "cifar10-long": replace(CIFAR10, setting="cifar10-long", iterations=1200, alpha_bn=3.0),
     "cifar10-released": RELEASED,
     "mnist": MNIST,
