@@ -83,8 +83,10 @@ class Args(TeacherOptions, RunOptions):
     images: str = "auto"
     """Images to calibrate and learn on: the --out of deepinversion.py; auto: start it once; noise;
     real: the teacher's training images, without labels; or the name of another data set."""
-    num_images: int = 600
+    num_images: int = 300
     """Images of auto, noise, real and other data sets; of a folder all are taken."""
+    test_images: int = 0
+    """Real test images that measure the networks, the first ones; 0: all."""
     fused: bool = True
     """Use the fused ops of kernels/; --no-fused runs their plain references."""
 
@@ -93,15 +95,15 @@ class Args(TeacherOptions, RunOptions):
     """Bits of weights and of activations, 2 to 8; each is calibrated and fine-tuned by itself."""
     calibration_batches: int = 10
     """Batches that the activations' ranges are averaged over (ours)."""
-    epochs: int = 2
+    epochs: int = 1
     """Epochs of fine-tuning; 0: calibrate only."""
-    steps_per_epoch: int = 30
+    steps_per_epoch: int = 40
     """Updates in an epoch."""
     batch_size: int = 100
     """Images of an update and of a calibration batch."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """sgd: Nesterov momentum 0.9, weight decay 1e-4 (released code)."""
-    lr: float = 1e-3
+    lr: float = 1e-4
     """Initial learning rate."""
     schedule: Literal["cosine", "steps"] = "cosine"
     """Of the learning rate; steps: a tenth after each quarter of all updates (released code)."""
@@ -129,7 +131,7 @@ class Args(TeacherOptions, RunOptions):
             raise ValueError(f"--bits: expected each pair once, got {' '.join(self.bits)}")
         check_at_least(2, self, "num_images")
         check_at_least(1, self, "calibration_batches", "steps_per_epoch", "batch_size")
-        check_at_least(0, self, "epochs", "shift", "low_pass")
+        check_at_least(0, self, "epochs", "shift", "low_pass", "test_images")
         check_at_least(1e-12, self, "lr", "temperature")
 
 
@@ -158,7 +160,7 @@ RELEASED = replace(  # GDFQ's fine-tuning
     shift=0,
     mirror=False,
 )
-MNIST = replace(CIFAR10, setting="mnist", teacher="mnist-resnet8", num_images=300, mirror=False)
+MNIST = replace(CIFAR10, setting="mnist", teacher="mnist-resnet8", epochs=2, lr=1e-3, mirror=False)
 PRESETS = {
     "cifar10": CIFAR10,
     "cifar10-released": RELEASED,
@@ -723,6 +725,8 @@ def main(args):
     teacher, info = load_teacher(args, device)
     quantize_network(teacher, info, parse_bits(args.bits[0]), args.fused)  # or refuse it now
     dataset, test = load_real_images(info, args, device)
+    if test is not None and args.test_images:
+        test = tuple(part[: args.test_images] for part in test)
     images = load_images(args, info).to(device)
 
     run = RunFolder(args, device, clears=("quantized-W*A*.pt",))

@@ -382,6 +382,10 @@ def avoid_halves(x, low, high, bits):
     return x.masked_fill(is_near, 0)
 
 
+def call_quantize(op, bits, *tensors):
+    return op(*tensors, bits)
+
+
 def make_quantization_cases(device, dtype, smoke):
     """fake_quantize on activations of ResNet-20 and 18, fake_quantize_channels on their weights."""
     bits = 4
@@ -404,9 +408,11 @@ def make_quantization_cases(device, dtype, smoke):
             "fake_quantize",
             f"{name_shape(x)} {bits} bits",
             "channels_last",
-            (x, low, high, bits),
+            (x, low, high),
             (2 * size, 5 * size),
             (7 * n, 10 * n),
+            partial(call_quantize, kernels.fake_quantize, bits),
+            partial(call_quantize, kernels.fake_quantize_ref, bits),
         )
     for shape in weights:
         x = make_activations(shape, device, torch.float32).detach()
@@ -422,9 +428,11 @@ def make_quantization_cases(device, dtype, smoke):
             "fake_quantize_channels",
             f"{name_shape(x)} {bits} bits",
             "channels_last",
-            (x, bits),
+            (x,),
             (2 * size, 2 * size),
             (9 * n, 9 * n),
+            partial(call_quantize, kernels.fake_quantize_channels, bits),
+            partial(call_quantize, kernels.fake_quantize_channels_ref, bits),
         )
 
 

@@ -93,6 +93,17 @@ def test_channels_are_quantized_one_by_one(backend, device):
     assert y.stride() == x.stride()
 
 
+def test_the_ends_of_a_channel_may_be_its_last_values(backend, device):
+    """More values than a program holds at once: the range is that of all of them."""
+    x = random_tensor((2, 5000), device)
+    x[0, -1] = -9.0
+    x[1, -1] = 9.0
+    y = kernels.fake_quantize_channels(x, 4)
+    torch.testing.assert_close(y[0].min(), x[0, -1])
+    torch.testing.assert_close(y[1].max(), x[1, -1])
+    assert (y.max(1).values - y.min(1).values > 11).all()
+
+
 def test_values_that_are_no_numbers(backend, device):
     x = torch.tensor([torch.nan, torch.inf, -torch.inf, 3e38, 0.3], device=device)
     y = kernels.fake_quantize(x, *(end.to(device) for end in ENDS), 4)
