@@ -13,6 +13,7 @@ from scripts import ROOT
 import deepinversion
 import generative_ensemble
 import pseudo_replay
+import quantization
 import role_kd
 import teacher
 import zskt
@@ -24,6 +25,7 @@ METHODS = {
     "pseudo_replay": pseudo_replay,
     "generative_ensemble": generative_ensemble,
     "role_kd": role_kd,
+    "quantization": quantization,
 }
 
 RELEASED = "cifar10-released"
@@ -267,6 +269,11 @@ def list_published():
             for name in RunOptions.__dataclass_fields__:
                 del setting[name]
             yield path.name, "role_kd", setting, {"student", "arm", "bits"}
+        elif kind == "quantization":
+            setting = {**result["setting"], "name": result["setting"]["setting"]}
+            for name in RunOptions.__dataclass_fields__:
+                del setting[name]
+            yield path.name, "quantization", setting, {"images", "test_images", "bits", "low_pass"}
         elif kind == "ensemble" and "setting" in result:
             yield path.name, "generative_ensemble", result["setting"], set()
         elif kind == "replay":
