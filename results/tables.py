@@ -383,6 +383,73 @@ def make_architectures():
     return f"{format_table(head, rows)}\n\n{note}"
 
 
+SOURCES = {
+    "inverted": "inverted",
+    "lowpass": "inverted, low-pass",
+    "real": "real, without labels",
+    "mnist": "MNIST",
+    "noise": "Gaussian noise",
+}
+
+
+def rank_values(values):
+    """Ranks from 1; equal values share their mean rank."""
+    order = sorted(values)
+    return [order.index(value) + (order.count(value) + 1) / 2 for value in values]
+
+
+def make_quantization():
+    """Quantized networks by source of images and bits, over seeds."""
+    runs = {}
+    for stem, of_source in read_seeds("quantization-cifar10-*-seed*.json").items():
+        runs[stem.rpartition("-")[2]] = of_source
+    rows = []
+    points = {}  # of each pair of bits: (similarity, accuracy) of each source
+    for source, title in SOURCES.items():
+        if source not in runs:
+            continue
+        of_source = runs[source]
+        whole = statistics.mean(run["teacher_accuracy"] for run in of_source)
+        similarity = statistics.mean(run["similarity"] for run in of_source)
+        for bits in of_source[0]["setting"]["bits"]:
+            with_bits = [run for run in of_source if bits in run["student_accuracy"]]
+            tuned = [run["student_accuracy"][bits] for run in with_bits]
+            calibrated = [run["calibrated_accuracy"][bits] for run in with_bits]
+            points.setdefault(bits, []).append((similarity, statistics.mean(tuned)))
+            rows.append(
+                [
+                    title,
+                    f"{similarity:.4f}",
+                    bits,
+                    format_percent(calibrated),
+                    format_percent(tuned),
+                    f"{whole - statistics.mean(tuned):.2f}",
+                    str(len(with_bits)),
+                ]
+            )
+    correlations = []
+    for bits, pairs in points.items():
+        if len(pairs) >= 3:
+            ranks = [rank_values([pair[i] for pair in pairs]) for i in range(2)]
+            correlations.append(f"{bits} {statistics.correlation(*ranks):.2f}")
+    claim = "too few sources for a rank correlation"
+    if correlations:
+        figures = ", ".join(correlations)
+        claim = f"rank correlation of distance and accuracy over the sources: {figures}"
+    first = runs["inverted"][0]
+    setting = first["setting"]
+    n_steps = setting["epochs"] * setting["steps_per_epoch"]
+    head = ["images", "distance", "bits", "calibrated", "fine-tuned", "gap", "seeds"]
+    versions = first["versions"]
+    note = (
+        f"`{first['teacher']}`, float {first['teacher_accuracy']:.2f} % of the first "
+        f"{setting['test_images']:,} test images; {first['n_images']} images, {n_steps} updates "
+        f"of {setting['batch_size']}; {claim}. {first['device_name']}, torch "
+        f"{versions['torch']}; `results/quantization-cifar10-*.json`."
+    )
+    return f"{format_table(head, rows)}\n\n{note}"
+
+
 def make_trace():
     """A short run of zskt.py's paper setting beside the first window of the authors' log."""
     columns = ["loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student"]
@@ -496,6 +563,7 @@ MAKERS = {
     "ensemble_speed": make_ensemble_speed,
     "roles_digits": make_roles_digits,
     "architectures": make_architectures,
+    "quantization": make_quantization,
     "cpu_ops": make_cpu_ops,
     "cpu_step": make_cpu_step,
     "bf16_steps": make_bf16_steps,
