@@ -399,7 +399,7 @@ def _forward_on_gpu(x, residual, affine, activation):
 
 def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, moments = saved_tensors
+    x, saved, affine, moments, _ = saved_tensors
     if dy_again is not None and dy_again.stride() != dy.stride():
         dy = dy + dy_again
         dy_again = None
@@ -445,9 +445,9 @@ def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
 
 
 def _forward_on_cpu(x, residual, affine, activation):
-    """y, what to save beside x, and the moments (2, C).
+    """y, the moments (2, C), and what to save.
 
-    To save: y or u, as plain PyTorch does, or None.
+    To save: x and the running mean, or both less the means; y or u, as plain PyTorch does, or None.
     """
     shift, scale, bias = affine
     ones = torch.ones_like(scale)
@@ -464,7 +464,8 @@ def _forward_on_cpu(x, residual, affine, activation):
     else:
         y = ACTIVATIONS[activation](u)
         saved = u
-    return y, saved, compute_moments_on_cpu(x, shift)
+    moments, near_x, near_shift = compute_moments_on_cpu(x, shift)
+    return y, moments, (near_x, near_shift, saved)
 
 
 def _multiply_by_slope_on_cpu(dy, saved, activation):
@@ -496,11 +497,11 @@ def _add_scaled_channels(dx, g, scale):
 
 def _backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, moments = saved_tensors
+    x, saved, affine, moments, shift = saved_tensors
     if dy_again is not None:
         dy = dy + dy_again
     g = _multiply_by_slope_on_cpu(dy, saved, ctx.activation)
-    dx = compute_dx_on_cpu(x, affine[0], moments, grads)
+    dx = compute_dx_on_cpu(x, shift, moments, grads).to(g.dtype)
     _add_scaled_channels(dx, g, affine[1])
     dresidual = g if ctx.needs_input_grad[1] else None
     return dx, dresidual
@@ -522,9 +523,12 @@ class _BNActMoments(torch.autograd.Function):
             y, moments = _forward_on_gpu(x, residual, affine, activation)
             ctx.saved = _choose_saved(activation, residual)
             saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
+            ctx.save_for_backward(x, saved, affine, moments, None)
         else:
-            y, saved, moments = _forward_on_cpu(x, residual, affine, activation)
-        ctx.save_for_backward(x, saved, affine, moments)
+            y, moments, (near_x, near_shift, saved) = _forward_on_cpu(
+                x, residual, affine, activation
+            )
+            ctx.save_for_backward(near_x, saved, affine, moments, near_shift)
         if n_uses == 2:
             return y, moments, y.view_as(y)
         return y, moments
@@ -533,7 +537,7 @@ class _BNActMoments(torch.autograd.Function):
     def backward(ctx, dy, grads, dy_again=None):
         _common.refuse_double_backward("bn_act_moments")
         saved_tensors = ctx.saved_tensors  # read once: gradient checkpointing allows no more
-        x, _, _, moments = saved_tensors
+        x, _, _, moments, _ = saved_tensors
         if dy is None:
             dy, dy_again = dy_again, None
         if dy is None:

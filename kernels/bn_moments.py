@@ -239,16 +239,26 @@ _SMALL = 1 << 15
 
 
 def compute_moments_on_cpu(x, shift):
-    """The moments (2, C): mean - shift and the biased variance."""
+    """The moments (2, C): mean - shift and the biased variance.
+
+    Returns:
+        The moments, and x and shift as `compute_dx_on_cpu` takes them: where the mean of a channel
+        is far from 0, both less the means, in fp32.
+    """
     shift = shift.float()
+    moments = _compute_near_moments(x, shift)
+    mean = moments[0] + shift
+    if len(_find_far_channels(mean, moments[1], x.dtype)):
+        x = (x.movedim(1, -1) - mean).movedim(-1, 1)
+        shift = shift - mean
+        moments = _compute_near_moments(x, shift)
+    return moments, x, shift
+
+
+def _compute_near_moments(x, shift):
+    """The same moments, exact where no mean is far from 0."""
     moments = _compute_moments_in_one_pass(x, shift)
-    if moments is None:
-        return _compute_centred_moments(x, shift)
-    distance, var = moments
-    far = _find_far_channels(distance + shift, var, x.dtype)
-    if len(far):
-        moments[:, far] = _compute_centred_moments(x[:, far], shift[far])
-    return moments
+    return _compute_centred_moments(x, shift) if moments is None else moments
 
 
 def _compute_centred_moments(x, shift):
@@ -265,8 +275,7 @@ def _compute_centred_moments(x, shift):
 def _find_far_channels(mean, var, dtype):
     """The channels whose mean is so far from 0 that sums of x itself would lose its variance.
 
-    A network has some nearly dead channels, so these are taken apart and not the whole layer. Half
-    precision has rounded x already, by far more than sums in fp32 do.
+    Half precision has rounded x already, by far more than sums in fp32 do.
 
     Args:
         mean, var: (C,) fp32.
@@ -327,7 +336,7 @@ def _compute_moments_in_one_pass(x, shift):
 
 
 def compute_dx_on_cpu(x, shift, moments, grads):
-    """dx = a + b (x - mean), for the moments of `compute_moments_on_cpu`."""
+    """dx = a + b (x - mean), for what `compute_moments_on_cpu` returns; in the dtype of x."""
     shift = shift.float()
     distance, var = moments
     inverse_n = x.size(1) / x.numel()
@@ -344,34 +353,31 @@ def compute_dx_on_cpu(x, shift, moments, grads):
     dx = F.batch_norm(dense, mean, torch.ones_like(mean), b, a, training=False, eps=0.0)
     if dense is not x:
         dx = dx.view(by_channel.shape).movedim(-1, 1)
-    far = _find_far_channels(mean, var, x.dtype)
-    if len(far):
-        centred = (x[:, far].movedim(1, -1) - shift[far]).sub_(distance[far])
-        dx[:, far] = centred.mul_(b[far]).add_(a[far]).to(dx.dtype).movedim(-1, 1)
     return dx
 
 
 def _compute_moments(x, shift):
-    """The moments (2, C): mean - shift and the biased variance."""
+    """The moments (2, C), mean - shift and the biased variance; x and shift for _compute_dx."""
     if _common.runs_triton(x):
-        return _compute_moments_on_gpu(x, shift)
+        return _compute_moments_on_gpu(x, shift), x, shift
     return compute_moments_on_cpu(x, shift)
 
 
-def _compute_dx(x, shift, moments, grads):
+def _compute_dx(x, shift, moments, grads, dtype):
     """dx from the gradients (2, C) of mean and var."""
     if _common.runs_triton(x):
         return _compute_dx_on_gpu(x, shift, moments[0], grads)
-    return compute_dx_on_cpu(x, shift, moments, grads)
+    return compute_dx_on_cpu(x, shift, moments, grads).to(dtype)
 
 
 class _BNMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shift):
         # A BatchNorm in train mode changes its running mean without autograd's notice.
+        ctx.dtype = x.dtype
         shift = shift.clone()
-        moments = _compute_moments(x, shift)
-        ctx.save_for_backward(x, shift, moments)
+        moments, near_x, near_shift = _compute_moments(x, shift)
+        ctx.save_for_backward(near_x, near_shift, moments)
         distance, var = moments
         return distance + shift, var.clone()
 
@@ -382,18 +388,19 @@ class _BNMoments(torch.autograd.Function):
             return None, None
         x, shift, moments = ctx.saved_tensors
         grads = torch.stack((grad_mean, grad_var))  # (2, C)
-        return _compute_dx(x, shift, moments, grads), None
+        return _compute_dx(x, shift, moments, grads, ctx.dtype), None
 
 
 class _BNMomentLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, running_mean, running_var):
         running_mean = running_mean.clone()  # as in _BNMoments
-        moments = _compute_moments(x, running_mean)
+        ctx.dtype = x.dtype
+        moments, near_x, near_mean = _compute_moments(x, running_mean)
         distance = torch.stack((moments[0], moments[1] - running_var))  # (2, C)
         norms = torch.linalg.vector_norm(distance, dim=1, keepdim=True)  # (2, 1)
         units = distance / norms.masked_fill(norms == 0, math.inf)  # (2, C), the norms' gradients
-        ctx.save_for_backward(x, running_mean, moments, units)
+        ctx.save_for_backward(near_x, near_mean, moments, units)
         return norms.sum()
 
     @staticmethod
@@ -402,7 +409,7 @@ class _BNMomentLoss(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:
             return None, None, None
         x, running_mean, moments, units = ctx.saved_tensors
-        return _compute_dx(x, running_mean, moments, units * grad), None, None
+        return _compute_dx(x, running_mean, moments, units * grad, ctx.dtype), None, None
 
 
 def bn_moments(x, shift=None):

@@ -116,8 +116,8 @@ MUTANTS = [
     Mutant(
         "moments saved in a way that hides their changes",
         FILE,
-        "ctx.save_for_backward(x, saved, affine, moments)",
-        "ctx.save_for_backward(x, saved, affine, moments.data)",
+        "ctx.save_for_backward(x, saved, affine, moments, None)",
+        "ctx.save_for_backward(x, saved, affine, moments.data, None)",
     ),
     Mutant(
         "output kept where nothing follows it",

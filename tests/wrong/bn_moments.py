@@ -69,8 +69,8 @@ MUTANTS = [
     Mutant(
         "gradient of the loss ignored",
         FILE,
-        "units * grad)",
-        "units)",
+        "units * grad, ctx.dtype)",
+        "units, ctx.dtype)",
     ),
     Mutant(
         "gradient of a norm at zero",
