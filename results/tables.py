@@ -84,8 +84,9 @@ def read_rows(name):
 
 def describe_bench(name):
     """What a CSV of the benchmarks was measured on."""
-    row = read_rows(name)[0]
-    where = f"{row['device']}, torch {row['torch']}, float32, commit {row['commit']}"
+    rows = read_rows(name)
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    where = f"{rows[0]['device']}, torch {rows[0]['torch']}, float32, commit {commits}"
     return f"{where}; medians of processor time; `results/{name}`."
 
 
