@@ -119,7 +119,8 @@ def test_every_launch_is_on_the_device_of_its_tensors(op, recorders, monkeypatch
 
     monkeypatch.setattr(_common, "on_device_of", on_device_of)
     evaluate(fused(op), op.make("cpu", **op.small), op.differentiable)
-    assert count_launches().total() >= 2  # forward and backward
+    has_backward = op.name != "fake_quantize_channels"  # whose gradient is dy itself
+    assert count_launches().total() >= 1 + has_backward
     outside = +(count_launches() - inside)
     assert not outside
 
