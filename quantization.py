@@ -25,13 +25,9 @@ Where we differ from GDFQ and its released code:
 """
 
 import copy
-import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -42,21 +38,12 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import kernels
-from harness.data import (
-    N_CLASSES,
-    evaluate,
-    list_class_names,
-    load_dataset,
-    load_real_images,
-    normalise,
-    predict,
-)
-from harness.images import augment, check_image_files, read_images, to_uint8
+from harness.data import evaluate, list_class_names, load_real_images, normalise, predict
+from harness.images import augment
 from harness.load import NetworkInfo, build_network, choose_preset_by_dataset, load_teacher
 from harness.networks import sample_example
 from harness.pictures import draw_classes
 from harness.run import (
-    ROOT,
     RunFolder,
     RunOptions,
     TeacherOptions,
@@ -69,6 +56,7 @@ from harness.run import (
     restore_optimizer,
     seed_everything,
 )
+from harness.sources import load_source_images
 
 RANGE_DECAY = 0.9  # of the moving average of minimum and maximum (released code)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -188,88 +176,6 @@ def shrink(args):
 
 
 # The images
-INVERSION_OPTIONS = ("teacher", "weights", "num_classes", "image_size", "mean", "std", "num_images")
-
-
-def invert_teacher(args):
-    """Start deepinversion.py with the teacher's preset, once; returns the folder of its images."""
-    name = re.sub(r"[^\w.-]", "_", args.teacher)
-    folder = Path(f"runs/deepinversion/{name}-{args.num_images}")
-    if args.smoke:
-        folder = folder.with_name(f"{folder.name}-smoke")
-    if (folder / "result.json").exists():
-        check_inversion(folder, args)
-        print(f"{folder} holds the images; delete it for new ones")
-        return folder
-
-    print(f"deepinversion.py makes {args.num_images} images of {args.teacher}, once, into {folder}")
-    command = [sys.executable, str(ROOT / "deepinversion.py"), "--resume", "--out", str(folder)]
-    for name in (*INVERSION_OPTIONS, "device", "data_dir", "smoke"):
-        command += format_option(name, getattr(args, name))
-    code = subprocess.run(command).returncode
-    if code == 2:
-        raise SystemExit(2)  # it has said why, in one line
-    if code:
-        fail(f"--images auto: deepinversion.py ended with {code}; pass --images noise or a folder")
-    return folder
-
-
-def check_inversion(folder, args):
-    """Refuse images that deepinversion.py made with other options."""
-    with fail_in_one_line(f"--images auto: {folder} cannot be used", "delete it"):
-        made_with = json.loads((folder / "args.json").read_text())
-        wanted = json.loads(json.dumps({name: getattr(args, name) for name in INVERSION_OPTIONS}))
-        changed = [name for name in INVERSION_OPTIONS if made_with[name] != wanted[name]]
-        if changed:
-            raise ValueError(f"its images were made with other {', '.join(changed)}")
-
-
-def format_option(name, value):
-    """An option as words of a command line; none where it says nothing."""
-    option = "--" + name.replace("_", "-")
-    if value is True:
-        return [option]
-    if isinstance(value, tuple) and value:
-        return [option, *map(str, value)]
-    return [option, str(value)] if value else []
-
-
-def draw_noise(info, n):
-    """Pixels (n, C, H, W) uint8 of Gaussian noise with the training images' mean and deviation."""
-    return to_uint8(torch.randn(n, *info.image_shape), info)
-
-
-def load_foreign_images(dataset, info, args):
-    """Training images of a data set in the teacher's number of channels, uint8, in random order."""
-    images, _ = load_dataset(dataset, args.data_dir, "train")
-    if images.shape[2:] != info.image_shape[1:]:
-        size = images.shape[2]
-        problem = f"its images have {size} pixels, the teacher's {info.image_size}"
-        fail(f"--images {args.images}: {problem}; choose another source")
-    images = images[torch.randperm(len(images))[: args.num_images]]
-    if images.shape[1] != info.channels:  # grey for colours, or the other way round
-        grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
-        images = grey.expand(-1, info.channels, -1, -1)
-    return images.contiguous()
-
-
-def load_images(args, info):
-    """The images of --images, (n, C, H, W) uint8."""
-    if args.images == "noise":
-        return draw_noise(info, args.num_images)
-    if args.images == "real":
-        if info.dataset not in N_CLASSES:
-            fail("--images real: the teacher's data set is not at hand; choose another source")
-        return load_foreign_images(info.dataset, info, args)
-    if args.images in N_CLASSES:
-        return load_foreign_images(args.images, info, args)
-    folder = args.images
-    if folder == "auto":
-        folder = invert_teacher(args)
-    paths, _ = check_image_files(folder, info)
-    return torch.cat([read_images(path)[0] for path in paths])
-
-
 def filter_low_pass(x, radius):
     """SynQ's filter: x (N, C, H, W) with its frequencies weighted by a Gaussian, as (N, C, H, W).
 
@@ -728,7 +634,7 @@ def main(args):
     dataset, test = load_real_images(info, args, device)
     if test is not None and args.test_images:
         test = tuple(part[: args.test_images] for part in test)
-    images = load_images(args, info).to(device)
+    images = load_source_images(args, info).to(device)
 
     run = RunFolder(args, device, clears=("quantized-W*A*.pt",))
     print(f"{info.name}: {' '.join(args.bits)}, {len(images)} images of {args.images}, {device}")

@@ -9,15 +9,14 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-import tyro
 from helpers import rows_of
 from scripts import read_refusal
 
-import deepinversion
 import quantization
 from harness.data import load_dataset, normalise
 from harness.images import get_image_path, save_images
 from harness.load import NetworkInfo, load_teacher
+from harness.sources import draw_noise
 from kernels import _common
 
 DIGITS = replace(
@@ -136,64 +135,6 @@ def test_low_pass_weights_each_frequency_by_a_gaussian():
     torch.testing.assert_close(quantization.filter_low_pass(flat, 1.0), flat)
 
 
-def test_noise_has_the_moments_of_the_training_pixels():
-    _, info = load_digits_teacher()
-    info.mean = (0.5,)
-    info.std = (0.1,)
-    pixels = quantization.draw_noise(info, 50)
-    assert pixels.shape == (50, 1, 32, 32) and pixels.dtype == torch.uint8
-    x = normalise(pixels, info)
-    assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
-
-
-def test_grey_images_are_repeated_for_a_teacher_of_colours():
-    _, info = load_digits_teacher()
-    info.mean = (0.5, 0.4, 0.3)
-    info.std = (0.2, 0.2, 0.2)
-    images = quantization.load_foreign_images("digits", info, DIGITS)
-    assert images.shape == (60, 3, 32, 32) and images.dtype == torch.uint8
-    assert torch.equal(images[:, 0], images[:, 2])
-    info.image_size = 28
-    with pytest.raises(SystemExit):
-        quantization.load_foreign_images("digits", info, DIGITS)
-
-
-def test_deepinversion_is_started_once_with_the_teachers_options(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    commands = []
-
-    def start(command):
-        commands.append(command)
-        folder = tmp_path / command[command.index("--out") + 1]
-        folder.mkdir(parents=True)
-        options = tyro.cli(deepinversion.Args, args=command[2:], default=deepinversion.DIGITS)
-        assert (options.teacher, options.num_images) == ("digits-resnet8", 60)
-        assert (options.mean, options.std, options.device) == ((0.25,), (0.5,), "cpu")
-        assert options.resume and not options.smoke
-        (folder / "args.json").write_text(json.dumps(vars(options)))
-        (folder / "result.json").write_text("{}")
-        return quantization.subprocess.CompletedProcess(command, 0)
-
-    monkeypatch.setattr(quantization.subprocess, "run", start)
-    args = replace(DIGITS, images="auto", mean=(0.25,), std=(0.5,))
-    folder = quantization.invert_teacher(args)
-    assert quantization.invert_teacher(args) == folder
-    assert len(commands) == 1
-    assert f"{folder} holds the images" in capsys.readouterr().out
-
-    line = read_refusal(capsys, quantization.invert_teacher, replace(args, std=(0.6,)))
-    assert "its images were made with other std; delete it" in line
-
-
-def test_a_failure_of_deepinversion_ends_the_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    done = quantization.subprocess.CompletedProcess([], 2)
-    monkeypatch.setattr(quantization.subprocess, "run", lambda command: done)
-    with pytest.raises(SystemExit) as stop:
-        quantization.invert_teacher(DIGITS)
-    assert stop.value.code == 2
-
-
 def test_similarity_is_the_mean_divergence_of_the_layers():
     torch.manual_seed(3)
     network = nn.Sequential(nn.BatchNorm2d(1), nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3)).eval()
@@ -218,7 +159,7 @@ def test_similarity_is_the_mean_divergence_of_the_layers():
 def test_real_images_are_nearer_than_noise():
     teacher, info = load_digits_teacher()
     real, _ = load_dataset("digits", "", "train")
-    noise = quantization.draw_noise(info, 200)
+    noise = draw_noise(info, 200)
     distances = [quantization.measure_similarity(teacher, x, info) for x in (real[:200], noise)]
     assert 0 <= distances[0] < 0.2 * distances[1]
 

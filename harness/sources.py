@@ -1,0 +1,129 @@
+"""What --images names: inverted images, noise, real ones without labels, another data set's.
+
+For scripts that use images and do not make them: pruning, quantization, class-incremental learning.
+"""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from harness.data import N_CLASSES, load_dataset
+from harness.images import check_image_files, read_images, to_uint8
+from harness.load import is_factory
+from harness.run import ROOT, fail, fail_in_one_line
+
+INVERSION_OPTIONS = ("teacher", "weights", "num_classes", "image_size", "mean", "std", "num_images")
+
+
+def load_source_images(args, info):
+    """The images of --images.
+
+    Args:
+        args: read are images (auto | noise | real | a data set | a folder of deepinversion.py),
+            num_images, the options of TeacherOptions and RunOptions.
+        info: NetworkInfo of the teacher.
+
+    Returns:
+        (n, C, H, W) uint8 on the CPU.
+    """
+    if args.images == "noise":
+        return draw_noise(info, args.num_images)
+    if args.images == "real":
+        if info.dataset not in N_CLASSES:
+            fail("--images real: the teacher's data set is not at hand; choose another source")
+        return load_foreign_images(info.dataset, info, args)
+    if args.images in N_CLASSES:
+        return load_foreign_images(args.images, info, args)
+    folder = args.images
+    if folder == "auto":
+        folder = invert_teacher(args)
+    paths, _ = check_image_files(folder, info)
+    return torch.cat([read_images(path)[0] for path in paths])
+
+
+def draw_noise(info, n):
+    """Pixels (n, C, H, W) uint8 of Gaussian noise with the training images' mean and deviation."""
+    return to_uint8(torch.randn(n, *info.image_shape), info)
+
+
+def load_foreign_images(dataset, info, args):
+    """Training images of a data set in the teacher's number of channels, uint8, in random order."""
+    images, _ = load_dataset(dataset, args.data_dir, "train")
+    if images.shape[2:] != info.image_shape[1:]:
+        size = images.shape[2]
+        problem = f"its images have {size} pixels, the teacher's {info.image_size}"
+        fail(f"--images {args.images}: {problem}; choose another source")
+    images = images[torch.randperm(len(images))[: args.num_images]]
+    if images.shape[1] != info.channels:  # grey for colours, or the other way round
+        grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
+        images = grey.expand(-1, info.channels, -1, -1)
+    return images.contiguous()
+
+
+# Inverted images
+def invert_teacher(args):
+    """Start deepinversion.py with the teacher's preset, once.
+
+    Args:
+        args: as of load_source_images; its images are not read.
+
+    Returns:
+        The folder of its images, runs/deepinversion/NAME-N. The name of a teacher in a file ends
+        in the first digits of the file's SHA-256: another network there gets other images.
+    """
+    folder = Path(f"runs/deepinversion/{name_teacher(args)}-{args.num_images}")
+    if args.smoke:
+        folder = folder.with_name(f"{folder.name}-smoke")
+    if (folder / "result.json").exists():
+        check_inversion(folder, args)
+        print(f"{folder} holds the images; delete it for new ones")
+        return folder
+
+    print(f"deepinversion.py makes {args.num_images} images of {args.teacher}, once, into {folder}")
+    command = [sys.executable, str(ROOT / "deepinversion.py"), "--resume", "--out", str(folder)]
+    for name in (*INVERSION_OPTIONS, "device", "data_dir", "smoke"):
+        command += format_option(name, getattr(args, name))
+    code = subprocess.run(command).returncode
+    if code == 2:
+        raise SystemExit(2)  # it has said why, in one line
+    if code:
+        fail(f"--images auto: deepinversion.py ended with {code}; pass --images noise or a folder")
+    return folder
+
+
+def name_teacher(args):
+    """A folder's name for a teacher, which changes with the contents of its files."""
+    name = re.sub(r"[^\w.-]", "_", args.teacher)
+    source = args.teacher.rpartition(":")[0] if is_factory(args.teacher) else args.teacher
+    digest = hashlib.sha256()
+    found = False
+    for path in (source, args.weights):
+        if path and Path(path).is_file():
+            digest.update(Path(path).read_bytes())
+            found = True
+    return f"{name}-{digest.hexdigest()[:8]}" if found else name
+
+
+def check_inversion(folder, args):
+    """Refuse images that deepinversion.py made with other options."""
+    with fail_in_one_line(f"--images auto: {folder} cannot be used", "delete it"):
+        made_with = json.loads((folder / "args.json").read_text())
+        wanted = json.loads(json.dumps({name: getattr(args, name) for name in INVERSION_OPTIONS}))
+        changed = [name for name in INVERSION_OPTIONS if made_with[name] != wanted[name]]
+        if changed:
+            raise ValueError(f"its images were made with other {', '.join(changed)}")
+
+
+def format_option(name, value):
+    """An option as words of a command line; none where it says nothing."""
+    option = "--" + name.replace("_", "-")
+    if value is True:
+        return [option]
+    if isinstance(value, tuple) and value:
+        return [option, *map(str, value)]
+    return [option, str(value)] if value else []
