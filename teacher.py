@@ -8,8 +8,9 @@ and that is what distillation reads.
     python teacher.py --dataset cifar10 --arch resnet20 --epochs 18 --data-dir data
 
 writes runs/teacher/cifar10-resnet20/: teacher.pt, metrics.jsonl, result.json, checkpoint.pt. What
-is missing of the data set's official files is downloaded. The shipped teachers, their accuracies
-and their commands are listed in teachers/README.md.
+is missing of the data set's official files is downloaded. With `--classes 0 1 2 3 4` the network has
+these classes alone, and continual.py adds others. The shipped teachers, their accuracies and their
+commands are listed in teachers/README.md.
 
 teacher.pt holds the weights in fp16 (BatchNorm in fp32) and describes itself: network, classes,
 channels, image size, mean and std of the normalisation, accuracy of exactly these weights, command.
@@ -47,7 +48,7 @@ from harness.data import (
     load_dataset,
     normalise,
 )
-from harness.load import build_network, load_trained, make_info, refuse_misfits
+from harness.load import build_network, describe, load_trained, make_info, refuse_misfits
 from harness.networks import IMAGENET_NETWORKS, NETWORKS
 from harness.run import (
     ROOT,
@@ -80,9 +81,11 @@ class Args(RunOptions):
 
     # Run settings.
     out: str = ""
-    """Output folder; empty: runs/teacher/DATASET-ARCH."""
+    """Output folder; empty: runs/teacher/DATASET-ARCH, of some classes DATASET-ARCH-0-1-2."""
     dataset: Literal["digits", "mnist", "cifar10", "cifar100"] = "digits"
     """Labelled images. digits come with scikit-learn; the others lie in --data-dir."""
+    classes: tuple[int, ...] = ()
+    """Classes to train on, in rising order, which is that of the outputs; empty: all."""
     arch: str = "resnet8"
     """Network to train: lenet5, resnet8, resnet20, resnet34_cifar, vgg11_bn, wrn_16_1 …"""
     data_note: str = ""
@@ -112,6 +115,8 @@ class Args(RunOptions):
         super().__post_init__()
         check_at_least(1, self, "epochs", "batch_size")
         check_at_least(0, self, "weight_decay")
+        if self.classes:
+            self.check_classes()
         if self.arch not in ARCHS:
             raise ValueError(f"--arch: expected one of {', '.join(ARCHS)}, got {self.arch!r}")
         if not 0 < self.lr < math.inf:
@@ -124,6 +129,18 @@ class Args(RunOptions):
             raise ValueError(f"--evaluate: expected a teacher.pt, got {self.evaluate!r}")
         if Path(self.export).name != self.export:
             raise ValueError(f"--export: expected a name without folders, got {self.export!r}")
+
+    def check_classes(self):
+        """Raise ValueError unless --classes are two or more of the data set's, in rising order."""
+        n_classes = N_CLASSES[self.dataset]
+        is_rising = list(self.classes) == sorted(set(self.classes))
+        if len(self.classes) < 2 or not is_rising:
+            expected = "expected at least 2 different classes in rising order"
+        elif self.classes[0] < 0 or self.classes[-1] >= n_classes:
+            expected = f"expected classes of {self.dataset}, 0 to {n_classes - 1}"
+        else:
+            return
+        raise ValueError(f"--classes: {expected}, got {' '.join(map(str, self.classes))}")
 
 
 def shrink(args):
@@ -189,6 +206,24 @@ def fetch_dataset(dataset, data_dir):
                 member = tar.extractfile(f"{folder.name}/{name}")
                 with open_atomically(folder / name) as file:
                     file.write(member.read())
+
+
+def load_split(dataset, classes, data_dir, split):
+    """A data set, or the images of some of its classes; these are numbered from 0 in their order.
+
+    Args:
+        classes: in rising order; () means all.
+        dataset, data_dir, split: as load_dataset takes them.
+
+    Returns:
+        Images (N, C, H, W) uint8 and labels (N,).
+    """
+    images, labels = load_dataset(dataset, data_dir, split)
+    if not classes:
+        return images, labels
+    wanted = torch.tensor(classes)
+    chosen = torch.isin(labels, wanted)
+    return images[chosen], torch.searchsorted(wanted, labels[chosen])
 
 
 def crop_and_mirror(images, padding, mirror, generator):
@@ -349,8 +384,10 @@ def evaluate_file(args, device):
     """Print the test accuracy of the network in --evaluate; ship it if --export asks for that."""
     with refuse_misfits(f"--evaluate {args.evaluate}", {"other": "pass a teacher.pt"}):
         network, info = load_trained(args.evaluate, device, args.data_dir)
-    images, labels = load_dataset(args.dataset, args.data_dir, "test")
-    if info.channels != images.shape[1] or info.num_classes != N_CLASSES[args.dataset]:
+        classes = tuple(describe(args.evaluate).get("classes", ()))
+    images, labels = load_split(args.dataset, classes, args.data_dir, "test")
+    n_classes = len(classes) or N_CLASSES[args.dataset]
+    if info.channels != images.shape[1] or info.num_classes != n_classes:
         fail(f"--evaluate {args.evaluate}: made for {info.dataset}, not for {args.dataset}")
     print(f"{evaluate(network, images, labels, info):.2f} %")
     if args.export:
@@ -359,8 +396,8 @@ def evaluate_file(args, device):
 
 def train_and_export(args, device):
     """Train the network in --arch and write teacher.pt."""
-    images, labels = load_dataset(args.dataset, args.data_dir, "train")
-    test_images, test_labels = load_dataset(args.dataset, args.data_dir, "test")
+    images, labels = load_split(args.dataset, args.classes, args.data_dir, "train")
+    test_images, test_labels = load_split(args.dataset, args.classes, args.data_dir, "test")
     if args.smoke:
         images = images[:N_SMOKE_IMAGES]
         labels = labels[:N_SMOKE_IMAGES]
@@ -372,7 +409,8 @@ def train_and_export(args, device):
 
     run = RunFolder(args, device, may_change=("export",), clears=("teacher.pt",))
     versions = describe_machine(device)["versions"]  # now: the files may change during the run
-    known = dict(dataset=args.dataset, num_classes=N_CLASSES[args.dataset], image_size=32)
+    n_classes = len(args.classes) or N_CLASSES[args.dataset]
+    known = dict(dataset=args.dataset, num_classes=n_classes, image_size=32)
     info = make_info(args.arch, known, PIXELS[args.dataset])
     network = build_network(info).to(device, memory_format=torch.channels_last)
     advice = "try a smaller --batch-size"
@@ -402,6 +440,8 @@ def train_and_export(args, device):
         seconds=round(time.time() - run.start, 1),
         versions=versions,
     )
+    if args.classes:
+        description["classes"] = args.classes
     with run.write_file("teacher.pt") as file:
         torch.save(dict(description, state_dict=rounded), file)
     print(f"test accuracy {accuracy:.2f} % (last epoch, rounded weights)")
@@ -416,7 +456,8 @@ def main(args):
     if args.smoke:
         args = shrink(args)
     if not args.out:
-        args = replace(args, out=f"runs/teacher/{args.dataset}-{args.arch}")
+        names = [args.dataset, args.arch, *map(str, args.classes)]
+        args = replace(args, out=f"runs/teacher/{'-'.join(names)}")
     seed_everything(args.seed)
     fetch_dataset(args.dataset, args.data_dir)
     if args.evaluate:

@@ -837,7 +837,7 @@ class RunFolder:
             tqdm.write(f"{path} is damaged: continuing from {last.name}")  # above a bar
         return last, read_checkpoint(last, "begin again in another --out")
 
-    def save_student(self, student, arch, info, method, dataset, accuracy):
+    def save_student(self, student, arch, info, method, dataset, accuracy, file="student.pt"):
         """Write student.pt, described as the checkpoints of teacher.py are.
 
         Args:
@@ -846,14 +846,15 @@ class RunFolder:
             info: NetworkInfo of the teacher, whose images and classes it takes.
             method, dataset: names.
             accuracy: percent of real test images, or None.
+            file: another name for student.pt.
         """
         saved = dict(format=1, arch=arch, dataset=dataset, method=method, seed=self.args.seed)
         for name in ("num_classes", "image_size", "mean", "std", "channels"):
             saved[name] = getattr(info, name)
         saved["accuracy"] = accuracy
         saved["state_dict"] = student.state_dict()
-        with self.write_file("student.pt") as file:
-            torch.save(saved, file)
+        with self.write_file(file) as opened:
+            torch.save(saved, opened)
 
     def finish(self, result):
         """Write result.json, the last file of a run: `result`, options, seconds, seed, machine."""

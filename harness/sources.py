@@ -59,7 +59,12 @@ def load_foreign_images(dataset, info, args):
         problem = f"its images have {size} pixels, the teacher's {info.image_size}"
         fail(f"--images {args.images}: {problem}; choose another source")
     images = images[torch.randperm(len(images))[: args.num_images]]
-    if images.shape[1] != info.channels:  # grey for colours, or the other way round
+    return match_channels(images, info)
+
+
+def match_channels(images, info):
+    """Images (n, C, H, W) uint8 in a network's channels: grey is repeated, colours become grey."""
+    if images.shape[1] != info.channels:
         grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
         images = grey.expand(-1, info.channels, -1, -1)
     return images.contiguous()
