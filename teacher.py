@@ -8,9 +8,9 @@ and that is what distillation reads.
     python teacher.py --dataset cifar10 --arch resnet20 --epochs 18 --data-dir data
 
 writes runs/teacher/cifar10-resnet20/: teacher.pt, metrics.jsonl, result.json, checkpoint.pt. What
-is missing of the data set's official files is downloaded. With `--classes 0 1 2 3 4` the network has
-these classes alone, and continual.py adds others. The shipped teachers, their accuracies and their
-commands are listed in teachers/README.md.
+is missing of the data set's official files is downloaded. With `--classes 0 1 2 3 4` the network
+has these classes alone, and continual.py adds others. The shipped teachers, their accuracies and
+their commands are listed in teachers/README.md.
 
 teacher.pt holds the weights in fp16 (BatchNorm in fp32) and describes itself: network, classes,
 channels, image size, mean and std of the normalisation, accuracy of exactly these weights, command.
