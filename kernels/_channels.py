@@ -179,7 +179,7 @@ def plan(programs, shape, *strides):
     n_channels = shape[1]
     channel_strides = [stride[1] for stride in strides]
 
-    dims = _merge_dimensions(shape, strides)
+    dims = merge_dimensions(shape, strides)
     inside = _channels_are_densest(dims, n_channels, channel_strides[0])
     if inside:
         n_columns = n_channels
@@ -222,7 +222,7 @@ def plan(programs, shape, *strides):
     )
 
 
-def _merge_dimensions(shape, strides):
+def merge_dimensions(shape, strides):
     """All dimensions but the channels, outermost first, as [(size, [its stride in each tensor])].
 
     The order is that of the first tensor's strides; a dimension of stride 0 goes outside.

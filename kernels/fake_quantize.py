@@ -92,6 +92,84 @@ def _quantize(x, scale, zero, n_steps):
 
 
 @triton.jit
+def _load_range(low_ptr, high_ptr):
+    """low and high, fp32; a range that lacks 0 is widened to it."""
+    low = tl.minimum(tl.load(low_ptr).to(tl.float32), 0.0)
+    high = tl.maximum(tl.load(high_ptr).to(tl.float32), 0.0)
+    return low, high
+
+
+@triton.jit
+def _locate_positions(
+    positions,  # flat indices over up to four dimensions
+    sizes,  # three: those of the dimensions but the outermost
+    strides,  # four
+):
+    """Offsets in memory of flat indices."""
+    return compute_row_offsets(
+        positions, sizes[0], sizes[1], sizes[2], strides[0], strides[1], strides[2], strides[3]
+    )
+
+
+@triton.jit
+def _load_tile(
+    x_ptr,
+    rows,  # (BLOCK_ROW,) flat indices over the row dimensions
+    offs_col,  # (BLOCK_COL,)
+    mask,  # (BLOCK_ROW, BLOCK_COL)
+    sizes,  # see _locate_positions
+    strides,  # along the row dimensions
+    stride_col,
+):
+    """Values of a tile, (BLOCK_ROW, BLOCK_COL) fp32; 0 outside the mask."""
+    offs = _locate_positions(rows, sizes, strides)[:, None] + offs_col[None, :] * stride_col
+    return tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_tile(
+    y_ptr,
+    y,  # (BLOCK_ROW, BLOCK_COL) fp32
+    rows,  # the others as of _load_tile
+    offs_col,
+    mask,
+    sizes,
+    strides,
+    stride_col,
+):
+    """Store a tile in the dtype of its tensor."""
+    offs = _locate_positions(rows, sizes, strides)[:, None] + offs_col[None, :] * stride_col
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _load_values(
+    x_ptr,  # at a channel
+    values,  # (BLOCK,) flat indices over the channel's dimensions
+    n_values,  # of the channel
+    sizes,  # see _locate_positions
+    strides,
+):
+    """Values of a channel, (BLOCK,) fp32; 0, which belongs to every range, beyond the last one."""
+    offs = _locate_positions(values, sizes, strides)
+    return tl.load(x_ptr + offs, mask=values < n_values, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_values(
+    y_ptr,  # at a channel
+    y,  # (BLOCK,) fp32
+    values,  # the others as of _load_values
+    n_values,
+    sizes,
+    strides,
+):
+    """Store values of a channel in the dtype of their tensor."""
+    offs = _locate_positions(values, sizes, strides)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=values < n_values)
+
+
+@triton.jit
 def _fake_quantize_fwd_kernel(
     y_ptr,  # out, shape and dtype of x
     x_ptr,  # values, in up to five dimensions
@@ -120,26 +198,18 @@ def _fake_quantize_fwd_kernel(
     offs_col = tl.program_id(0).to(tl.int64) * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     first_row = tl.program_id(1).to(tl.int64) * rows_per_program
-
-    low = tl.minimum(tl.load(low_ptr).to(tl.float32), 0.0)
-    high = tl.maximum(tl.load(high_ptr).to(tl.float32), 0.0)
+    low, high = _load_range(low_ptr, high_ptr)
     scale, zero = _make_grid(low, high, n_steps)
+    sizes = (size_1, size_2, size_3)
+    strides_x = (stride_x0, stride_x1, stride_x2, stride_x3)
+    strides_y = (stride_y0, stride_y1, stride_y2, stride_y3)
 
     for start in range(0, rows_per_program, BLOCK_ROW):
         rows = first_row + start + tl.arange(0, BLOCK_ROW)
         mask = (rows < n_rows)[:, None] & mask_col[None, :]
-        offs_row = compute_row_offsets(
-            rows, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3
-        )
-        offs = offs_row[:, None] + offs_col[None, :] * stride_xcol
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = _load_tile(x_ptr, rows, offs_col, mask, sizes, strides_x, stride_xcol)
         y = _quantize(x, scale, zero, n_steps)
-
-        offs_row = compute_row_offsets(
-            rows, size_1, size_2, size_3, stride_y0, stride_y1, stride_y2, stride_y3
-        )
-        offs = offs_row[:, None] + offs_col[None, :] * stride_ycol
-        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        _store_tile(y_ptr, y, rows, offs_col, mask, sizes, strides_y, stride_ycol)
 
 
 @triton.jit
@@ -176,30 +246,19 @@ def _fake_quantize_bwd_dx_kernel(
     offs_col = tl.program_id(0).to(tl.int64) * BLOCK_COL + tl.arange(0, BLOCK_COL)
     mask_col = offs_col < n_columns
     first_row = tl.program_id(1).to(tl.int64) * rows_per_program
-    low = tl.minimum(tl.load(low_ptr).to(tl.float32), 0.0)
-    high = tl.maximum(tl.load(high_ptr).to(tl.float32), 0.0)
+    low, high = _load_range(low_ptr, high_ptr)
+    sizes = (size_1, size_2, size_3)
+    strides_x = (stride_x0, stride_x1, stride_x2, stride_x3)
+    strides_dy = (stride_dy0, stride_dy1, stride_dy2, stride_dy3)
+    strides_dx = (stride_dx0, stride_dx1, stride_dx2, stride_dx3)
 
     for start in range(0, rows_per_program, BLOCK_ROW):
         rows = first_row + start + tl.arange(0, BLOCK_ROW)
         mask = (rows < n_rows)[:, None] & mask_col[None, :]
-        offs_row = compute_row_offsets(
-            rows, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3
-        )
-        offs = offs_row[:, None] + offs_col[None, :] * stride_xcol
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-
-        offs_row = compute_row_offsets(
-            rows, size_1, size_2, size_3, stride_dy0, stride_dy1, stride_dy2, stride_dy3
-        )
-        offs = offs_row[:, None] + offs_col[None, :] * stride_dycol
-        dy = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = _load_tile(x_ptr, rows, offs_col, mask, sizes, strides_x, stride_xcol)
+        dy = _load_tile(dy_ptr, rows, offs_col, mask, sizes, strides_dy, stride_dycol)
         dx = tl.where((x >= low) & (x <= high), dy, 0.0)
-
-        offs_row = compute_row_offsets(
-            rows, size_1, size_2, size_3, stride_dx0, stride_dx1, stride_dx2, stride_dx3
-        )
-        offs = offs_row[:, None] + offs_col[None, :] * stride_dxcol
-        tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+        _store_tile(dx_ptr, dx, rows, offs_col, mask, sizes, strides_dx, stride_dxcol)
 
 
 @triton.jit
@@ -226,41 +285,28 @@ def _fake_quantize_channels_fwd_kernel(
     channel = tl.program_id(0).to(tl.int64)
     x_ptr += channel * stride_xc
     y_ptr += channel * stride_yc
+    sizes = (size_1, size_2, size_3)
+    strides_x = (stride_x0, stride_x1, stride_x2, stride_x3)
+    strides_y = (stride_y0, stride_y1, stride_y2, stride_y3)
 
     held = tl.arange(0, BLOCK)
-    offs = compute_row_offsets(
-        held, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3
-    )
-    x = tl.load(x_ptr + offs, mask=held < n_values, other=0.0).to(tl.float32)
+    x = _load_values(x_ptr, held, n_values, sizes, strides_x)
     lows = tl.minimum(x, 0.0)  # 0 belongs to every range
     highs = tl.maximum(x, 0.0)
     for start in range(BLOCK, n_values, BLOCK):
         values = start + tl.arange(0, BLOCK)
-        offs = compute_row_offsets(
-            values, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3
-        )
-        more = tl.load(x_ptr + offs, mask=values < n_values, other=0.0).to(tl.float32)
+        more = _load_values(x_ptr, values, n_values, sizes, strides_x)
         lows = tl.minimum(lows, more)
         highs = tl.maximum(highs, more)
     scale, zero = _make_grid(tl.min(lows, 0), tl.max(highs, 0), n_steps)
 
-    offs = compute_row_offsets(
-        held, size_1, size_2, size_3, stride_y0, stride_y1, stride_y2, stride_y3
-    )
     y = _quantize(x, scale, zero, n_steps)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=held < n_values)
+    _store_values(y_ptr, y, held, n_values, sizes, strides_y)
     for start in range(BLOCK, n_values, BLOCK):
         values = start + tl.arange(0, BLOCK)
-        mask = values < n_values
-        offs = compute_row_offsets(
-            values, size_1, size_2, size_3, stride_x0, stride_x1, stride_x2, stride_x3
-        )
-        more = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        offs = compute_row_offsets(
-            values, size_1, size_2, size_3, stride_y0, stride_y1, stride_y2, stride_y3
-        )
+        more = _load_values(x_ptr, values, n_values, sizes, strides_x)
         y = _quantize(more, scale, zero, n_steps)
-        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+        _store_values(y_ptr, y, values, n_values, sizes, strides_y)
 
 
 # The most values of a channel that are held at once: 16 a thread. A channel of ResNet-50 has up to
@@ -308,7 +354,7 @@ def _quantize_channels_on_gpu(x, bits):
     n_values = x[0].numel()
     absent = (1, [0, 0])
     # a channel's dimensions, those that lie at one step merged
-    dims = _channels._merge_dimensions(
+    dims = _channels.merge_dimensions(
         x.transpose(0, 1).shape, [y.transpose(0, 1).stride(), x.transpose(0, 1).stride()]
     )
     dims += [absent] * (4 - len(dims))

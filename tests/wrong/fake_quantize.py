@@ -74,8 +74,8 @@ MUTANTS = [
     Mutant(
         "values beyond the tensor count for the range",
         FILE,
-        "x = tl.load(x_ptr + offs, mask=held < n_values, other=0.0).to(tl.float32)",
-        "x = tl.load(x_ptr + offs, mask=held < n_values, other=99.0).to(tl.float32)",
+        "return tl.load(x_ptr + offs, mask=values < n_values, other=0.0)",
+        "return tl.load(x_ptr + offs, mask=values < n_values, other=99.0)",
     ),
     Mutant(
         "range without 0",
