@@ -31,7 +31,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.func import functional_call
@@ -41,7 +40,7 @@ import kernels
 from harness.data import evaluate, list_class_names, load_real_images, normalise, predict
 from harness.images import augment
 from harness.load import NetworkInfo, build_network, choose_preset_by_dataset, load_teacher
-from harness.networks import sample_example
+from harness.networks import trace_network
 from harness.pictures import draw_classes
 from harness.run import (
     RunFolder,
@@ -288,20 +287,6 @@ class QuantizedLayer(nn.Module):
             quantize = kernels.fake_quantize_channels_ref
         weight = quantize(self.layer.weight, self.bits)
         return functional_call(self.layer, {"weight": weight}, (x,))
-
-
-def trace_network(network, info):
-    """A copy of a network as a torch.fx graph, compared with it on two images of noise."""
-    device = next(network.parameters()).device
-    example = sample_example(info, device)
-    advice = "take control flow that depends on values out of its forward"
-    with fail_in_one_line(f"--teacher {info.name} cannot be traced by torch.fx", advice):
-        traced = torch.fx.symbolic_trace(copy.deepcopy(network))
-        with torch.no_grad():
-            difference = (traced(example) - network(example)).abs().max()
-        if not difference < 1e-3:
-            raise ValueError(f"its graph gives other logits, by {difference:.3g}")
-    return traced.eval()
 
 
 def find_layer_calls(network):

@@ -17,8 +17,11 @@ from copy import deepcopy
 from functools import partial
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
+
+from harness.run import fail_in_one_line
 
 
 class LeNet5(nn.Module):
@@ -238,6 +241,7 @@ def build_mobile(name, *scales, **options):
     return getattr(efficientnet_lite, f"make_{name}")(*scales, **options)
 
 
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._BatchNorm)
 THREE_STAGES = (16, 32, 64)
 FOUR_STAGES = (64, 128, 256, 512)
 VGG_11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
@@ -332,3 +336,26 @@ def copy_network(network, example):
     for hook in hooks:
         hook.remove()
     return network if called else copied
+
+
+class LayerTracer(torch.fx.Tracer):
+    """Takes a layer of a class of its own, such as a convolution that pads, for one operation."""
+
+    def is_leaf_module(self, module, name):
+        return isinstance(module, LAYERS) or super().is_leaf_module(module, name)
+
+
+def trace_network(network, info):
+    """A copy of a network as a torch.fx graph, compared with it on two images of noise."""
+    device = next(network.parameters()).device
+    example = sample_example(info, device)
+    advice = "take control flow that depends on values out of its forward"
+    with fail_in_one_line(f"--teacher {info.name} cannot be traced by torch.fx", advice):
+        tracer = LayerTracer()
+        graph = tracer.trace(deepcopy(network))
+        traced = torch.fx.GraphModule(tracer.root, graph)
+        with torch.no_grad():
+            difference = (traced(example) - network(example)).abs().max()
+        if not difference < 1e-3:
+            raise ValueError(f"its graph gives other logits, by {difference:.3g}")
+    return traced.eval()
