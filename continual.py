@@ -49,6 +49,7 @@ from harness.run import (
     check_at_least,
     choose_device,
     fail,
+    fail_in_one_line,
     parse_args,
     restore_optimizer,
     seed_everything,
@@ -268,8 +269,9 @@ def load_task(tasks, number, split, info, args):
 
 def advise_training(task):
     """How to make a first network of a task's classes."""
-    classes = " ".join(map(str, task.classes))
-    return f"train it: python teacher.py --dataset {task.dataset} --classes {classes}"
+    arch = "resnet20" if task.dataset.startswith("cifar") else "resnet8"
+    words = f"--dataset {task.dataset} --arch {arch} --classes {' '.join(map(str, task.classes))}"
+    return f"train it: python teacher.py {words}"
 
 
 def check_first_network(info, task, args):
@@ -563,9 +565,11 @@ def learn_task(arm, number, run, sets, saved, arms):
     optimizer = torch.optim.SGD(weights, args.lr, momentum=0.9, foreach=True)
     first_epoch = 0
     if saved is not None:
-        network.load_state_dict(saved["network"])
-        restore_optimizer(optimizer, saved["optimizer"])
-        first_epoch = saved["task_epoch"]
+        advice = "run without --resume, in another --out"
+        with fail_in_one_line(f"{run.out}/checkpoint.pt: no checkpoint of this run", advice):
+            network.load_state_dict(saved["network"])
+            restore_optimizer(optimizer, saved["optimizer"])
+            first_epoch = saved["task_epoch"]
 
     bar = tqdm(range(first_epoch, args.epochs), disable=None, desc=f"{arm}, task {number}")
     for epoch in bar:
@@ -688,8 +692,10 @@ def print_table(arms):
 
 
 def load_sets(tasks, info, args, device):
-    """{"train" | "test": {number of a task: LabelledImages}}; real old images only for the arms
-    that take them."""
+    """{"train" | "test": {number of a task: LabelledImages}}.
+
+    The first task's training images are there only for the arms that take real old ones.
+    """
     sets = {"train": {}, "test": {}}
     for number in range(len(tasks)):
         test = load_task(tasks, number, "test", info, args)
@@ -734,7 +740,7 @@ def main(args):
             of_this = None
             if saved is not None and (saved["arm"], saved["task"]) == (arm, number):
                 of_this = saved
-            if number >= len(arms[arm]):
+            if of_this is not None or number >= len(arms[arm]):
                 learn_task(arm, number, run, sets, of_this, arms)
 
     # What came of it.

@@ -547,6 +547,39 @@ def test_what_is_no_teacher_is_not_measured(tmp_path, capsys, saved):
     assert "teacher.pt" in read_refusal(capsys, teacher.main, args)
 
 
+def test_a_network_of_some_classes_says_which_and_is_measured_on_them(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    options = dict(arch="lenet5", epochs=2, batch_size=64, lr=0.05, device="cpu")
+    teacher.main(Args(classes=(2, 5, 9), **options))
+    path = tmp_path / "runs/teacher/digits-lenet5-2-5-9/teacher.pt"
+    saved = torch.load(path, weights_only=True)
+    assert (saved["classes"], saved["num_classes"]) == ((2, 5, 9), 3)
+    capsys.readouterr()
+    teacher.main(Args(evaluate=str(path), device="cpu"))
+    assert capsys.readouterr().out == f"{saved['accuracy']:.2f} %\n"
+
+    network, info = load_trained(str(path), "cpu", "")
+    images, labels = load_dataset("digits", "", "test")
+    n_correct = 0
+    for output, k in enumerate((2, 5, 9)):
+        chosen = labels == k
+        answers = network(normalise(images[chosen], info)).argmax(1)
+        n_correct += (answers == output).sum().item()
+    n_images = sum((labels == k).sum().item() for k in (2, 5, 9))
+    assert saved["accuracy"] == pytest.approx(100 * n_correct / n_images)
+    assert saved["accuracy"] > 50
+
+
+def test_images_of_some_classes_are_numbered_from_zero():
+    images, labels = load_dataset("digits", "", "test")
+    some, numbers = teacher.load_split("digits", (2, 7), "", "test")
+    assert torch.equal(some, images[(labels == 2) | (labels == 7)])
+    assert numbers.tolist() == [int(y == 7) for y in labels.tolist() if y in (2, 7)]
+    assert torch.equal(teacher.load_split("digits", (), "", "test")[1], labels)
+
+
 # Refusals
 
 
@@ -568,6 +601,11 @@ def test_what_is_no_teacher_is_not_measured(tmp_path, capsys, saved):
         ("seed", -1, "--seed"),
         ("evaluate", "resnet18", "--evaluate: expected a teacher.pt"),
         ("export", "a/b", "--export: expected a name without folders"),
+        ("classes", (3,), "--classes: expected at least 2 different classes in rising order"),
+        ("classes", (3, 3), "--classes: expected at least 2 different classes in rising order"),
+        ("classes", (4, 3), "--classes: expected at least 2 different classes in rising order"),
+        ("classes", (3, 10), "--classes: expected classes of digits, 0 to 9"),
+        ("classes", (-1, 3), "--classes: expected classes of digits, 0 to 9"),
     ],
 )
 def test_options_out_of_range_are_refused(option, value, says):
