@@ -452,6 +452,50 @@ def make_quantization():
     return f"{format_table(head, rows)}\n\n{note}"
 
 
+CONTINUAL_ARMS = {
+    "base": "`base`: new images alone",
+    "lwf": "`lwf`",
+    "lwf-mc": "`lwf-mc`",
+    "deepinversion": "`deepinversion`",
+    "abd": "`abd`",
+    "oracle-distill": "`oracle-distill`: real old images",
+    "oracle-classify": "`oracle-classify`: and their labels",
+    "joint": "`joint`: all real images",
+}
+
+
+def make_continual():
+    """Class-incremental learning: a row an arm and sequence of tasks, over seeds."""
+    rows = []
+    notes = []
+    for stem, runs in read_seeds("continual-*-seed*.json").items():
+        setting = runs[0]["setting"]
+        for arm, title in CONTINUAL_ARMS.items():
+            with_arm = [run["arms"][arm] for run in runs if arm in run["arms"]]
+            if not with_arm:
+                continue
+            row = [f"`{setting['setting']}`", title]
+            for name in ("accuracy", "old", "new", "forgetting"):
+                row.append(format_spread([tasks[-1][name] for tasks in with_arm], 1))
+            means = [[task["accuracy"] for task in tasks] for tasks in with_arm]
+            curve = [f"{statistics.mean(values):.0f}" for values in zip(*means, strict=True)]
+            rows.append([*row, " ".join(curve), str(len(with_arm))])
+        n_steps = setting["epochs"] * setting["steps_per_epoch"]
+        tested = "all test images"
+        if setting["test_images"]:
+            tested = f"the first {setting['test_images']:,} test images of each task"
+        longest = format_longest(runs)
+        notes.append(
+            f"`{setting['setting']}`: {' '.join(setting['tasks'])}; {n_steps} updates a task; "
+            f"{tested}; all arms of a seed {longest}; `results/{stem}-seed*.json`."
+        )
+    if not rows:
+        return "Not measured yet."
+    head = ["tasks", "arm", "all classes, %", "old, %", "new, %", "forgetting"]
+    table = format_table([*head, "after each task", "seeds"], rows)
+    return "\n\n".join([table, *notes])
+
+
 def make_trace():
     """A short run of zskt.py's paper setting beside the first window of the authors' log."""
     columns = ["loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student"]
@@ -613,6 +657,7 @@ MAKERS = {
     "roles_digits": make_roles_digits,
     "architectures": make_architectures,
     "quantization": make_quantization,
+    "continual": make_continual,
     "cpu_ops": make_cpu_ops,
     "cpu_step": make_cpu_step,
     "cpu_networks": make_cpu_networks,

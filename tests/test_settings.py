@@ -10,6 +10,7 @@ import json
 import pytest
 from scripts import ROOT
 
+import continual
 import deepinversion
 import generative_ensemble
 import pseudo_replay
@@ -25,6 +26,7 @@ METHODS = {
     "pseudo_replay": pseudo_replay,
     "generative_ensemble": generative_ensemble,
     "role_kd": role_kd,
+    "continual": continual,
     "quantization": quantization,
 }
 
@@ -274,6 +276,11 @@ def list_published():
             for name in RunOptions.__dataclass_fields__:
                 del setting[name]
             yield path.name, "quantization", setting, {"images", "test_images", "bits", "low_pass"}
+        elif kind == "continual":
+            setting = {**result["setting"], "name": result["setting"]["setting"]}
+            for name in RunOptions.__dataclass_fields__:
+                del setting[name]
+            yield path.name, "continual", setting, {"images", "test_images", "arms"}
         elif kind == "ensemble" and "setting" in result:
             yield path.name, "generative_ensemble", result["setting"], set()
         elif kind == "replay":
