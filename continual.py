@@ -18,9 +18,9 @@ test images: `eval/acc` of all classes, `eval/old`, `eval/new`; `eval/forgetting
 
 Where we differ: few updates; images are made by the presets of deepinversion.py, fewer (paper: 250
 a class); all arms learn with the optimiser of deepinversion, and all but joint with frozen
-BatchNorms; abd takes the images of deepinversion (its paper: a generator per task), lwf-mc a
-network that learnt with softmax (theirs: binary cross-entropy). Inversion replay no longer leads
-class-incremental learning: README.md. Nothing ran on a GPU.
+BatchNorms; abd takes the images of deepinversion (its paper: a generator per task), lwf-mc the
+softmax of the old network (theirs: sigmoids). Inversion replay no longer leads class-incremental
+learning: README.md. Nothing ran on a GPU.
 """
 
 import copy
@@ -116,7 +116,7 @@ class Args(TeacherOptions, RunOptions):
     """Updates in an epoch, the same for all arms."""
     batch_size: int = 32
     """New images of an update, and as many old ones (paper: 128); joint: twice as many of all."""
-    lr: float = 0.1
+    lr: float = 1.0
     """Initial learning rate of SGD with momentum 0.9 (ours)."""
     clip: float = 0.1
     """Largest norm of the gradient (paper)."""
@@ -186,6 +186,7 @@ MNIST = replace(
     setting="mnist",
     teacher="runs/teacher/mnist-resnet8-0-1/teacher.pt",
     tasks=("mnist:0-1", "mnist:2-3", "mnist:4-5", "mnist:6-7", "mnist:8-9"),
+    steps_per_epoch=20,
 )
 CIFAR10 = replace(
     DIGITS,
@@ -193,6 +194,7 @@ CIFAR10 = replace(
     teacher="runs/teacher/cifar10-resnet20-0-1-2-3-4/teacher.pt",
     tasks=("cifar10:0-4", "cifar10:5-9"),
     num_images=500,
+    steps_per_epoch=25,
 )
 FROM_CIFAR10 = replace(CIFAR10, teacher="cifar10-resnet20", num_images=1000)
 PRESETS = {
@@ -299,7 +301,7 @@ def add_classes(old, n_new, seed):
     network = copy.deepcopy(old).requires_grad_(True)
     old_head = find_linear_layers(network)[-1]
     n_old, D = old_head.weight.shape
-    head = nn.Linear(D, n_old + n_new).to(old_head.weight)
+    head = nn.utils.skip_init(nn.Linear, D, n_old + n_new).to(old_head.weight)
     rows = NEW_STD * torch.randn(n_new, D, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         head.weight[:n_old] = old_head.weight
@@ -362,11 +364,12 @@ def binary_loss(old_logits, logits, y):
 
         - sum_k t_k log s_k + (1 - t_k) log(1 - s_k),   s = sigmoid(logits)
 
-    The targets t are sigmoid(old_logits) of old classes, and 1 or 0 of new ones; y: (N,).
+    The targets t are 1 or 0 of new classes, and of old ones softmax(old_logits): the old network
+    learnt with softmax (theirs: sigmoids of one that learnt with this loss). y: (N,).
     """
     n_old = old_logits.shape[1]
     n_new = logits.shape[1] - n_old
-    targets = torch.cat((old_logits.sigmoid(), F.one_hot(y - n_old, n_new)), 1)  # (N, K)
+    targets = torch.cat((old_logits.softmax(1), F.one_hot(y - n_old, n_new)), 1)  # (N, K)
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
 
 
@@ -476,24 +479,20 @@ def name_network(arm, number):
     return f"{arm}-task{number}.pt"
 
 
-def gather_images(arm, number, train_sets, old, described):
-    """What an arm draws new and old images from; an arm without old images: None for these.
+def choose_real_images(arm, number, train_sets):
+    """What an arm draws from: (new ones, real old ones or None).
 
     Args:
+        number: of the task.
         train_sets: {number of a task: LabelledImages}.
-        old, described: the old network, and (Args, NetworkInfo) of it.
     """
     new = train_sets[number]
-    if arm in REMEMBERING:
-        before = [train_sets[k] for k in range(number)]
-        if arm == "joint":
-            return join_images([*before, new]), None
-        return new, join_images(before)
-    if arm in REPLAYING:
-        old_args, info = described
-        images = load_source_images(old_args, info).to(new.images.device)
-        return new, LabelledImages(images, predict(old, images, info))
-    return new, None
+    if arm not in REMEMBERING:
+        return new, None
+    old = join_images([train_sets[k] for k in range(number)])
+    if arm == "joint":
+        return join_images([old, new]), None
+    return new, old
 
 
 def join_images(sets):
@@ -550,8 +549,10 @@ def learn_task(arm, number, run, sets, saved, arms):
     seed_epoch(args.seed, number, 0)
     old_args = describe_old(arm, number, run)
     old, info = load_teacher(old_args, run.device)
-    new, replayed = gather_images(arm, number, sets["train"], old, (old_args, info))
-
+    new, replayed = choose_real_images(arm, number, sets["train"])
+    if arm in REPLAYING:
+        images = load_source_images(old_args, info).to(run.device)
+        replayed = LabelledImages(images, predict(old, images, info))
     if number == 1:
         with run.write_file("samples.png") as file:
             draw_samples(tasks, [new, replayed], file)
@@ -561,8 +562,8 @@ def learn_task(arm, number, run, sets, saved, arms):
     network.train(arm == "joint")
     if arm != "joint":
         freeze_batchnorms(network)
-    weights = [p for p in network.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(weights, args.lr, momentum=0.9, foreach=True)
+    learning = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(learning, args.lr, momentum=0.9, foreach=True)
     first_epoch = 0
     if saved is not None:
         advice = "run without --resume, in another --out"
@@ -581,7 +582,7 @@ def learn_task(arm, number, run, sets, saved, arms):
             optimizer.param_groups[0]["lr"] = compute_rate(step, args)
             optimizer.zero_grad()
             sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(weights, args.clip)
+            nn.utils.clip_grad_norm_(learning, args.clip)
             optimizer.step()
             for name, loss in losses.items():
                 sums[name] = sums.get(name, 0) + loss.detach()

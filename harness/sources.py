@@ -65,8 +65,9 @@ def load_foreign_images(dataset, info, args):
 def match_channels(images, info):
     """Images (n, C, H, W) uint8 in a network's channels: grey is repeated, colours become grey."""
     if images.shape[1] != info.channels:
-        grey = images.float().mean(1, keepdim=True).round().to(torch.uint8)
-        images = grey.expand(-1, info.channels, -1, -1)
+        if images.shape[1] > 1:
+            images = images.float().mean(1, keepdim=True).round().to(torch.uint8)
+        images = images.expand(-1, info.channels, -1, -1)
     return images.contiguous()
 
 

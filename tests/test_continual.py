@@ -207,11 +207,10 @@ def test_lwf_softens_both_by_its_temperature(fused):
 
 
 def test_binary_loss_by_hand():
-    """Targets 3/4 (old), 0 and 1 (new) against sigmoids 1/2, 1/4, 1/4."""
-    old_logits = torch.tensor([[math.log(3)]])
-    logits = torch.tensor([[0.0, -math.log(3), -math.log(3)]])
-    loss = continual.binary_loss(old_logits, logits, torch.tensor([2]))
-    expected = LN2 - math.log(3 / 4) - math.log(1 / 4)
+    """Targets 3/4, 1/4 (old), 0 and 1 (new) against sigmoids 1/2, 1/2, 1/4, 1/4."""
+    logits = torch.tensor([[0.0, 0.0, -math.log(3), -math.log(3)]])
+    loss = continual.binary_loss(log_of(0.75, 0.25), logits, torch.tensor([3]))
+    expected = 2 * LN2 - math.log(3 / 4) - math.log(1 / 4)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -274,7 +273,7 @@ def test_terms_of_each_arm(arm):
         if arm == "lwf":
             expected["old"] = 4 * kl(new_old / 2, new[:, :5] / 2)
         elif arm == "lwf-mc":
-            targets = torch.cat((new_old.sigmoid(), torch.eye(10)[batch.y_new][:, 5:]), 1)
+            targets = torch.cat((new_old.softmax(1), torch.eye(10)[batch.y_new][:, 5:]), 1)
             s = new.sigmoid()
             binary = -(targets * s.log() + (1 - targets) * (1 - s).log())
             expected = {"binary": binary.sum() / 6}
@@ -375,7 +374,6 @@ def test_all_arms_learn_equally_long(whole_run, tmp_path, monkeypatch):
     run(tmp_path / "run", arms=continual.Arm.__args__)
     assert n_steps == dict.fromkeys(continual.Arm.__args__, 4)
     assert set(seen[:4]) == {("base", 8, 0)}
-    assert {sizes for arm, *sizes in map(list, seen) if arm == "joint" for sizes in [tuple(sizes)]}
     assert ("joint", 16, 0) in seen and ("deepinversion", 8, 8) in seen
     assert ("abd", 8, 8) in seen and ("oracle-classify", 8, 8) in seen
 
@@ -420,30 +418,21 @@ def test_a_folder_of_images_is_of_the_first_network_only(tmp_path):
     assert later.images == "auto" and later.teacher == str(tmp_path / "abd-task1.pt")
 
 
-def test_inverted_images_get_the_old_networks_labels():
-    old, info = load_first()
-    images, labels = load_dataset("digits", "", "test")
+def test_inverted_images_get_the_old_networks_labels(tmp_path, monkeypatch):
+    images, labels = load_dataset("digits", "", "train")
     known = labels < 5
-    folder = LabelledNoise(images[known])
-    train = {1: continual.LabelledImages(images[~known], labels[~known])}
-    described = (folder.describe(), info)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(continual, "load_source_images", folder.load)
-        _, replayed = continual.gather_images("abd", 1, train, old, described)
-    assert (replayed.labels == labels[known]).float().mean() > 0.97
+    monkeypatch.setattr(continual, "load_source_images", lambda args, info: images[known])
+    sources = []
+    draw_batch = continual.draw_batch
 
+    def watch(arm, new, replayed, info, args):
+        sources.append(replayed)
+        return draw_batch(arm, new, replayed, info, args)
 
-class LabelledNoise:
-    """Stands for a source of images."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def describe(self):
-        return DIGITS
-
-    def load(self, args, info):
-        return self.images
+    monkeypatch.setattr(continual, "draw_batch", watch)
+    run(tmp_path / "run", arms=("abd",))
+    assert torch.equal(sources[0].images, images[known])
+    assert (sources[0].labels == labels[known]).float().mean() > 0.99
 
 
 # What is measured
@@ -577,7 +566,7 @@ def three_tasks(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("n_epochs", [1, 2, 3, 5, 7, 8])
+@pytest.mark.parametrize("n_epochs", [1, 2, 5, 8])
 def test_a_resumed_run_is_bit_equal(n_epochs, three_tasks, tmp_path, monkeypatch):
     save_checkpoint = continual.RunFolder.save_checkpoint
     saved = []
