@@ -83,9 +83,9 @@ class Args(TeacherOptions, RunOptions):
     """Bits of weights and of activations, 2 to 8; each is calibrated and fine-tuned by itself."""
     calibration_batches: int = 10
     """Batches that the activations' ranges are averaged over (ours)."""
-    epochs: int = 1
+    epochs: int = 4
     """Epochs of fine-tuning; 0: calibrate only."""
-    steps_per_epoch: int = 40
+    steps_per_epoch: int = 50
     """Updates in an epoch."""
     batch_size: int = 100
     """Images of an update and of a calibration batch."""
@@ -133,7 +133,7 @@ def parse_bits(name):
     return bits
 
 
-CIFAR10 = Args()  # how we chose its values: results/README.md
+CIFAR10 = Args()  # how we chose its values: results/NOTES.md
 RELEASED = replace(  # GDFQ's fine-tuning
     CIFAR10,
     setting="cifar10-released",
@@ -148,7 +148,15 @@ RELEASED = replace(  # GDFQ's fine-tuning
     shift=0,
     mirror=False,
 )
-MNIST = replace(CIFAR10, setting="mnist", teacher="mnist-resnet8", epochs=2, lr=1e-3, mirror=False)
+MNIST = replace(
+    CIFAR10,
+    setting="mnist",
+    teacher="mnist-resnet8",
+    epochs=2,
+    steps_per_epoch=40,
+    lr=3e-4,
+    mirror=False,
+)
 PRESETS = {
     "cifar10": CIFAR10,
     "cifar10-released": RELEASED,
