@@ -19,7 +19,7 @@ def list_files(*patterns):
     return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
-PARTS = list_files("augmentations.py")  # of one script each, beside it because they are long
+PARTS = list_files("augmentations.py", "channels.py")  # of one script each, beside it because they are long
 SCRIPTS = [path for path in list_files("*.py") if path not in PARTS]
 KERNELS = list_files("kernels/*.py")
 HARNESS = list_files("harness/*.py")
@@ -100,6 +100,7 @@ OPTIONAL = {
     "harness/networks.py": {"teachers"},  # inside the function that builds one of them
     "results/architectures.py": {"timm", "torchvision"},
     "role_kd.py": {"augmentations"},  # its part
+    "pruning.py": {"channels"},  # its part
 }
 
 

@@ -1,0 +1,679 @@
+"""Structured pruning without data: fewer channels, chosen and fine-tuned on inverted images.
+
+Molchanov, Mallya, Tyree, Frosio, Kautz, "Importance Estimation for Neural Network Pruning", CVPR
+2019, arXiv:1906.10771, as used data-free in section 4.3 of DeepInversion (Yin et al. 2020,
+arXiv:1912.08795). Channels with the lowest importance go, all layers ranked together; the smaller
+network then learns the whole one's answers.
+
+    I_m = (dL / dg_m)²,   L = KL(teacher(x) || pruned(x)),   g_m = 1 a gate of channel m
+
+Channels that are added or multiplied share a gate, and go together: a residual stream is pruned as
+one (channels.py). Shortcuts of option A pad a fixed number of channels: their streams stay whole.
+Run `python pruning.py`, or with `--teacher cifar10-resnet20 --images DIR`. It writes args.json,
+metrics.jsonl, samples.png, curve.png (accuracy against size), pruned-25.pt … (`load_pruned`),
+checkpoint.pt, result.json. Metrics: `loss/kl`, a mean; `weights`, percent left; `eval/acc`, percent
+of real test images.
+
+Where we differ from the papers and the released code of Taylor pruning:
+- no weight learns while channels are removed, so that "no fine-tuning" means none;
+- KL has no gradient before the first removal: there L is the Fisher form, importance_loss;
+- importances of a removal are divided by their mean before the momentum averages them;
+- targets are shares of the weights (theirs: numbers of filters); Adam, few updates, tau² KL.
+"""
+
+import json
+import math
+import statistics
+import time
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import kernels
+from channels import (
+    can_remove,
+    check_removal,
+    count_channels,
+    count_removed,
+    find_channels,
+    find_kinds,
+    leave_one,
+    mask_channels,
+    remove_channels,
+    shrink_network,
+)
+from harness.data import evaluate, list_class_names, load_real_images, normalise, predict
+from harness.images import augment
+from harness.load import NetworkInfo, build_network, choose_preset_by_dataset, load_teacher
+from harness.networks import sample_example
+from harness.pictures import draw_classes
+from harness.run import (
+    RunFolder,
+    RunOptions,
+    TeacherOptions,
+    check_at_least,
+    choose_device,
+    fail,
+    fail_in_one_line,
+    make_optimizer,
+    parse_args,
+    read_checkpoint,
+    restore_optimizer,
+    seed_everything,
+)
+from harness.sources import load_source_images
+
+MOMENTUM = 0.9  # of importances over removals (released code)
+TIMED_IMAGES = 20  # of a forward pass whose milliseconds are measured
+TURNS = 15  # of networks that are measured in turn; the median counts
+STAGES = ("pruned", "reestimated", "student", "student_reestimated")
+
+
+@dataclass
+class Args(TeacherOptions, RunOptions):
+    # Run settings.
+    setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
+    out: str = "runs/pruning/default"
+    """Output folder."""
+    images: str = "auto"
+    """Images to choose channels and learn on: the --out of deepinversion.py; auto: start it once;
+    noise; real: the teacher's training images, without labels; or another data set's name."""
+    num_images: int = 300
+    """Images of auto, noise, real and other data sets; of a folder all are taken."""
+    test_images: int = 0
+    """Real test images that measure the networks, the first ones; 0: all."""
+    fused: bool = True
+    """Use the fused ops of kernels/; --no-fused runs their plain references."""
+
+    # Method: which channels go.
+    target: tuple[float, ...] = (0.10, 0.25, 0.50)
+    """Shares of the weights to remove; each network is fine-tuned by itself."""
+    criterion: Literal["taylor", "magnitude", "random"] = "taylor"
+    """taylor: I_m; magnitude: mean square of the weights that write a channel; random."""
+    latency: float = 0.0
+    """eta: what a channel's measured milliseconds count beside its importance (paper Eq. 10)."""
+    channels_per_removal: int = 8
+    """Channels removed at a time (released code: 100 of ResNet-50)."""
+    batches_per_removal: int = 4
+    """Mini-batches between two removals, that importances are summed over (released code: 30)."""
+
+    # Method: fine-tuning.
+    statistics: Literal["frozen", "reestimated", "batch"] = "reestimated"
+    """BatchNorm in fine-tuning: the whole network's running statistics; those of one batch of the
+    images, then frozen; or train mode, each batch's own."""
+    epochs: int = 2
+    """Epochs of fine-tuning; 0: prune only."""
+    steps_per_epoch: int = 30
+    """Updates in an epoch."""
+    batch_size: int = 100
+    """Images of an update and of a batch that importances are measured on."""
+    lr: float = 1e-3
+    """Initial learning rate of Adam; it falls as a cosine (ours)."""
+    temperature: float = 5.0
+    """tau: divides both logits of the KL, which is multiplied by tau² (paper: 5, 10 or 15)."""
+    shift: int = 2
+    """Augmentation: largest move of each image, in pixels (ours)."""
+    mirror: bool = True
+    """Augmentation: mirror each image with probability 1/2 (ours)."""
+
+    def __post_init__(self):
+        RunOptions.__post_init__(self)
+        TeacherOptions.__post_init__(self)
+        if not self.out:
+            raise ValueError("--out: expected a folder, got an empty name")
+        if not self.images:
+            raise ValueError("--images: expected a folder or a source, got an empty name")
+        if not self.target:
+            raise ValueError("--target: expected at least one share of the weights, such as 0.25")
+        for share in self.target:
+            if not 0.005 <= share <= 0.995:
+                raise ValueError(f"--target: expected shares from 0.005 to 0.995, got {share}")
+        if len({name_target(share) for share in self.target}) < len(self.target):
+            raise ValueError("--target: expected shares that differ by at least 0.01")
+        check_at_least(2, self, "num_images")
+        check_at_least(1, self, "channels_per_removal", "batches_per_removal")
+        check_at_least(1, self, "steps_per_epoch", "batch_size")
+        check_at_least(0, self, "epochs", "shift", "latency", "test_images")
+        check_at_least(1e-12, self, "lr", "temperature")
+
+
+def name_target(share):
+    """A target in percent, such as 25, as it stands in files and results."""
+    return str(round(100 * share))
+
+
+CIFAR10 = Args()
+MNIST = replace(CIFAR10, setting="mnist", teacher="mnist-resnet8", mirror=False)
+PRESETS = {
+    "cifar10": CIFAR10,
+    "mnist": replace(MNIST, channels_per_removal=4),
+    "digits": replace(
+        MNIST, setting="digits", teacher="digits-resnet8", num_images=200, channels_per_removal=4
+    ),
+}
+
+
+def choose_preset(teacher, dataset):
+    """The preset of a run without --setting."""
+    return choose_preset_by_dataset(PRESETS, teacher, dataset)
+
+
+def shrink(args):
+    """A run of seconds, for --smoke."""
+    return replace(
+        args,
+        num_images=min(args.num_images, 20),
+        target=args.target[:2],
+        channels_per_removal=max(args.channels_per_removal, 16),
+        batches_per_removal=1,
+        epochs=min(args.epochs, 2),
+        steps_per_epoch=2,
+        batch_size=10,
+    )
+
+
+def draw_batch(images, info, args):
+    """Images drawn with replacement, moved and mirrored at random: (batch_size, C, H, W) fp32."""
+    index = torch.randint(len(images), (args.batch_size,), device=images.device)
+    return augment(normalise(images[index], info), args.shift, args.mirror)
+
+
+def kl_divergence(t_logits, s_logits, temperature, args):
+    """KL(P || Q) in nats, a mean over the batch, of P, Q = softmax(logits / temperature): ()."""
+    op = kernels.kl_divergence if args.fused else kernels.kl_divergence_ref
+    return op(t_logits, s_logits, temperature)
+
+
+# Which channels go
+def importance_loss(t_logits, s_logits, removal, args):
+    """L, whose derivatives in the gates rank the channels: ().
+
+        L = KL(P || Q),   P, Q = softmax of teacher's and pruned network's logits
+
+    Before the first removal P = Q, where KL and its gradient are 0. There we take
+
+        L = -log Q(y),   y ~ P,   since   d²KL / dg_m² = E[(d log Q(y) / dg_m)²]   at P = Q
+
+    Args:
+        removal: counted from 0.
+    """
+    if removal > 0:
+        return kl_divergence(t_logits, s_logits, 1.0, args)
+    y = torch.multinomial(t_logits.softmax(1), 1).flatten()  # (N,)
+    return F.cross_entropy(s_logits, y)
+
+
+def differentiate_gates(network, channels):
+    """dL/dg_m of all gates, (count,), after L.backward().
+
+    A gate that multiplies what a layer reads multiplies the columns of its weight as well, so
+
+        dL/dg_m = sum over the layers that read m, and their columns of m, of <W[:, m], dL/dW[:, m]>
+
+    The gate of a channel that several layers read, as of a residual stream, is one: its derivatives
+    are added before they are squared. Behind a BatchNorm and ReLU this is a gate after BatchNorm.
+    """
+    derivative = torch.zeros(channels.count, device=next(network.parameters()).device)
+    for name, numbers in channels.read.items():
+        weight = network.get_submodule(name).weight  # (rows, columns, ...)
+        products = (weight.detach() * weight.grad).transpose(0, 1).flatten(1).sum(1)  # (columns,)
+        gated = numbers >= 0
+        derivative.index_add_(0, numbers[gated], products[gated])
+    return derivative
+
+
+def measure_importance(network, teacher, images, info, channels, removal, args):
+    """I_m, (count,): the sum of (dL/dg_m)² over the mini-batches between two removals.
+
+    Returns:
+        Importances, and the mean of L.
+    """
+    total = torch.zeros(channels.count, device=images.device)
+    loss_sum = torch.zeros((), device=images.device)
+    for _ in range(args.batches_per_removal):
+        x = draw_batch(images, info, args)
+        with torch.no_grad():
+            t_logits = teacher(x)
+        loss = importance_loss(t_logits, network(x), removal, args)
+        network.zero_grad()
+        loss.backward()
+        total += differentiate_gates(network, channels).square()
+        loss_sum += loss.detach()
+    return total, loss_sum.item() / args.batches_per_removal
+
+
+def measure_magnitude(network, channels):
+    """The mean square of the weights that write a channel, in all layers that do, (count,)."""
+    squares = torch.zeros(channels.count, device=next(network.parameters()).device)
+    n_weights = torch.zeros_like(squares)
+    for name in channels.read:  # convolutions and linear layers
+        numbers = channels.written[name]
+        rows = network.get_submodule(name).weight.detach().flatten(1)  # (rows, weights)
+        counted = numbers >= 0
+        squares.index_add_(0, numbers[counted], rows[counted].square().sum(1))
+        n_weights.index_add_(
+            0, numbers[counted], rows[counted].new_full((counted.sum(),), rows.size(1))
+        )
+    return squares / n_weights
+
+
+def score_channels(network, teacher, images, info, channels, removal, args):
+    """Scores of all channels by --criterion, (count,), and the mean of L or None."""
+    if args.criterion == "taylor":
+        return measure_importance(network, teacher, images, info, channels, removal, args)
+    if args.criterion == "magnitude":
+        return measure_magnitude(teacher, channels), None
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.rand(channels.count, generator=generator).to(images.device), None
+
+
+def check_targets(teacher, channels, info, args):
+    """Refuse targets that cannot be reached: each layer keeps at least one channel."""
+    kept = torch.zeros(channels.count, dtype=torch.bool, device=next(teacher.parameters()).device)
+    leave_one(channels, kept)
+    largest = count_removed(teacher, channels, kept) / count_parameters(teacher)
+    if max(args.target) > largest:
+        problem = f"of {info.name} at most {largest:.3f} of the weights can be removed"
+        fail(f"--target {max(args.target)}: {problem}; pass less")
+
+
+def remove_lowest(ranks, kept, choices, teacher, channels, args):
+    """Remove the channels of the lowest ranks, in place, --channels-per-removal of them.
+
+    Args:
+        ranks: (count,), low: goes first.
+        kept: (count,) bool.
+        choices: {target: (count,) bool}; each target gets what is kept when it is reached.
+
+    Returns:
+        Share of the weights that is removed by now.
+    """
+    n_weights = count_parameters(teacher)
+    n_before = int(kept.sum())
+    share = 0.0
+    for number in ranks.argsort(stable=True).tolist():
+        if not kept[number] or not can_remove(channels, kept, number):
+            continue
+        kept[number] = False
+        share = count_removed(teacher, channels, kept) / n_weights
+        for target in args.target:
+            if share >= target:
+                choices.setdefault(name_target(target), kept.clone())
+        if len(choices) == len(args.target) or kept.sum() == n_before - args.channels_per_removal:
+            break
+    return share
+
+
+def prune(teacher, info, channels, images, savings, run, saved):
+    """Remove channels, a few at a time, until the largest target.
+
+    Args:
+        channels: of the teacher.
+        images: (n, C, H, W) uint8, on the device.
+        savings: (count,) milliseconds that each channel's removal saves, or None.
+        saved: the state of a checkpoint, or None.
+
+    Returns:
+        {target: (count,) bool, the channels that are kept}.
+    """
+    args = run.args
+    kept = torch.ones(channels.count, dtype=torch.bool, device=images.device)
+    importance = None
+    choices = {}
+    first_removal = 0
+    if saved is not None:
+        kept = saved["kept"].to(images.device)
+        importance = saved["importance"].to(images.device)
+        choices = {name: chosen.to(images.device) for name, chosen in saved["choices"].items()}
+        first_removal = saved["removal"]
+
+    bar = tqdm(range(first_removal, channels.count), disable=None, desc="pruning")
+    for removal in bar:
+        if len(choices) == len(args.target):
+            break
+        pruned = mask_channels(teacher, channels, kept).requires_grad_(True)
+        scores, loss = score_channels(pruned, teacher, images, info, channels, removal, args)
+        scores = scores / scores[kept].mean().clamp(min=1e-30)
+        if importance is None:
+            importance = scores
+        importance = MOMENTUM * importance + (1 - MOMENTUM) * scores
+
+        ranks = importance
+        if savings is not None:  # paper Eq. 10, I_err + eta I_lat; I_lat, what changes, is negative
+            ranks = importance - args.latency * savings / savings.mean()
+        share = remove_lowest(ranks, kept, choices, teacher, channels, args)
+
+        row = {"removal": removal + 1, "channels": int(kept.sum()), "weights": 100 * (1 - share)}
+        if loss is not None:
+            row["loss/kl"] = loss
+        run.show(bar, row)
+        state = {"removal": removal + 1, "kept": kept, "importance": importance}
+        run.save_checkpoint(state | {"choices": choices})
+    return choices
+
+
+# Sizes and times
+def count_parameters(network):
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+@torch.no_grad()
+def count_flops(network, info):
+    """Floating-point operations of one image, as PyTorch counts them: layers alone, an addition
+    and a product each."""
+    x = sample_example(info, next(network.parameters()).device)[:1]
+    with FlopCounterMode(display=False) as counter:
+        network(x)
+    return counter.get_total_flops()
+
+
+@torch.no_grad()
+def measure_milliseconds(networks, info):
+    """{name: milliseconds} of a forward pass of TIMED_IMAGES images, of networks {name: …}.
+
+    The networks take turns, so that what else the machine does meets all alike; medians.
+    """
+    device = next(next(iter(networks.values())).parameters()).device
+    x = sample_example(info, device)[:1].repeat(TIMED_IMAGES, 1, 1, 1)
+    x = x.contiguous(memory_format=torch.channels_last)
+    times = {name: [] for name in networks}
+    for turn in range(TURNS + 1):
+        for name, network in networks.items():
+            start = time.perf_counter()
+            network(x)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn > 0:  # the first one allocates
+                times[name].append(1000 * (time.perf_counter() - start))
+    return {name: round(statistics.median(of_one), 3) for name, of_one in times.items()}
+
+
+def measure_savings(teacher, info, channels, run):
+    """Milliseconds that the removal of each channel saves, (count,): the paper's look-up table.
+
+    Channels of the same layers have one entry: the network without half of them is measured. The
+    table is latency.json, so that a continued run ranks by the same numbers.
+    """
+    kinds = find_kinds(channels)
+    path = run.out / "latency.json"
+    if path.exists():
+        with fail_in_one_line(f"{path} cannot be used", "begin again in another --out"):
+            table = json.loads(path.read_text())
+            entries = [float(entry) for entry in table]
+            if len(entries) != len(kinds) or not all(0 <= x < math.inf for x in entries):
+                raise ValueError(f"expected {len(kinds)} numbers of at least 0")
+    else:
+        networks = {"whole": teacher}
+        for i, kind in enumerate(kinds):
+            kept = torch.ones(channels.count, dtype=torch.bool, device=kind.device)
+            kept[kind[: len(kind) // 2]] = False
+            networks[i] = remove_channels(teacher, channels, kept)
+        milliseconds = measure_milliseconds(networks, info)
+        entries = []
+        for i, kind in enumerate(kinds):
+            saved = milliseconds["whole"] - milliseconds[i]
+            entries.append(max(0.0, saved) / max(1, len(kind) // 2))
+        with run.write_file("latency.json") as file:
+            file.write(json.dumps(entries).encode())
+
+    savings = torch.zeros(channels.count, device=kinds[0].device)
+    for kind, entry in zip(kinds, entries, strict=True):
+        savings[kind] = entry
+    return savings
+
+
+# Fine-tuning
+def find_batchnorms(network):
+    """The BatchNorms that have running statistics."""
+    layers = [m for m in network.modules() if isinstance(m, _BatchNorm)]
+    return [layer for layer in layers if layer.running_mean is not None]
+
+
+def pick_batch(images, info, args):
+    """The batch of images that BatchNorm is re-estimated on, the same in every call."""
+    generator = torch.Generator().manual_seed(args.seed)
+    index = torch.randperm(len(images), generator=generator)[: args.batch_size]
+    x = normalise(images[index.to(images.device)], info)
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def reestimate_batchnorm(network, x):
+    """Set running statistics to the moments of one batch, in place; one forward pass."""
+    momenta = []
+    for layer in find_batchnorms(network):
+        momenta.append(layer.momentum)
+        layer.reset_running_stats()
+        layer.momentum = None  # a mean over all batches, of which there is one
+        layer.train()
+    network(x)
+    for layer, momentum in zip(find_batchnorms(network), momenta, strict=True):
+        layer.momentum = momentum
+        layer.eval()
+
+
+def compute_rate(step, args):
+    """The learning rate at an update, counted from 0 over all epochs."""
+    n_steps = args.epochs * args.steps_per_epoch
+    return args.lr * (1 + math.cos(math.pi * step / n_steps)) / 2
+
+
+def train_epoch(network, teacher, images, info, optimizer, epoch, args):
+    """One epoch of fine-tuning; returns the mean of the loss tau² KL(teacher || network).
+
+    Args:
+        network: in eval mode but for its BatchNorms with --statistics batch.
+        epoch: counted from 0.
+    """
+    for layer in find_batchnorms(network):
+        layer.train(args.statistics == "batch")
+    rate = optimizer.param_groups[0]["lr"]
+    loss_sum = torch.zeros((), device=images.device)
+    for step in range(epoch * args.steps_per_epoch, (epoch + 1) * args.steps_per_epoch):
+        rate.fill_(compute_rate(step, args))
+        x = draw_batch(images, info, args)
+        with torch.no_grad():
+            t_logits = teacher(x)
+        s_logits = network(x)
+        loss = args.temperature**2 * kl_divergence(t_logits, s_logits, args.temperature, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss_sum += loss.detach()
+    network.eval()
+    return loss_sum.item() / args.steps_per_epoch
+
+
+def evaluate_twice(network, batch, test, info):
+    """Accuracies in percent of a network as it is, and with BatchNorm re-estimated on a batch."""
+    reestimated = deepcopy(network)
+    reestimate_batchnorm(reestimated, batch)
+    return evaluate(network, *test, info), evaluate(reestimated, *test, info)
+
+
+def tune(name, network, teacher, info, images, test, run, saved, progress):
+    """Measure a pruned network and fine-tune it, in place; a checkpoint after each epoch.
+
+    Args:
+        name: of the target, such as 25.
+        network: without the channels, otherwise as the teacher.
+        images: (n, C, H, W) uint8, on the device.
+        test: real images and labels, or None.
+        saved: the state of a checkpoint of this target, or None.
+        progress: of all targets so far: "choices", and "arms", {name: {stage: accuracy}}; this
+            one is added.
+    """
+    args = run.args
+    arms = progress["arms"]
+    batch = pick_batch(images, info, args)
+    network.requires_grad_(True)
+    first_epoch = 0
+    if saved is None:
+        torch.manual_seed(args.seed)  # so that targets do not depend on those before them
+        arms[name] = dict.fromkeys(STAGES)
+        if test is not None:
+            of_pruned = evaluate_twice(network, batch, test, info)
+            arms[name] = dict(zip(STAGES, 2 * of_pruned, strict=True))
+            print(f"{name} %: pruned {of_pruned[0]:.2f} %, re-estimated {of_pruned[1]:.2f} %")
+        if args.statistics == "reestimated":
+            reestimate_batchnorm(network, batch)
+            arms[name]["student"] = arms[name]["reestimated"]  # of which --epochs 0 leaves it
+    optimizer = make_optimizer("adam", network, args.lr)
+    if saved is not None:
+        network.load_state_dict(saved["network"])
+        restore_optimizer(optimizer, saved["optimizer"])
+        first_epoch = saved["arm_epoch"]
+
+    bar = tqdm(range(first_epoch, args.epochs), disable=None, desc=f"{name} %")
+    n_before = [name_target(share) for share in args.target].index(name) * args.epochs
+    for epoch in bar:
+        loss = train_epoch(network, teacher, images, info, optimizer, epoch, args)
+        row = {"epoch": n_before + epoch + 1, "target": int(name), "loss/kl": loss}
+        if test is not None:
+            of_student = evaluate_twice(network, batch, test, info)
+            arms[name] |= dict(zip(STAGES[2:], of_student, strict=True))
+            row["eval/acc"] = of_student[0]
+        run.show(bar, row)
+        state = {"epoch": row["epoch"], "arm": name, "arm_epoch": epoch + 1}
+        state["network"] = network.state_dict()
+        state["optimizer"] = optimizer.state_dict()
+        run.save_checkpoint(state | progress)
+
+
+# Files
+def save_pruned(network, name, info, channels, run):
+    """Write pruned-NAME.pt: the sizes of the layers, the weights, and what they are of."""
+    saved = dict(format=1, arch=info.arch, dataset=info.dataset)
+    for field in ("num_classes", "image_size", "mean", "std"):
+        saved[field] = getattr(info, field)
+    saved["channels"] = count_channels(network, channels)
+    saved["state_dict"] = network.state_dict()
+    with run.write_file(f"pruned-{name}.pt") as file:
+        torch.save(saved, file)
+
+
+def load_pruned(path):
+    """The network of a pruned-….pt, in eval mode, and its NetworkInfo.
+
+    It is built as the whole network is, of the same classes, and its layers get the saved sizes.
+    """
+    saved = read_checkpoint(path)
+    with fail_in_one_line(f"{path}: no file of pruning.py", "pass a pruned-….pt"):
+        fields = ("arch", "dataset", "num_classes", "image_size", "mean", "std")
+        info = NetworkInfo(
+            name=str(path), accuracy=None, **{field: saved[field] for field in fields}
+        )
+        network = build_network(info).requires_grad_(False)
+        shrink_network(network, saved["channels"])
+        network.load_state_dict(saved["state_dict"])
+    return network.eval(), info
+
+
+# Evaluation
+def draw_accuracies(arms, sizes, teacher_accuracy, file):
+    """Write a PNG of accuracies in percent against the weights left in percent.
+
+    Args:
+        arms: {target: {stage: accuracy}}.
+        sizes: {"whole" or target: parameters}.
+        teacher_accuracy: of the whole network, a dashed line.
+    """
+    from matplotlib.figure import Figure
+
+    labels = {
+        "student": "fine-tuned",
+        "reestimated": "BatchNorm re-estimated",
+        "pruned": "no fine-tuning",
+    }
+    left = [100 * sizes[name] / sizes["whole"] for name in arms]
+    figure = Figure((7, 4), layout="constrained")
+    axis = figure.subplots()
+    axis.axhline(teacher_accuracy, color="grey", linestyle="--", label="whole network")
+    for stage, label in labels.items():
+        axis.plot(left, [arm[stage] for arm in arms.values()], marker="o", label=label)
+    axis.set(xlabel="weights left, %", ylabel="test accuracy, %")
+    axis.invert_xaxis()
+    axis.grid(alpha=0.3)
+    axis.legend(loc="lower left")
+    figure.savefig(file, dpi=100)
+
+
+def main(args):
+    if args.smoke:
+        args = shrink(args)
+    device = choose_device(args.device)
+    seed_everything(args.seed)
+
+    # The teacher, what can be removed of it, the real images that measure it, the others.
+    teacher, info = load_teacher(args, device)
+    channels = find_channels(teacher, info)
+    check_removal(teacher, channels, info)
+    check_targets(teacher, channels, info, args)
+    dataset, test = load_real_images(info, args, device)
+    if test is not None and args.test_images:
+        test = tuple(part[: args.test_images] for part in test)
+    images = load_source_images(args, info).to(device)
+
+    run = RunFolder(args, device, clears=("pruned-*.pt", "latency.json"))
+    print(
+        f"{info.name}: {channels.count} removable channels, {len(images)} images of {args.images}"
+    )
+    with run.write_file("samples.png") as file:
+        labels = predict(teacher, images, info, batch_size=100).cpu()
+        draw_classes(images.cpu(), labels, list_class_names(info.dataset), file)
+    result = dict(teacher=info.name, dataset=dataset, images=args.images, n_images=len(images))
+    result["n_channels"] = channels.count
+    result["teacher_accuracy"] = info.accuracy
+    if test is not None:
+        result["teacher_accuracy"] = evaluate(teacher, *test, info)
+    savings = None
+    if args.latency:
+        savings = measure_savings(teacher, info, channels, run)
+
+    # Which channels go.
+    with run.open_checkpoint() as saved:
+        is_tuning = saved is not None and "arm" in saved
+        progress = {"choices": {}, "arms": {}}
+        if is_tuning:
+            progress = {name: saved[name] for name in progress}
+    if not is_tuning:
+        progress["choices"] = prune(teacher, info, channels, images, savings, run, saved)
+
+    # Each target by itself.
+    arms = progress["arms"]
+    networks = {"whole": teacher}
+    for share in args.target:
+        name = name_target(share)
+        kept = progress["choices"][name].to(device)
+        networks[name] = remove_channels(teacher, channels, kept)
+        of_this = None
+        if is_tuning and saved["arm"] == name:
+            of_this = saved
+        elif name in arms:
+            continue  # --resume: finished
+        tune(name, networks[name], teacher, info, images, test, run, of_this, progress)
+        save_pruned(networks[name], name, info, channels, run)
+
+    # What came of it.
+    for stage in STAGES:
+        result[f"{stage}_accuracy"] = {name: arm[stage] for name, arm in arms.items()}
+    result["parameters"] = {name: count_parameters(of) for name, of in networks.items()}
+    result["flops"] = {name: count_flops(of, info) for name, of in networks.items()}
+    result["milliseconds"] = measure_milliseconds(networks, info)
+    if test is not None:
+        with run.write_file("curve.png") as file:
+            draw_accuracies(arms, result["parameters"], result["teacher_accuracy"], file)
+        figures = [f"-{name} %: {arm['student']:.2f} %" for name, arm in arms.items()]
+        print(f"whole {result['teacher_accuracy']:.2f} %, {', '.join(figures)}")
+    run.finish(result)
+
+
+if __name__ == "__main__":
+    main(parse_args(PRESETS, choose_preset))
