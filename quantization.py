@@ -213,13 +213,16 @@ def draw_batch(images, info, args, changes):
 
 
 @torch.no_grad()
-def measure_similarity(teacher, images, info, batch_size=100):
+def measure_similarity(teacher, images, info, low_pass=0.0, batch_size=100):
     """How far a set of images is from the training data, as BatchNorm sees it; low: alike.
 
         mean over layers of KL( N(mean_l, var_l) || N(running_mean_l, running_var_l) ),
 
     itself a mean over channels, of the moments of all whole batches together. Haroush et al.
     compare the same statistics; the Gaussian KL is the form of their BNS loss.
+
+    Args:
+        low_pass: as in Args; the images are then filtered first, as in draw_batch.
 
     Returns:
         A number of at least 0, or None of a teacher without BatchNorms.
@@ -233,7 +236,10 @@ def measure_similarity(teacher, images, info, batch_size=100):
     means = []
     variances = []
     for part in images[:n_whole].split(batch_size):
-        _, found = hooked(normalise(part.to(device), info))
+        x = normalise(part.to(device), info)
+        if low_pass:
+            x = filter_low_pass(x, low_pass)
+        _, found = hooked(x)
         moments = torch.cat([moments for moments, _ in found], 1).double()  # (2, C of all layers)
         means.append(moments[0])
         variances.append(moments[1])
@@ -246,7 +252,7 @@ def measure_similarity(teacher, images, info, batch_size=100):
     distance = kernels.moment_distance_ref(
         moments, running_var, sizes, (1.0,) * len(sizes), "kl", hooked.eps
     )
-    return round(distance.item() / len(sizes), 4)
+    return round(distance.item() / len(sizes), 6)
 
 
 # The quantized network
@@ -635,7 +641,7 @@ def main(args):
         labels = predict(teacher, images, info, batch_size=100).cpu()
         draw_classes(images.cpu(), labels, list_class_names(info.dataset), file)
     result = dict(teacher=info.name, dataset=dataset, images=args.images, n_images=len(images))
-    result["similarity"] = measure_similarity(teacher, images, info)
+    result["similarity"] = measure_similarity(teacher, images, info, args.low_pass)
     result["teacher_accuracy"] = info.accuracy
     if test is not None:
         result["teacher_accuracy"] = evaluate(teacher, *test, info)

@@ -421,7 +421,7 @@ def make_quantization():
             rows.append(
                 [
                     title,
-                    f"{similarity:.4f}",
+                    f"{similarity:.2g}",
                     bits,
                     format_percent(calibrated),
                     format_percent(tuned),
