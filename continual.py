@@ -673,9 +673,10 @@ def draw_confusions(confusions, tasks, file):
     for axis in axes:
         axis.set_axis_off()
     for axis, (arm, confusion) in zip(axes, confusions.items(), strict=False):
-        counts = torch.tensor(confusion, dtype=torch.float64)
+        counts = np.array(confusion)
+        shares = counts / counts.sum(1, keepdims=True).clip(1)
         axis.set_axis_on()
-        axis.imshow(counts / counts.sum(1, keepdim=True).clamp_min(1), cmap="Blues", vmin=0, vmax=1)
+        axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
         for k in range(1, len(tasks)):
             edge = len(list_outputs(tasks[:k])) - 0.5
             axis.axhline(edge, color="red", linewidth=0.8)
