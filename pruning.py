@@ -114,7 +114,7 @@ class Args(TeacherOptions, RunOptions):
     """Updates in an epoch."""
     batch_size: int = 100
     """Images of an update and of a batch that importances are measured on."""
-    lr: float = 1e-3
+    lr: float = 3e-4
     """Initial learning rate of Adam; it falls as a cosine (ours)."""
     temperature: float = 5.0
     """tau: divides both logits of the KL, which is multiplied by tau² (paper: 5, 10 or 15)."""
