@@ -719,7 +719,7 @@ def main(args):
     # The first network, the tasks' real images; refuse what does not fit before anything is long.
     tasks = parse_tasks(args.tasks)
     if args.teacher.endswith(".pt") and not Path(args.teacher).exists():
-        fail(f"--teacher {args.teacher}: there is no such file; {advise_training(tasks[0])}")
+        fail(f"--teacher: {args.teacher} cannot be read: no such file; {advise_training(tasks[0])}")
     teacher, info = load_teacher(args, device)
     check_first_network(info, tasks[0], args)
     sets = load_sets(tasks, info, args, device)

@@ -19,7 +19,9 @@ def list_files(*patterns):
     return [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
 
 
-PARTS = list_files("augmentations.py", "channels.py")  # of one script each, beside it because they are long
+PARTS = list_files(
+    "augmentations.py", "channels.py"
+)  # of one script each, beside it because they are long
 SCRIPTS = [path for path in list_files("*.py") if path not in PARTS]
 KERNELS = list_files("kernels/*.py")
 HARNESS = list_files("harness/*.py")
@@ -394,7 +396,7 @@ def read_index():
 
 def test_all_teachers_are_shipped():
     names = {f"{data}-{net}" for data in ("mnist", "digits") for net in ("lenet5", "resnet8")}
-    names |= {"cifar10-resnet20", "cifar10-wrn-16-1"}
+    names |= {"cifar10-resnet20", "cifar10-wrn-16-1", "digits-resnet8-0-4"}
     files = list_files("teachers/*.pt")
     assert {path.stem for path in files} == set(read_index()) == names
     assert sum(path.stat().st_size for path in files) <= LARGEST_SHIPMENT
