@@ -436,14 +436,29 @@ def train_epoch(network, teacher, images, info, optimizer, epoch, args):
     return (sums / args.steps_per_epoch).tolist()
 
 
-def quantize_and_train(name, teacher, info, images, test, run, saved, arms):
+def make_arm(name, teacher, info, args):
+    """The network of some bits, not yet calibrated, and its optimiser."""
+    network = quantize_network(teacher, info, parse_bits(name), args.fused)
+    network.requires_grad_(True)
+    return network, make_optimizer(network, args)
+
+
+def restore_arm(saved, teacher, info, args):
+    """The network and the optimiser that a checkpoint is of, and their finished epochs."""
+    network, optimizer = make_arm(saved["arm"], teacher, info, args)
+    network.load_state_dict(saved["network"])
+    restore_optimizer(optimizer, saved["optimizer"])
+    return network, optimizer, saved["arm_epoch"]
+
+
+def quantize_and_train(name, teacher, info, images, test, run, restored, arms):
     """Calibrate and fine-tune a network of some bits; a checkpoint after each epoch.
 
     Args:
         name: of the bits, such as W4A4.
         images: (n, C, H, W) uint8, on the device.
         test: real images and labels, or None.
-        saved: the state of a checkpoint of these bits, or None.
+        restored: what restore_arm returns for these bits, or None.
         arms: results of all bits so far, {name: {…}}; this one is added.
 
     Returns:
@@ -451,16 +466,11 @@ def quantize_and_train(name, teacher, info, images, test, run, saved, arms):
     """
     args = run.args
     weight_bits, activation_bits = parse_bits(name)
-    network = quantize_network(teacher, info, (weight_bits, activation_bits), args.fused)
-    network.requires_grad_(True)
-    optimizer = make_optimizer(network, args)
-
-    first_epoch = 0
-    if saved is not None:
-        network.load_state_dict(saved["network"])
-        restore_optimizer(optimizer, saved["optimizer"])
-        first_epoch = saved["arm_epoch"]
+    if restored is not None:
+        network, optimizer, first_epoch = restored
     else:
+        network, optimizer = make_arm(name, teacher, info, args)
+        first_epoch = 0
         torch.manual_seed(args.seed)  # so that bits do not depend on those before them
         calibrate(network, images, info, args)
         arms[name] = dict(calibrated_accuracy=None, student_accuracy=None)
@@ -648,16 +658,16 @@ def main(args):
 
     # Each pair of bits by itself.
     arms = {}
+    restored = {}
     with run.open_checkpoint() as saved:
         if saved is not None:
             arms = saved["arms"]
+            restored[saved["arm"]] = restore_arm(saved, teacher, info, args)
     for name in args.bits:
-        of_this = None
-        if saved is not None and saved["arm"] == name:
-            of_this = saved
-        elif name in arms:
+        if name in arms and name not in restored:
             continue  # --resume: finished
-        network = quantize_and_train(name, teacher, info, images, test, run, of_this, arms)
+        arm = restored.get(name)
+        network = quantize_and_train(name, teacher, info, images, test, run, arm, arms)
         save_integers(network, name, info, run)
 
     # What came of it.

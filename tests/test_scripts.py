@@ -33,6 +33,10 @@ COMMANDS = {
     " --latent 8 --width 6 --epochs 3 --iterations 5 --student-batch 10",
     "role_kd": "role_kd.py --population 2 --search-epochs 4 --search-images 96"
     " --validation-images 96 --train-images 96 --epochs 3",
+    "quantization": "quantization.py --images noise --num-images 40 --test-images 100"
+    " --bits W4A4 W3A3 --calibration-batches 1 --epochs 3 --steps-per-epoch 3 --batch-size 10",
+    "continual": "continual.py --images noise --num-images 20 --arms oracle-distill abd --epochs 3"
+    " --steps-per-epoch 3 --batch-size 8",
     "teacher": "teacher.py --arch lenet5 --epochs 4 --batch-size 256 --lr 0.05",
 }
 SMOKE = {
@@ -42,6 +46,8 @@ SMOKE = {
     "pseudo_replay": "pseudo_replay.py --smoke",
     "generative_ensemble": "generative_ensemble.py --smoke",
     "role_kd": "role_kd.py --smoke",
+    "quantization": "quantization.py --smoke --images noise",
+    "continual": "continual.py --smoke --images noise",
     "teacher": "teacher.py --smoke --arch lenet5",
 }
 # A small network with two BatchNorms and a shortcut.
@@ -80,14 +86,22 @@ STEP = {
     " --n-student-iter 2 --n-memory-iter 1 --batch-size 16 --width 4 --latent 4",
     "generative_ensemble": "generative_ensemble.py --setting digits --generators 2 --steps 1"
     " --batch-size 4 --latent 4 --width 4 --epochs 1 --iterations 1 --student-batch 4",
+    "quantization": "quantization.py --setting digits --images noise --num-images 8 --bits W2A2"
+    " --calibration-batches 1 --epochs 1 --steps-per-epoch 1 --batch-size 4 --temperature 1",
 }
+NO_STUDENT = ("teacher", "deepinversion", "quantization")  # no --student and no student.pt
+NEEDS_DATA = ("teacher", "role_kd", "continual")
 EVERY_SCRIPT = pytest.mark.parametrize("name", COMMANDS)
 # those that train on real images need the data set's own teacher
 EVERY_METHOD = pytest.mark.parametrize(
-    "name", [name for name in COMMANDS if name not in ("teacher", "role_kd")]
+    "name", [name for name in COMMANDS if name not in NEEDS_DATA]
 )
 EVERY_TRAINING = pytest.mark.parametrize(
     "name", [name for name in COMMANDS if name != "deepinversion"]
+)
+# what quantization.py writes is no teacher: test_quantization.py loads it
+EVERY_NETWORK = pytest.mark.parametrize(
+    "name", [name for name in COMMANDS if name not in ("deepinversion", "quantization")]
 )
 INTERRUPTED = "interrupted; --resume continues from what is finished"
 
@@ -118,7 +132,7 @@ def step_command(tmp_path):
 
     def make(name):
         command = f"{STEP[name]} --teacher {factory} --weights {tmp_path / 'w.pth'}"
-        if name != "deepinversion":
+        if name not in NO_STUDENT:
             command += f" --student {factory}"
         return f"{command} --image-size 8 --mean 0.5 --std 0.25 --dataset none"
 
@@ -130,9 +144,9 @@ def read_result(out):
 
 
 def get_trained(out):
-    """The file of the network that a run trained."""
-    teacher = out / "teacher.pt"
-    return teacher if teacher.exists() else out / "student.pt"
+    """The file of the network that a run trained, of quantization.py that of the first bits."""
+    names = ("teacher.pt", "student.pt", "quantized-W4A4.pt")
+    return next(out / name for name in names if (out / name).exists())
 
 
 def read_file(path):
@@ -167,7 +181,7 @@ def test_a_smoke_run_writes_every_file(whole_runs, name):
     names = {path.name for path in out.iterdir()}
     expected = {"args.json", "metrics.jsonl", "result.json"}
     expected |= {"teacher.pt"} if name == "teacher" else {"samples.png"}
-    if name not in ("teacher", "deepinversion"):
+    if name not in NO_STUDENT:
         expected |= {"student.pt"}
     assert expected <= names
     for file in out.iterdir():
@@ -185,7 +199,7 @@ def test_a_smoke_run_writes_every_file(whole_runs, name):
     assert rows and figures.isfinite().all()
 
 
-@EVERY_TRAINING
+@EVERY_NETWORK
 def test_what_a_run_trained_is_a_teacher_of_the_accuracy_that_it_claims(whole_runs, name):
     out = whole_runs(name)
     network, info = load_teacher(MethodOptions(teacher=str(get_trained(out))), "cpu")
@@ -206,14 +220,17 @@ def test_teachers_may_have_other_channels_classes_and_sizes(tmp_path, name):
     torch.save(description | {"state_dict": network.state_dict()}, tmp_path / "four.pt")
     command = SMOKE[name].replace("--dataset digits", "--dataset none")
     command += f" --setting digits --teacher {tmp_path / 'four.pt'}"
-    if name != "deepinversion":
+    if name not in NO_STUDENT:
         command += " --student wrn-16-1"
     out = tmp_path / "run"
     run(command, out)
     result = read_result(out)
-    assert result["teacher_accuracy"] is None and result["student_accuracy"] is None
+    accuracies = result["student_accuracy"]
+    if name == "quantization":
+        accuracies = accuracies["W8A8"]
+    assert result["teacher_accuracy"] is None and accuracies is None
     assert (out / "samples.png").exists()
-    if name != "deepinversion":
+    if name not in NO_STUDENT:
         saved = torch.load(out / "student.pt", weights_only=True)
         assert (saved["arch"], saved["num_classes"], saved["channels"]) == ("wrn_16_1", 7, 4)
 
@@ -278,6 +295,22 @@ REFUSED_ROLES = [
     ("--schedules nowhere.json", "--schedules nowhere.json: FileNotFoundError"),
     ("--arm student --weights nowhere.pt", "nowhere.pt"),
 ]
+REFUSED_BITS = [
+    ("--bits W0A4", "--bits: expected W and A with 2 to 8 bits each"),
+    ("--bits W4A33", "--bits: expected W and A with 2 to 8 bits each"),
+    ("--bits W4A4 W4A4", "--bits: expected each pair once"),
+    ("--images nowhere", "nowhere: no images-*.npz"),
+    ("--images cifar10 --data-dir nowhere", "check --data-dir"),
+    ("--images real --dataset none --teacher cifar10-resnet20 --data-dir nowhere", "--data-dir"),
+]
+REFUSED_TASKS = [
+    ("--tasks digits:0-4 digits:4-9", "expected classes that do not overlap"),
+    ("--tasks digits:0-4 digits:5", "expected at least 2 of the classes 0 to 9"),
+    ("--tasks digits:0-3 digits:4-9", "it was trained on digits:0,1,2,3,4"),
+    ("--tasks digits:0-4 mnist:0-9 --data-dir nowhere", "check --data-dir"),
+    ("--setting mnist", "train it: python teacher.py --dataset mnist --arch resnet8 --classes 0 1"),
+    ("--images nowhere", "nowhere: no images-*.npz"),
+]
 
 
 @EVERY_SCRIPT
@@ -287,6 +320,8 @@ def test_a_wrong_option_is_refused_before_anything_is_written(capsys, call, tmp_
         "teacher": REFUSED,
         "deepinversion": [*REFUSED, *REFUSED_TEACHERS],
         "deepinversion-student": REFUSED_STUDENTS,
+        "quantization": [*REFUSED, *REFUSED_TEACHERS, *REFUSED_STUDENTS[1:], *REFUSED_BITS],
+        "continual": [*REFUSED, *REFUSED_TEACHERS[1:], *REFUSED_TASKS],
         "role_kd": [*REFUSED, *REFUSED_TEACHERS[:3], *REFUSED_STUDENTS[:2], *REFUSED_ROLES],
     }
     for option, says in cases.get(name, [*REFUSED, *REFUSED_TEACHERS, *REFUSED_STUDENTS]):
@@ -318,7 +353,7 @@ def test_help_explains_every_option(capsys, call, name):
 
 @EVERY_SCRIPT
 def test_the_seed_settles_a_run(tmp_path, step_command, name):
-    command = SMOKE[name] if name in ("teacher", "role_kd") else step_command(name)
+    command = SMOKE[name] if name in NEEDS_DATA else step_command(name)
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         run(f"{command} --seed {seed}", tmp_path / out)
     assert_same_run(tmp_path / "a", tmp_path / "b")
