@@ -135,7 +135,8 @@ def list_values(field):
     if get_origin(kind) is Literal:
         return [[choice] for choice in get_args(kind)] + [["x"], [""]]
     if get_origin(kind) is tuple:
-        words = {float: REAL, int: WHOLE, str: WORD}[get_args(kind)[0]]
+        item = get_args(kind)[0]
+        words = get_args(item) or {float: REAL, int: WHOLE, str: WORD}[item]
         return [[a] for a in words] + [[a, b] for a in words for b in ("0.5", "3")] + [[]]
     if kind is int:
         return [[value] for value in WHOLE]
