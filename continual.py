@@ -6,21 +6,21 @@ some classes. Its copy p_k gets an output for each new class and learns from new
 labels y_k, and from images x^ that deepinversion.py makes of p_o. No task id is given at test.
 
     deepinversion   KL(p_o(x^) || p_k(x^)) + CE(p_k(x_k), y_k) + KL(p_o(x_k) || p_k(x_k)), the last
-                    over the old classes only; all BatchNorms frozen
-    abd             CE of x_k over the new classes only + CE of the last layer alone over all
-                    + 0.1 distillation of features, weighted by the old last layer
+                    over the old classes only
+    abd             CE of x_k over the new classes + CE of the last layer alone over all classes
+                    + 0.1 distillation of features, seen by the old last layer
 
 `--arms` also has base, lwf, lwf-mc, two oracles with real old images, and joint, the upper bound.
 Run `python continual.py`. It writes args.json, metrics.jsonl, samples.png, confusion.png, curve.png
-(accuracy over tasks), ARM-task1.pt … (the network after a task), student.pt, checkpoint.pt and
-result.json. Metrics: `loss/…` the arm's terms, means of an epoch; after a task, percent of real
-test images: `eval/acc` of all classes, `eval/old`, `eval/new`; `eval/forgetting` old accuracy lost.
+(accuracy over tasks), ARM-task1.pt … (the network after a task), student.pt, checkpoint.pt,
+result.json. Metrics: `loss/…` the arm's terms, means of an epoch; after a task `eval/acc` percent
+of real test images of all classes, `eval/old`, `eval/new`, and `eval/forgetting` of old ones.
+Figures: results/README.md. Nothing ran on a GPU.
 
-Where we differ: few updates; images are made by the presets of deepinversion.py, fewer (paper: 250
-a class); all arms learn with the optimiser of deepinversion, and all but joint with frozen
-BatchNorms; abd takes the images of deepinversion (its paper: a generator per task), lwf-mc the
-softmax of the old network (theirs: sigmoids). Inversion replay no longer leads class-incremental
-learning: README.md. Nothing ran on a GPU.
+Where we differ: few updates and images (paper: 250 a class); the optimiser of deepinversion and
+frozen BatchNorms in all arms, but that joint's are not; abd on the images of deepinversion (its
+paper: a generator per task); lwf-mc with the old network's softmax (theirs: sigmoids). Inversion
+replay no longer leads class-incremental learning: README.md.
 """
 
 import copy

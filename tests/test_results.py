@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -145,3 +146,18 @@ def test_images_are_exported_into_class_folders_that_sort(tmp_path):
     assert names == ["02/00000-000.png", "02/00000-002.png", "10/00000-001.png"]
     pixel = Image.open(tmp_path / "png/10/00000-001.png").getpixel((3, 5))
     assert pixel == (images[1, 0, 5, 3].item(),) * 3
+
+
+@pytest.mark.parametrize("name", ["README.md", "continual.py"])
+def test_figures_of_continual_are_those_of_its_table(name):
+    """Wherever README and docstring name an arm's accuracy, the table has it in that arm's row."""
+    text = (ROOT / name).read_text()
+    if name == "README.md":
+        (text,) = [line for line in text.splitlines() if line.startswith("| [continual.py]")]
+    text = " ".join(text[:4000].split())
+    rows = tables.make_continual().splitlines()
+    found = re.findall(r"\b(base|deepinversion|abd) (\d+\.\d(?: ± \d+\.\d)?)", text)
+    for arm, figure in found:
+        of_arm = [row for row in rows if f"| `{arm}`" in row]
+        assert any(f"| {figure} |" in row for row in of_arm), (arm, figure)
+    assert len(found) in (0, 3, 6)
