@@ -194,7 +194,6 @@ CIFAR10 = replace(
     teacher="runs/teacher/cifar10-resnet20-0-1-2-3-4/teacher.pt",
     tasks=("cifar10:0-4", "cifar10:5-9"),
     num_images=500,
-    steps_per_epoch=25,
 )
 FROM_CIFAR10 = replace(CIFAR10, teacher="cifar10-resnet20", num_images=1000)
 PRESETS = {
