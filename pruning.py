@@ -311,39 +311,51 @@ def remove_lowest(ranks, kept, choices, teacher, channels, args):
     return share
 
 
-def prune(teacher, info, channels, images, savings, run, saved):
-    """Remove channels, a few at a time, until the largest target.
+def begin_progress(channels, device):
+    """What a checkpoint holds from the first removal on: nothing is removed."""
+    return {
+        "removal": 0,
+        "kept": torch.ones(channels.count, dtype=torch.bool, device=device),
+        "importance": torch.zeros(channels.count, device=device),
+        "choices": {},  # {target: the channels that are kept}
+        "arms": {},  # {target: {stage: accuracy}}
+    }
+
+
+def restore_progress(saved, channels, device):
+    """The same of a checkpoint. Raise an error where it is none of this network."""
+    progress = {name: saved[name] for name in begin_progress(channels, device)}
+    for name in ("kept", "importance"):
+        progress[name] = progress[name].to(device)
+    progress["choices"] = {name: kept.to(device) for name, kept in progress["choices"].items()}
+    for numbers in (progress["kept"], progress["importance"], *progress["choices"].values()):
+        if numbers.shape != (channels.count,):
+            raise ValueError("it is of a network with other channels")
+    return progress
+
+
+def prune(teacher, info, channels, images, savings, run, progress):
+    """Remove channels, a few at a time, until the largest target; a checkpoint after each time.
 
     Args:
         channels: of the teacher.
         images: (n, C, H, W) uint8, on the device.
         savings: (count,) milliseconds that each channel's removal saves, or None.
-        saved: the state of a checkpoint, or None.
-
-    Returns:
-        {target: (count,) bool, the channels that are kept}.
+        progress: of begin_progress or restore_progress; "choices" gets every target.
     """
     args = run.args
-    kept = torch.ones(channels.count, dtype=torch.bool, device=images.device)
-    importance = None
-    choices = {}
-    first_removal = 0
-    if saved is not None:
-        kept = saved["kept"].to(images.device)
-        importance = saved["importance"].to(images.device)
-        choices = {name: chosen.to(images.device) for name, chosen in saved["choices"].items()}
-        first_removal = saved["removal"]
-
-    bar = tqdm(range(first_removal, channels.count), disable=None, desc="pruning")
+    kept = progress["kept"]
+    choices = progress["choices"]
+    bar = tqdm(range(progress["removal"], channels.count), disable=None, desc="pruning")
     for removal in bar:
         if len(choices) == len(args.target):
             break
         pruned = mask_channels(teacher, channels, kept).requires_grad_(True)
         scores, loss = score_channels(pruned, teacher, images, info, channels, removal, args)
         scores = scores / scores[kept].mean().clamp(min=1e-30)
-        if importance is None:
-            importance = scores
-        importance = MOMENTUM * importance + (1 - MOMENTUM) * scores
+        importance = scores
+        if removal > 0:
+            importance = MOMENTUM * progress["importance"] + (1 - MOMENTUM) * scores
 
         ranks = importance
         if savings is not None:  # paper Eq. 10, I_err + eta I_lat; I_lat, what changes, is negative
@@ -354,9 +366,9 @@ def prune(teacher, info, channels, images, savings, run, saved):
         if loss is not None:
             row["loss/kl"] = loss
         run.show(bar, row)
-        state = {"removal": removal + 1, "kept": kept, "importance": importance}
-        run.save_checkpoint(state | {"choices": choices})
-    return choices
+        progress["removal"] = removal + 1
+        progress["importance"] = importance
+        run.save_checkpoint(progress)
 
 
 # Sizes and times
@@ -498,24 +510,35 @@ def evaluate_twice(network, batch, test, info):
     return evaluate(network, *test, info), evaluate(reestimated, *test, info)
 
 
-def tune(name, network, teacher, info, images, test, run, saved, progress):
+def begin_student(teacher, channels, kept, args):
+    """A network without some channels, otherwise as the teacher; its optimiser; 0 epochs done."""
+    network = remove_channels(teacher, channels, kept).requires_grad_(True)
+    return network, make_optimizer("adam", network, args.lr), 0
+
+
+def restore_student(saved, teacher, channels, kept, args):
+    """The same of a checkpoint. Raise an error where it is of another network."""
+    network, optimizer, _ = begin_student(teacher, channels, kept, args)
+    network.load_state_dict(saved["network"])
+    restore_optimizer(optimizer, saved["optimizer"])
+    return network, optimizer, saved["arm_epoch"]
+
+
+def tune(name, student, teacher, info, images, test, run, progress):
     """Measure a pruned network and fine-tune it, in place; a checkpoint after each epoch.
 
     Args:
         name: of the target, such as 25.
-        network: without the channels, otherwise as the teacher.
+        student: network, optimiser and epochs done, of begin_student or restore_student.
         images: (n, C, H, W) uint8, on the device.
         test: real images and labels, or None.
-        saved: the state of a checkpoint of this target, or None.
-        progress: of all targets so far: "choices", and "arms", {name: {stage: accuracy}}; this
-            one is added.
+        progress: of all targets so far; its "arms" get this one's accuracies.
     """
     args = run.args
     arms = progress["arms"]
+    network, optimizer, first_epoch = student
     batch = pick_batch(images, info, args)
-    network.requires_grad_(True)
-    first_epoch = 0
-    if saved is None:
+    if first_epoch == 0:
         torch.manual_seed(args.seed)  # so that targets do not depend on those before them
         arms[name] = dict.fromkeys(STAGES)
         if test is not None:
@@ -525,11 +548,6 @@ def tune(name, network, teacher, info, images, test, run, saved, progress):
         if args.statistics == "reestimated":
             reestimate_batchnorm(network, batch)
             arms[name]["student"] = arms[name]["reestimated"]  # of which --epochs 0 leaves it
-    optimizer = make_optimizer("adam", network, args.lr)
-    if saved is not None:
-        network.load_state_dict(saved["network"])
-        restore_optimizer(optimizer, saved["optimizer"])
-        first_epoch = saved["arm_epoch"]
 
     bar = tqdm(range(first_epoch, args.epochs), disable=None, desc=f"{name} %")
     n_before = [name_target(share) for share in args.target].index(name) * args.epochs
@@ -638,27 +656,29 @@ def main(args):
         savings = measure_savings(teacher, info, channels, run)
 
     # Which channels go.
+    progress = begin_progress(channels, device)
+    students = {}
     with run.open_checkpoint() as saved:
-        is_tuning = saved is not None and "arm" in saved
-        progress = {"choices": {}, "arms": {}}
-        if is_tuning:
-            progress = {name: saved[name] for name in progress}
-    if not is_tuning:
-        progress["choices"] = prune(teacher, info, channels, images, savings, run, saved)
+        if saved is not None:
+            progress = restore_progress(saved, channels, device)
+        if saved is not None and "arm" in saved:
+            kept = progress["choices"][saved["arm"]]
+            students[saved["arm"]] = restore_student(saved, teacher, channels, kept, args)
+    prune(teacher, info, channels, images, savings, run, progress)
 
     # Each target by itself.
     arms = progress["arms"]
     networks = {"whole": teacher}
     for share in args.target:
         name = name_target(share)
-        kept = progress["choices"][name].to(device)
-        networks[name] = remove_channels(teacher, channels, kept)
-        of_this = None
-        if is_tuning and saved["arm"] == name:
-            of_this = saved
-        elif name in arms:
-            continue  # --resume: finished
-        tune(name, networks[name], teacher, info, images, test, run, of_this, progress)
+        is_finished = name in arms and name not in students
+        if name not in students:
+            kept = progress["choices"][name]
+            students[name] = begin_student(teacher, channels, kept, args)
+        networks[name] = students[name][0]
+        if is_finished:  # before --resume
+            continue
+        tune(name, students[name], teacher, info, images, test, run, progress)
         save_pruned(networks[name], name, info, channels, run)
 
     # What came of it.

@@ -496,6 +496,97 @@ def make_continual():
     return "\n\n".join([table, *notes])
 
 
+PRUNING_ARMS = {  # end of a file's name: what was changed, or the images
+    "inverted": "inverted",
+    "noise": "Gaussian noise",
+    "mnist": "MNIST",
+    "digits": "digits",
+    "real": "real, without labels",
+    "random": "inverted; channels at random",
+    "magnitude": "inverted; channels by magnitude",
+    "magnitude-noise": "Gaussian noise; channels by magnitude",
+    "magnitude-mnist": "MNIST; channels by magnitude",
+    "frozen": "inverted; statistics of the whole network",
+    "batch": "inverted; BatchNorm in train mode",
+    "latency": "inverted; milliseconds counted, eta 1",
+}
+
+
+def list_pruned():
+    """[(data set, arm's title, runs)] of the pruned networks, in the order of PRUNING_ARMS."""
+    runs = read_seeds("pruning-*-seed*.json")
+    found = []
+    for dataset in ("cifar10", "mnist", "digits"):
+        for arm, title in PRUNING_ARMS.items():
+            of_arm = runs.get(f"pruning-{dataset}-{arm}")
+            if of_arm:
+                found.append((dataset, title, of_arm))
+    return found
+
+
+def make_pruning():
+    """Pruned networks by images and criterion, over seeds."""
+    head = ["network", "images", "removed", "no fine-tuning", "BatchNorm re-estimated"]
+    head += ["fine-tuned", "then re-estimated", "recovered", "seeds"]
+    rows = []
+    for _, title, runs in list_pruned():
+        for target in runs[0]["pruned_accuracy"]:
+            stages = []
+            for stage in ("pruned", "reestimated", "student", "student_reestimated"):
+                stages.append([run[f"{stage}_accuracy"][target] for run in runs])
+            recovered = []
+            for run, pruned, student in zip(runs, stages[0], stages[2], strict=True):
+                lost = run["teacher_accuracy"] - pruned
+                if lost > 0:
+                    recovered.append(100 * (student - pruned) / lost)
+            row = [f"`{runs[0]['teacher']}`", title, f"{target} %"]
+            row += [format_percent(stage) for stage in stages]
+            row.append(format_percent(recovered, 0) if recovered else "")
+            rows.append([*row, str(len(runs))])
+    return f"{format_table(head, rows)}\n\n{describe_pruning()}"
+
+
+def describe_pruning():
+    """What the runs of make_pruning have in common, a line a data set."""
+    lines = []
+    for dataset in ("cifar10", "mnist", "digits"):
+        runs = [run for name, _, of_arm in list_pruned() if name == dataset for run in of_arm]
+        if not runs:
+            continue
+        first = runs[0]
+        setting = first["setting"]
+        n_steps = setting["epochs"] * setting["steps_per_epoch"]
+        tested = "all"
+        if setting["test_images"]:
+            tested = f"the first {setting['test_images']:,}"
+        lines.append(
+            f"`{first['teacher']}`: {first['teacher_accuracy']:.2f} % of {tested} test images; "
+            f"{first['n_images']:,} images, {n_steps} updates of {setting['batch_size']}; "
+            f"{format_longest(runs)}, torch {first['versions']['torch']}; "
+            f"`results/pruning-{dataset}-*.json`."
+        )
+    return "\n\n".join(lines)
+
+
+def make_pruning_sizes():
+    """Sizes and times of pruned networks: the first seed of the arms that choose channels."""
+    head = ["network", "images", "removed", "parameters", "MFLOPs", "ms: whole", "pruned"]
+    rows = []
+    for _, title, runs in list_pruned():
+        run = runs[0]
+        changed = run["setting"]["statistics"] != "reestimated"
+        if run["images"] not in ("auto", "runs/inverted") or changed:
+            continue
+        for target in run["pruned_accuracy"]:
+            row = [f"`{run['teacher']}`", title, f"{target} %"]
+            row.append(f"{run['parameters']['whole']:,} → {run['parameters'][target]:,}")
+            flops = [run["flops"][name] / 1e6 for name in ("whole", target)]
+            row.append(f"{flops[0]:.1f} → {flops[1]:.1f}")
+            row += [f"{run['milliseconds'][name]:.1f}" for name in ("whole", target)]
+            rows.append(row)
+    return format_table(head, rows)
+
+
 def make_trace():
     """A short run of zskt.py's paper setting beside the first window of the authors' log."""
     columns = ["loss/generator", "loss/student", "eval/max_p_teacher", "eval/max_p_student"]
@@ -657,6 +748,8 @@ MAKERS = {
     "roles_digits": make_roles_digits,
     "architectures": make_architectures,
     "quantization": make_quantization,
+    "pruning": make_pruning,
+    "pruning_sizes": make_pruning_sizes,
     "continual": make_continual,
     "cpu_ops": make_cpu_ops,
     "cpu_step": make_cpu_step,

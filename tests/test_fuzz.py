@@ -27,6 +27,7 @@ from test_trust import flip_bit, is_equal
 import continual
 import deepinversion
 import generative_ensemble
+import pruning
 import pseudo_replay
 import quantization
 import role_kd
@@ -55,6 +56,9 @@ COMMANDS = {
     " --calibration-batches 1 --epochs 2 --steps-per-epoch 2 --batch-size 4",
     "continual": "--images noise --num-images 20 --test-images 40 --arms lwf deepinversion"
     " --epochs 2 --steps-per-epoch 2 --batch-size 4",
+    "pruning": "--images noise --num-images 20 --test-images 40 --target 0.1 0.3"
+    " --channels-per-removal 20 --batches-per-removal 1 --epochs 2 --steps-per-epoch 2"
+    " --batch-size 4",
     "teacher": "--arch lenet5 --epochs 2 --batch-size 512 --lr 0.05",
 }
 SCRIPTS = {
@@ -66,6 +70,7 @@ SCRIPTS = {
     "role_kd": role_kd,
     "quantization": quantization,
     "continual": continual,
+    "pruning": pruning,
     "teacher": teacher,
 }
 PATIENCE = 20  # seconds that a program may take until it ends or has written a row
@@ -451,6 +456,7 @@ READERS = {
     "teacher.pt": describe_checkpoint,
     "ensemble.pt": lambda path: generative_ensemble.load_ensemble(path, "cpu")[2],
     "quantized-W4A4.pt": lambda path: quantization.load_integers(path)[0].state_dict(),
+    "pruned-10.pt": lambda path: pruning.load_pruned(path)[0].state_dict(),
     "images-00000.npz": read_images,
 }
 HOLDERS = {  # a script whose run writes the file
@@ -459,6 +465,7 @@ HOLDERS = {  # a script whose run writes the file
     "teacher.pt": "teacher",
     "ensemble.pt": "generative_ensemble",
     "quantized-W4A4.pt": "quantization",
+    "pruned-10.pt": "pruning",
     "images-00000.npz": "deepinversion",
 }
 

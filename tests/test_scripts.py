@@ -37,6 +37,9 @@ COMMANDS = {
     " --bits W4A4 W3A3 --calibration-batches 1 --epochs 3 --steps-per-epoch 3 --batch-size 10",
     "continual": "continual.py --images noise --num-images 20 --arms oracle-distill abd --epochs 3"
     " --steps-per-epoch 3 --batch-size 8",
+    "pruning": "pruning.py --images noise --num-images 40 --test-images 100 --target 0.1 0.4"
+    " --channels-per-removal 20 --batches-per-removal 1 --epochs 3 --steps-per-epoch 3"
+    " --batch-size 10",
     "teacher": "teacher.py --arch lenet5 --epochs 4 --batch-size 256 --lr 0.05",
 }
 SMOKE = {
@@ -48,6 +51,7 @@ SMOKE = {
     "role_kd": "role_kd.py --smoke",
     "quantization": "quantization.py --smoke --images noise",
     "continual": "continual.py --smoke --images noise",
+    "pruning": "pruning.py --smoke --images noise",
     "teacher": "teacher.py --smoke --arch lenet5",
 }
 # A small network with two BatchNorms and a shortcut.
@@ -88,8 +92,12 @@ STEP = {
     " --batch-size 4 --latent 4 --width 4 --epochs 1 --iterations 1 --student-batch 4",
     "quantization": "quantization.py --setting digits --images noise --num-images 8 --bits W2A2"
     " --calibration-batches 1 --epochs 1 --steps-per-epoch 1 --batch-size 4 --temperature 1",
+    "pruning": "pruning.py --setting digits --images noise --num-images 8 --target 0.2"
+    " --channels-per-removal 2 --batches-per-removal 1 --epochs 1 --steps-per-epoch 1"
+    " --batch-size 4",
 }
-NO_STUDENT = ("teacher", "deepinversion", "quantization")  # no --student and no student.pt
+# no --student and no student.pt
+NO_STUDENT = ("teacher", "deepinversion", "quantization", "pruning")
 NEEDS_DATA = ("teacher", "role_kd", "continual")
 EVERY_SCRIPT = pytest.mark.parametrize("name", COMMANDS)
 # those that train on real images need the data set's own teacher
@@ -99,9 +107,9 @@ EVERY_METHOD = pytest.mark.parametrize(
 EVERY_TRAINING = pytest.mark.parametrize(
     "name", [name for name in COMMANDS if name != "deepinversion"]
 )
-# what quantization.py writes is no teacher: test_quantization.py loads it
+# what quantization.py and pruning.py write is no teacher: their own tests load it
 EVERY_NETWORK = pytest.mark.parametrize(
-    "name", [name for name in COMMANDS if name not in ("deepinversion", "quantization")]
+    "name", [name for name in COMMANDS if name not in ("deepinversion", "quantization", "pruning")]
 )
 INTERRUPTED = "interrupted; --resume continues from what is finished"
 
@@ -144,8 +152,8 @@ def read_result(out):
 
 
 def get_trained(out):
-    """The file of the network that a run trained, of quantization.py that of the first bits."""
-    names = ("teacher.pt", "student.pt", "quantized-W4A4.pt")
+    """The file of the network that a run trained, the first one of several."""
+    names = ("teacher.pt", "student.pt", "quantized-W4A4.pt", "pruned-10.pt")
     return next(out / name for name in names if (out / name).exists())
 
 
@@ -228,6 +236,8 @@ def test_teachers_may_have_other_channels_classes_and_sizes(tmp_path, name):
     accuracies = result["student_accuracy"]
     if name == "quantization":
         accuracies = accuracies["W8A8"]
+    if name == "pruning":
+        accuracies = accuracies["10"]
     assert result["teacher_accuracy"] is None and accuracies is None
     assert (out / "samples.png").exists()
     if name not in NO_STUDENT:
@@ -303,6 +313,13 @@ REFUSED_BITS = [
     ("--images cifar10 --data-dir nowhere", "check --data-dir"),
     ("--images real --dataset none --teacher cifar10-resnet20 --data-dir nowhere", "--data-dir"),
 ]
+REFUSED_TARGETS = [
+    ("--target 0", "--target: expected shares from 0.005 to 0.995, got 0.0"),
+    ("--target 1", "--target: expected shares from 0.005 to 0.995, got 1.0"),
+    ("--target 0.99", "--target 0.99: of digits-resnet8 at most 0.965 of the weights"),
+    ("--images nowhere", "nowhere: no images-*.npz"),
+    ("--images cifar10 --data-dir nowhere", "check --data-dir"),
+]
 REFUSED_TASKS = [
     ("--tasks digits:0-4 digits:4-9", "expected classes that do not overlap"),
     ("--tasks digits:0-4 digits:5", "expected at least 2 of the classes 0 to 9"),
@@ -321,6 +338,7 @@ def test_a_wrong_option_is_refused_before_anything_is_written(capsys, call, tmp_
         "deepinversion": [*REFUSED, *REFUSED_TEACHERS],
         "deepinversion-student": REFUSED_STUDENTS,
         "quantization": [*REFUSED, *REFUSED_TEACHERS, *REFUSED_STUDENTS[1:], *REFUSED_BITS],
+        "pruning": [*REFUSED, *REFUSED_TEACHERS, *REFUSED_STUDENTS[1:], *REFUSED_TARGETS],
         "continual": [*REFUSED, *REFUSED_TEACHERS[1:], *REFUSED_TASKS],
         "role_kd": [*REFUSED, *REFUSED_TEACHERS[:3], *REFUSED_STUDENTS[:2], *REFUSED_ROLES],
     }

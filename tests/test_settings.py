@@ -13,6 +13,7 @@ from scripts import ROOT
 import continual
 import deepinversion
 import generative_ensemble
+import pruning
 import pseudo_replay
 import quantization
 import role_kd
@@ -28,6 +29,7 @@ METHODS = {
     "role_kd": role_kd,
     "continual": continual,
     "quantization": quantization,
+    "pruning": pruning,
 }
 
 RELEASED = "cifar10-released"
@@ -279,6 +281,12 @@ def list_published():
             if setting["name"] == "cifar10":
                 changed |= {"epochs", "steps_per_epoch"}  # of its command in results/README.md
             yield path.name, "quantization", setting, changed
+        elif kind == "pruning":
+            setting = {**result["setting"], "name": result["setting"]["setting"]}
+            for name in RunOptions.__dataclass_fields__:
+                del setting[name]
+            changed = {"images", "num_images", "test_images"}
+            yield path.name, "pruning", setting, changed | {"criterion", "statistics", "latency"}
         elif kind == "continual":
             setting = {**result["setting"], "name": result["setting"]["setting"]}
             for name in RunOptions.__dataclass_fields__:
