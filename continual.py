@@ -24,7 +24,6 @@ replay no longer leads class-incremental learning: README.md.
 """
 
 import copy
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,7 +36,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 import kernels
-from harness.data import N_CLASSES, evaluate, list_class_names, load_dataset, normalise, predict
+from harness.data import N_CLASSES, evaluate, list_class_names, normalise, predict
 from harness.images import augment, check_image_files
 from harness.load import describe, is_factory, load_teacher
 from harness.networks import find_linear_layers
@@ -54,7 +53,16 @@ from harness.run import (
     restore_optimizer,
     seed_everything,
 )
-from harness.sources import load_source_images, match_channels
+from harness.sources import load_source_images
+from tasks import (
+    LabelledImages,
+    advise_training,
+    join_images,
+    list_outputs,
+    load_task,
+    name_dataset,
+    parse_tasks,
+)
 
 Arm = Literal[
     "base",
@@ -66,7 +74,6 @@ Arm = Literal[
     "oracle-classify",
     "joint",
 ]
-CLASSES = r"\d{1,3}-\d{1,3}|\d{1,3}(,\d{1,3})*"  # a range, or numbers
 SOURCES = ("auto", "noise", *N_CLASSES)  # values of --images that are no folder
 REPLAYING = ("deepinversion", "abd")  # arms that take inverted images
 REMEMBERING = ("oracle-distill", "oracle-classify", "joint")  # arms that take real old images
@@ -142,44 +149,6 @@ class Args(TeacherOptions, RunOptions):
         check_at_least(1e-12, self, "lr", "clip")
 
 
-class Task(NamedTuple):
-    """The classes that a network gets at once."""
-
-    dataset: str
-    classes: tuple[int, ...]
-    """In the order of their outputs."""
-
-
-def parse_tasks(words):
-    """The tasks that words such as mnist:0-4 and cifar10:0,3,8 stand for."""
-    tasks = []
-    for word in words:
-        dataset, _, text = word.partition(":")
-        if dataset not in N_CLASSES or not re.fullmatch(CLASSES, text):
-            expected = f"expected {' | '.join(N_CLASSES)} and classes, such as mnist:0-4"
-            raise ValueError(f"--tasks: {expected} or mnist:0,3,8, got {word!r}")
-        numbers = [int(number) for number in re.split("[,-]", text)]
-        if "-" in text:
-            numbers = list(range(numbers[0], numbers[1] + 1))
-        if len(numbers) < 2 or max(numbers) >= N_CLASSES[dataset]:
-            expected = f"expected at least 2 of the classes 0 to {N_CLASSES[dataset] - 1}"
-            raise ValueError(f"--tasks: {expected}, got {word!r}")
-        tasks.append(Task(dataset, tuple(numbers)))
-    if len(tasks) < 2:
-        raise ValueError("--tasks: expected the first network's classes, then those of a task")
-    outputs = list_outputs(tasks)
-    for output in outputs:
-        if outputs.count(output) > 1:
-            name = f"class {output[1]} of {output[0]}"
-            raise ValueError(f"--tasks: expected classes that do not overlap, got {name} twice")
-    return tasks
-
-
-def list_outputs(tasks):
-    """[(data set, class), …] of a network's outputs in their order."""
-    return [(task.dataset, k) for task in tasks for k in task.classes]
-
-
 DIGITS = Args()  # how we chose its values: results/NOTES.md
 MNIST = replace(
     DIGITS,
@@ -236,45 +205,7 @@ def shrink(args):
     )
 
 
-# Real images of the tasks
-class LabelledImages(NamedTuple):
-    images: torch.Tensor
-    """(n, C, H, W) uint8."""
-    labels: torch.Tensor
-    """(n,) int64, numbers of outputs."""
-
-
-def name_dataset(tasks):
-    """The first task's data set, or "" where its classes are not the first outputs in their order.
-
-    A checkpoint that names a data set is measured on it by other scripts.
-    """
-    first = tasks[0].dataset
-    for i, (dataset, k) in enumerate(list_outputs(tasks)):
-        if dataset == first and i != k:
-            return ""
-    return first
-
-
-def load_task(tasks, number, split, info, args):
-    """The real images of a task in the network's channels, as LabelledImages on the CPU."""
-    task = tasks[number]
-    n_before = len(list_outputs(tasks[:number]))
-    images, labels = load_dataset(task.dataset, args.data_dir, split)
-    outputs = torch.full((N_CLASSES[task.dataset],), -1)
-    outputs[list(task.classes)] = n_before + torch.arange(len(task.classes))
-    labels = outputs[labels]
-    chosen = labels >= 0
-    return LabelledImages(match_channels(images[chosen], info), labels[chosen])
-
-
-def advise_training(task):
-    """How to make a first network of a task's classes."""
-    arch = "resnet20" if task.dataset.startswith("cifar") else "resnet8"
-    words = f"--dataset {task.dataset} --arch {arch} --classes {' '.join(map(str, task.classes))}"
-    return f"train it: python teacher.py {words}"
-
-
+# The first network
 def check_first_network(info, task, args):
     """Refuse a first network that was trained on other classes than the first task's."""
     if is_factory(info.arch):
@@ -492,13 +423,6 @@ def choose_real_images(arm, number, train_sets):
     if arm == "joint":
         return join_images([old, new]), None
     return new, old
-
-
-def join_images(sets):
-    """One LabelledImages of several."""
-    images = torch.cat([part.images for part in sets])
-    labels = torch.cat([part.labels for part in sets])
-    return LabelledImages(images, labels)
 
 
 def draw_images(source, n, info, args):

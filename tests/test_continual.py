@@ -16,6 +16,7 @@ from harness.data import evaluate, load_dataset, normalise
 from harness.images import get_image_path, save_images
 from harness.load import NetworkInfo, load_teacher
 from kernels import _common
+from tasks import LabelledImages, list_outputs, load_task, name_dataset, parse_tasks
 
 DIGITS = replace(
     continual.PRESETS["digits"],
@@ -71,9 +72,9 @@ def describe(channels):
 
 
 def test_words_name_tasks():
-    tasks = continual.parse_tasks(("cifar10:0-2", "mnist:7,3"))
+    tasks = parse_tasks(("cifar10:0-2", "mnist:7,3"))
     assert tasks == [("cifar10", (0, 1, 2)), ("mnist", (7, 3))]
-    assert continual.list_outputs(tasks)[2:] == [("cifar10", 2), ("mnist", 7), ("mnist", 3)]
+    assert list_outputs(tasks)[2:] == [("cifar10", 2), ("mnist", 7), ("mnist", 3)]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,7 @@ def test_tasks_that_cannot_be_are_refused(tasks, says):
 
 
 def test_equal_classes_of_two_data_sets_are_different_classes():
-    assert len(continual.parse_tasks(("mnist:0-9", "digits:0-9"))) == 2
+    assert len(parse_tasks(("mnist:0-9", "digits:0-9"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -113,13 +114,13 @@ def test_equal_classes_of_two_data_sets_are_different_classes():
     ],
 )
 def test_a_checkpoint_names_a_data_set_only_where_its_labels_are_the_outputs(tasks, dataset):
-    assert continual.name_dataset(continual.parse_tasks(tasks)) == dataset
+    assert name_dataset(parse_tasks(tasks)) == dataset
 
 
 def test_labels_of_a_task_go_on_from_the_classes_before_it():
-    tasks = continual.parse_tasks(("digits:0-4", "digits:8,6"))
+    tasks = parse_tasks(("digits:0-4", "digits:8,6"))
     images, labels = load_dataset("digits", "", "test")
-    found = continual.load_task(tasks, 1, "test", describe(3), DIGITS)
+    found = load_task(tasks, 1, "test", describe(3), DIGITS)
     chosen = (labels == 8) | (labels == 6)
     assert torch.equal(found.labels, torch.where(labels[chosen] == 8, 5, 6))
     assert found.images.shape == (int(chosen.sum()), 3, 32, 32)
@@ -460,8 +461,8 @@ def test_no_task_id_helps_at_test():
     """An old image counts as wrong where a new class has the largest logit, and in reverse."""
     images = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
     tests = [
-        continual.LabelledImages(images, torch.tensor([0, 1, 1, 1])),
-        continual.LabelledImages(images[:2], torch.tensor([2, 3])),
+        LabelledImages(images, torch.tensor([0, 1, 1, 1])),
+        LabelledImages(images[:2], torch.tensor([2, 3])),
     ]
     network = Constant([0.0, 2.0, 1.0, 3.0])
     figures = continual.measure(network, tests, describe(1), 2, accuracy_before=75.0)
@@ -602,14 +603,13 @@ def test_a_resumed_run_is_bit_equal(n_epochs, three_tasks, tmp_path, monkeypatch
 
 def test_grey_classes_are_added_to_a_network_of_colours(tmp_path, monkeypatch):
     images = torch.randint(256, (30, 3, 32, 32), dtype=torch.uint8)
-    load = continual.load_dataset
 
     def load_some(dataset, data_dir, split):
         if dataset == "cifar10":
             return images, torch.arange(30) % 10
-        return load(dataset, data_dir, split)
+        return load_dataset(dataset, data_dir, split)
 
-    monkeypatch.setattr(continual, "load_dataset", load_some)
+    monkeypatch.setattr("tasks.load_dataset", load_some)
     options = dict(teacher="cifar10-resnet20", tasks=("cifar10:0-9", "digits:0-9"), epochs=1)
     result = run(tmp_path / "run", arms=("abd",), test_images=20, **options)
     assert len(result["arms"]["abd"][-1]["confusion"]) == 20

@@ -20,7 +20,7 @@ def list_files(*patterns):
 
 
 PARTS = list_files(
-    "augmentations.py", "channels.py"
+    "augmentations.py", "channels.py", "tasks.py"
 )  # of one script each, beside it because they are long
 SCRIPTS = [path for path in list_files("*.py") if path not in PARTS]
 KERNELS = list_files("kernels/*.py")
@@ -102,6 +102,7 @@ OPTIONAL = {
     "harness/networks.py": {"teachers"},  # inside the function that builds one of them
     "results/architectures.py": {"timm", "torchvision"},
     "role_kd.py": {"augmentations"},  # its part
+    "continual.py": {"tasks"},  # its part
     "pruning.py": {"channels"},  # its part
 }
 
