@@ -11,8 +11,9 @@ Channels that are added or multiplied share a gate, and go together: a residual 
 one (channels.py). Shortcuts of option A pad a fixed number of channels: their streams stay whole.
 Run `python pruning.py`, or with `--teacher cifar10-resnet20 --images DIR`. It writes args.json,
 metrics.jsonl, samples.png, curve.png (accuracy against size), pruned-25.pt … (`load_pruned`),
-checkpoint.pt, result.json. Metrics: `loss/kl`, a mean; `weights`, percent left; `eval/acc`, percent
-of real test images.
+checkpoint.pt, result.json. Metrics: `loss/importance`, L; `loss/kl`, of fine-tuning; `weights`,
+percent left; `eval/acc`, percent of real test images. Measured, digits ResNet-8 (100.00 %) without
+50 % of its weights: 100.00 %, without fine-tuning 51.39 % (1 seed). Nothing ran on a GPU.
 
 Where we differ from the papers and the released code of Taylor pruning:
 - no weight learns while channels are removed, so that "no fine-tuning" means none;
@@ -133,8 +134,8 @@ class Args(TeacherOptions, RunOptions):
         if not self.target:
             raise ValueError("--target: expected at least one share of the weights, such as 0.25")
         for share in self.target:
-            if not 0.005 <= share <= 0.995:
-                raise ValueError(f"--target: expected shares from 0.005 to 0.995, got {share}")
+            if not 0.01 <= share <= 0.99:
+                raise ValueError(f"--target: expected shares from 0.01 to 0.99, got {share}")
         if len({name_target(share) for share in self.target}) < len(self.target):
             raise ValueError("--target: expected shares that differ by at least 0.01")
         check_at_least(2, self, "num_images")
@@ -364,7 +365,7 @@ def prune(teacher, info, channels, images, savings, run, progress):
 
         row = {"removal": removal + 1, "channels": int(kept.sum()), "weights": 100 * (1 - share)}
         if loss is not None:
-            row["loss/kl"] = loss
+            row["loss/importance"] = loss
         run.show(bar, row)
         progress["removal"] = removal + 1
         progress["importance"] = importance

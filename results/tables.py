@@ -543,7 +543,26 @@ def make_pruning():
             row += [format_percent(stage) for stage in stages]
             row.append(format_percent(recovered, 0) if recovered else "")
             rows.append([*row, str(len(runs))])
-    return f"{format_table(head, rows)}\n\n{describe_pruning()}"
+    return f"{format_table(head, rows)}\n\n{describe_pruning()}{compare_pruning()}"
+
+
+def compare_pruning(dataset="cifar10", target="25"):
+    """What fine-tuning on each source of images recovers, of what is lost without it."""
+    found = {}
+    for name, title, runs in list_pruned():
+        if name == dataset and title in SOURCES.values():
+            shares = []
+            for run in runs:
+                pruned = run["pruned_accuracy"][target]
+                gained = run["student_accuracy"][target] - pruned
+                shares.append(100 * gained / (run["teacher_accuracy"] - pruned))
+            found[title] = shares
+    if "inverted" not in found:
+        return ""
+    means = {title: statistics.mean(shares) for title, shares in found.items()}
+    half = "half or more" if means["inverted"] >= 50 else "less than half"
+    figures = ", ".join(f"{title} {format_percent(shares, 0)}" for title, shares in found.items())
+    return f"\n\nWithout {target} % of the weights inverted images recover {half}: {figures}."
 
 
 def describe_pruning():

@@ -602,6 +602,7 @@ def test_a_run_writes_what_it_says(whole_run):
     removals = [row for row in rows if "removal" in row]
     assert [row["removal"] for row in removals] == list(range(1, len(removals) + 1))
     assert removals[-1]["weights"] <= 60 < removals[-2]["weights"]
+    assert all(row["loss/importance"] > 0 for row in removals)
     epochs = [row for row in rows if "epoch" in row]
     assert [(row["epoch"], row["target"]) for row in epochs] == [(1, 10), (2, 10), (3, 40), (4, 40)]
     assert epochs[1]["eval/acc"] == pytest.approx(result["student_accuracy"]["10"], abs=1e-5)
@@ -681,7 +682,7 @@ def test_a_continued_run_ranks_by_the_saved_milliseconds(tmp_path, monkeypatch):
 def test_other_criteria_need_no_images_to_choose(criterion, tmp_path):
     result = run(tmp_path / "run", criterion=criterion, epochs=0, target=(0.3,), images="noise")
     assert 0.69 < result["parameters"]["30"] / result["parameters"]["whole"] <= 0.7
-    assert all("loss/kl" not in row for row in rows_of(tmp_path / "run"))
+    assert all("loss/importance" not in row for row in rows_of(tmp_path / "run"))
 
 
 def test_without_epochs_a_network_is_pruned_only(tmp_path):

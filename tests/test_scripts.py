@@ -314,8 +314,8 @@ REFUSED_BITS = [
     ("--images real --dataset none --teacher cifar10-resnet20 --data-dir nowhere", "--data-dir"),
 ]
 REFUSED_TARGETS = [
-    ("--target 0", "--target: expected shares from 0.005 to 0.995, got 0.0"),
-    ("--target 1", "--target: expected shares from 0.005 to 0.995, got 1.0"),
+    ("--target 0", "--target: expected shares from 0.01 to 0.99, got 0.0"),
+    ("--target 1", "--target: expected shares from 0.01 to 0.99, got 1.0"),
     ("--target 0.99", "--target 0.99: of digits-resnet8 at most 0.965 of the weights"),
     ("--images nowhere", "nowhere: no images-*.npz"),
     ("--images cifar10 --data-dir nowhere", "check --data-dir"),
