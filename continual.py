@@ -155,7 +155,8 @@ MNIST = replace(
     setting="mnist",
     teacher="runs/teacher/mnist-resnet8-0-1/teacher.pt",
     tasks=("mnist:0-1", "mnist:2-3", "mnist:4-5", "mnist:6-7", "mnist:8-9"),
-    steps_per_epoch=20,
+    steps_per_epoch=50,
+    batch_size=16,
 )
 CIFAR10 = replace(
     DIGITS,
