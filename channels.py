@@ -128,9 +128,16 @@ def is_depthwise(layer):
     return layer.groups == layer.in_channels == layer.out_channels
 
 
+def get_argument(node, name, default):
+    """The second argument of a node's operation, given by its name or by its place."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[1] if len(node.args) > 1 else default
+
+
 def reduces_pixels(node, ndim):
     """Whether a mean, sum or maximum goes over neither images nor channels."""
-    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dims = get_argument(node, "dim", None)
     if dims is None:
         return False
     dims = [dims] if isinstance(dims, int) else dims
@@ -139,7 +146,7 @@ def reduces_pixels(node, ndim):
 
 def pads_pixels(node, ndim):
     """Whether F.pad adds pixels alone, and no channels."""
-    widths = node.kwargs.get("pad", node.args[1] if len(node.args) > 1 else ())
+    widths = get_argument(node, "pad", ())
     return len(widths) <= 2 * (ndim - 2)
 
 
@@ -178,7 +185,7 @@ def flattens_pixels(node, operation, before, after):
 
 def joins_channels(node, operation):
     """Whether a node is torch.cat of channels."""
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    dim = get_argument(node, "dim", 0)
     return operation in ("cat", "concat") and dim == 1
 
 

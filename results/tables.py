@@ -541,8 +541,8 @@ def make_pruning():
                     recovered.append(100 * (student - pruned) / lost)
             row = [f"`{runs[0]['teacher']}`", title, f"{target} %"]
             row += [format_percent(stage) for stage in stages]
-            row.append(format_percent(recovered, 0) if recovered else "")
-            rows.append([*row, str(len(runs))])
+            share = format_percent(recovered, 0) if recovered else ""
+            rows.append([*row, share, str(len(runs))])
     return f"{format_table(head, rows)}\n\n{describe_pruning()}{compare_pruning()}"
 
 
