@@ -75,6 +75,10 @@ Arm = Literal[
     "joint",
 ]
 SOURCES = ("auto", "noise", *N_CLASSES)  # values of --images that are no folder
+INVERSIONS = {  # options of deepinversion.py besides its preset
+    "preset": {},
+    "relative": dict(moments="relative", alpha_bn=1.0, iterations=60),
+}
 REPLAYING = ("deepinversion", "abd")  # arms that take inverted images
 REMEMBERING = ("oracle-distill", "oracle-classify", "joint")  # arms that take real old images
 LWF_TEMPERATURE = 2.0  # Li & Hoiem, arXiv:1606.09282
@@ -104,6 +108,9 @@ class Args(TeacherOptions, RunOptions):
     images: str = "auto"
     """What stands for old images: auto: deepinversion.py makes them of each old network, once; the
     --out of deepinversion.py: those of the first one; noise; or the name of another data set."""
+    inversion: Literal["preset", "relative"] = "preset"
+    """How deepinversion.py makes them: the preset of the first task's data set; relative: with the
+    moment loss that has no unit, for networks of few classes (ours)."""
     num_images: int = 200
     """Images of auto, noise and other data sets, of all old classes together."""
     test_images: int = 0
@@ -157,6 +164,7 @@ MNIST = replace(
     tasks=("mnist:0-1", "mnist:2-3", "mnist:4-5", "mnist:6-7", "mnist:8-9"),
     steps_per_epoch=50,
     batch_size=16,
+    inversion="relative",
 )
 CIFAR10 = replace(
     DIGITS,
@@ -179,7 +187,11 @@ PRESETS = {
         FROM_CIFAR10, setting="cifar10-digits", tasks=("cifar10:0-9", "digits:0-9")
     ),
     "mnist-cifar10": replace(
-        MNIST, setting="mnist-cifar10", teacher="mnist-resnet8", tasks=("mnist:0-9", "cifar10:0-9")
+        MNIST,
+        setting="mnist-cifar10",
+        teacher="mnist-resnet8",
+        tasks=("mnist:0-9", "cifar10:0-9"),
+        inversion="preset",
     ),
     "digits-cifar10": replace(
         DIGITS,
@@ -475,7 +487,7 @@ def learn_task(arm, number, run, sets, saved, arms):
     old, info = load_teacher(old_args, run.device)
     new, replayed = choose_real_images(arm, number, sets["train"])
     if arm in REPLAYING:
-        images = load_source_images(old_args, info).to(run.device)
+        images = load_source_images(old_args, info, INVERSIONS[args.inversion]).to(run.device)
         replayed = LabelledImages(images, predict(old, images, info))
     if number == 1:
         with run.write_file("samples.png") as file:

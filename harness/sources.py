@@ -20,13 +20,14 @@ from harness.run import ROOT, fail, fail_in_one_line
 INVERSION_OPTIONS = ("teacher", "weights", "num_classes", "image_size", "mean", "std", "num_images")
 
 
-def load_source_images(args, info):
+def load_source_images(args, info, changes=None):
     """The images of --images.
 
     Args:
         args: read are images (auto | noise | real | a data set | a folder of deepinversion.py),
             num_images, the options of TeacherOptions and RunOptions.
         info: NetworkInfo of the teacher.
+        changes: {option of deepinversion.py: value} that auto starts it with; None: its preset.
 
     Returns:
         (n, C, H, W) uint8 on the CPU.
@@ -41,7 +42,7 @@ def load_source_images(args, info):
         return load_foreign_images(args.images, info, args)
     folder = args.images
     if folder == "auto":
-        folder = invert_teacher(args)
+        folder = invert_teacher(args, changes)
     paths, _ = check_image_files(folder, info)
     return torch.cat([read_images(path)[0] for path in paths])
 
@@ -72,11 +73,11 @@ def match_channels(images, info):
 
 
 # Inverted images
-def invert_teacher(args):
+def invert_teacher(args, changes=None):
     """Start deepinversion.py with the teacher's preset, once.
 
     Args:
-        args: as of load_source_images; its images are not read.
+        args, changes: as of load_source_images; args.images is not read.
 
     Returns:
         The folder of its images, runs/deepinversion/NAME-N. The name of a teacher in a file ends
@@ -86,7 +87,7 @@ def invert_teacher(args):
     if args.smoke:
         folder = folder.with_name(f"{folder.name}-smoke")
     if (folder / "result.json").exists():
-        check_inversion(folder, args)
+        check_inversion(folder, args, changes)
         print(f"{folder} holds the images; delete it for new ones")
         return folder
 
@@ -94,6 +95,8 @@ def invert_teacher(args):
     command = [sys.executable, str(ROOT / "deepinversion.py"), "--resume", "--out", str(folder)]
     for name in (*INVERSION_OPTIONS, "device", "data_dir", "smoke"):
         command += format_option(name, getattr(args, name))
+    for name, value in (changes or {}).items():
+        command += format_option(name, value)
     code = subprocess.run(command).returncode
     if code == 2:
         raise SystemExit(2)  # it has said why, in one line
@@ -115,12 +118,15 @@ def name_teacher(args):
     return f"{name}-{digest.hexdigest()[:8]}" if found else name
 
 
-def check_inversion(folder, args):
+def check_inversion(folder, args, changes):
     """Refuse images that deepinversion.py made with other options."""
     with fail_in_one_line(f"--images auto: {folder} cannot be used", "delete it"):
         made_with = json.loads((folder / "args.json").read_text())
-        wanted = json.loads(json.dumps({name: getattr(args, name) for name in INVERSION_OPTIONS}))
-        changed = [name for name in INVERSION_OPTIONS if made_with[name] != wanted[name]]
+        wanted = {name: getattr(args, name) for name in INVERSION_OPTIONS}
+        if not args.smoke:  # which shrinks some of them
+            wanted |= changes or {}
+        wanted = json.loads(json.dumps(wanted))
+        changed = [name for name in wanted if made_with[name] != wanted[name]]
         if changed:
             raise ValueError(f"its images were made with other {', '.join(changed)}")
 

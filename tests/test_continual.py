@@ -405,13 +405,16 @@ def test_oracles_and_joint_see_old_images_and_others_never(watched_run):
 def test_images_are_made_of_each_old_network_anew(tmp_path, monkeypatch):
     asked = []
 
-    def make(args, info):
+    def make(args, info, changes):
+        assert changes == dict(moments="relative", alpha_bn=1.0, iterations=60)
         asked.append((args.teacher, args.images, args.num_images, info.num_classes))
         return torch.randint(256, (20, 1, 32, 32), dtype=torch.uint8)
 
     monkeypatch.setattr(continual, "load_source_images", make)
     out = tmp_path / "run"
-    result = run(out, tasks=THREE, arms=("base", "deepinversion"), images="auto")
+    result = run(
+        out, tasks=THREE, arms=("base", "deepinversion"), images="auto", inversion="relative"
+    )
     first = ("digits-resnet8-0-4", "auto", 20, 5)
     assert asked == [first, (str(out / "deepinversion-task1.pt"), "auto", 20, 7)]
     assert [len(figures) for figures in result["arms"].values()] == [3, 3]
@@ -427,7 +430,7 @@ def test_a_folder_of_images_is_of_the_first_network_only(tmp_path):
 def test_inverted_images_get_the_old_networks_labels(tmp_path, monkeypatch):
     images, labels = load_dataset("digits", "", "train")
     known = labels < 5
-    monkeypatch.setattr(continual, "load_source_images", lambda args, info: images[known])
+    monkeypatch.setattr(continual, "load_source_images", lambda *_: images[known])
     sources = []
     draw_batch = continual.draw_batch
 

@@ -65,6 +65,22 @@ def test_deepinversion_is_started_once_with_the_teachers_options(tmp_path, monke
 
     line = read_refusal(capsys, invert_teacher, replace(args, std=(0.6,)))
     assert "its images were made with other std; delete it" in line
+    line = read_refusal(capsys, invert_teacher, args, {"moments": "relative"})
+    assert "its images were made with other moments; delete it" in line
+
+
+def test_deepinversion_is_started_with_changed_options(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    commands = []
+
+    def start(command):
+        commands.append(command)
+        return sources.subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(sources.subprocess, "run", start)
+    invert_teacher(DIGITS, {"moments": "relative", "alpha_bn": 1.0})
+    options = tyro.cli(deepinversion.Args, args=commands[0][2:], default=deepinversion.DIGITS)
+    assert (options.moments, options.alpha_bn) == ("relative", 1.0)
 
 
 def test_a_failure_of_deepinversion_ends_the_run(tmp_path, monkeypatch):
