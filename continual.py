@@ -19,7 +19,7 @@ Figures: results/README.md. Nothing ran on a GPU.
 
 Where we differ: few updates and images (paper: 250 a class); the optimiser of deepinversion and
 frozen BatchNorms in all arms, but that joint's are not; abd on the images of deepinversion (its
-paper: a generator per task); lwf-mc with the old network's softmax (theirs: sigmoids). Inversion
+paper: a generator per task); lwf-mc with the first network's softmax (theirs: sigmoids). Inversion
 replay no longer leads class-incremental learning: README.md.
 """
 
@@ -62,6 +62,7 @@ from tasks import (
     load_task,
     name_dataset,
     parse_tasks,
+    repeat_small_sets,
 )
 
 Arm = Literal[
@@ -77,7 +78,7 @@ Arm = Literal[
 SOURCES = ("auto", "noise", *N_CLASSES)  # values of --images that are no folder
 INVERSIONS = {  # options of deepinversion.py besides its preset
     "preset": {},
-    "relative": dict(moments="relative", alpha_bn=1.0, iterations=60),
+    "relative": dict(moments="relative", alpha_bn=1.0, first_bn=1.0, iterations=60),
 }
 REPLAYING = ("deepinversion", "abd")  # arms that take inverted images
 REMEMBERING = ("oracle-distill", "oracle-classify", "joint")  # arms that take real old images
@@ -109,8 +110,8 @@ class Args(TeacherOptions, RunOptions):
     """What stands for old images: auto: deepinversion.py makes them of each old network, once; the
     --out of deepinversion.py: those of the first one; noise; or the name of another data set."""
     inversion: Literal["preset", "relative"] = "preset"
-    """How deepinversion.py makes them: the preset of the first task's data set; relative: with the
-    moment loss that has no unit, for networks of few classes (ours)."""
+    """How deepinversion.py makes them: by its preset; relative: with the moment loss that has no
+    unit, in 60 steps, which small networks of few classes need (ours)."""
     num_images: int = 200
     """Images of auto, noise and other data sets, of all old classes together."""
     test_images: int = 0
@@ -123,7 +124,7 @@ class Args(TeacherOptions, RunOptions):
     """Classes of the first network, then those that each task adds, as DATASET:FIRST-LAST or
     DATASET:0,3,8. Images take the network's channels: grey ones are repeated."""
     arms: tuple[Arm, ...] = ("base", "deepinversion")
-    """What each learns from: the docstring; student.pt is of the last one."""
+    """Arms to train, explained at the top of this file; student.pt holds the last one's network."""
     epochs: int = 5
     """Epochs of a task."""
     steps_per_epoch: int = 40
@@ -147,9 +148,12 @@ class Args(TeacherOptions, RunOptions):
         if self.images in ("", "real"):
             expected = "expected auto, a folder or another source"
             raise ValueError(f"--images: {expected}, got {self.images!r}; real are the oracles")
+        datasets = {task.dataset for task in parse_tasks(self.tasks)}
+        if self.images in datasets:
+            problem = f"{self.images} is one of --tasks, whose old images are gone"
+            raise ValueError(f"--images: {problem}; pass another source")
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"--arms: expected one or more, each once, got {' '.join(self.arms)}")
-        parse_tasks(self.tasks)
         check_at_least(2, self, "num_images")
         check_at_least(1, self, "epochs", "steps_per_epoch", "batch_size")
         check_at_least(0, self, "test_images", "shift")
@@ -302,17 +306,19 @@ def old_class_loss(old_logits, logits, args, temperature=1.0):
     return temperature**2 * kl_divergence(old_logits, logits[:, :n_old], temperature)
 
 
-def binary_loss(old_logits, logits, y):
+def binary_loss(old_probabilities, logits, y):
     """LwF.MC's (Rebuffi et al. 2017, arXiv:1611.07725, without exemplars); () fp32.
 
         - sum_k t_k log s_k + (1 - t_k) log(1 - s_k),   s = sigmoid(logits)
 
-    The targets t are 1 or 0 of new classes, and of old ones softmax(old_logits): the old network
-    learnt with softmax (theirs: sigmoids of one that learnt with this loss). y: (N,).
+    Args:
+        old_probabilities: (N, K_o) of p_o, the targets t of old classes.
+        logits: (N, K).
+        y: (N,); the targets of new classes are 1 or 0.
     """
-    n_old = old_logits.shape[1]
+    n_old = old_probabilities.shape[1]
     n_new = logits.shape[1] - n_old
-    targets = torch.cat((old_logits.softmax(1), F.one_hot(y - n_old, n_new)), 1)  # (N, K)
+    targets = torch.cat((old_probabilities, F.one_hot(y - n_old, n_new)), 1)  # (N, K)
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(1).mean()
 
 
@@ -322,9 +328,9 @@ def weighted_cross_entropy(logits, y, weights):
 
 
 def weigh_classes(y, n_old, n_all):
-    """ABD's weights (N,): the share of the old classes for images of these, of the new for others.
+    """ABD's weight of each image, (N,): n_old / n_all for old classes, n_new / n_all for new ones.
 
-    Labels y are (N,). The released code has them; both kinds fill half of a batch.
+    Labels y are (N,). As in the released code; both kinds fill half of a batch.
     """
     share = n_old / n_all
     return torch.where(y < n_old, share, 1 - share)
@@ -352,11 +358,11 @@ class Batch(NamedTuple):
     x_old: torch.Tensor
     """(N, C, H, W): inverted images, or an oracle's real ones."""
     y_old: torch.Tensor
-    """(N,): real ones' labels; of others what p_o says."""
+    """(N,): real images' labels; of others the classes that p_o predicts."""
 
 
-def compute_losses(arm, network, old, batch, args):
-    """The terms of an arm's loss, each weighted: {name: () fp32}."""
+def compute_losses(arm, number, network, old, batch, args):
+    """The terms of an arm's loss, each weighted: {name: () fp32}; number: of the task, from 1."""
     N = len(batch.x_new)
     x = torch.cat((batch.x_new, batch.x_old))
     logits, features = compute_features(network, x)
@@ -377,7 +383,10 @@ def compute_losses(arm, network, old, batch, args):
     if arm == "lwf":
         losses["old"] = old_class_loss(old_logits, logits, args, LWF_TEMPERATURE)
     elif arm == "lwf-mc":
-        losses["binary"] = binary_loss(old_logits, logits, batch.y_new)
+        old_probabilities = old_logits.sigmoid()
+        if number == 1:  # the first network learnt with softmax, its sigmoids mean nothing
+            old_probabilities = old_logits.softmax(1)
+        losses["binary"] = binary_loss(old_probabilities, logits, batch.y_new)
     elif arm == "oracle-distill":
         losses["replay"] = replay_loss(old_logits[N:], replayed_logits, args)
     elif arm == "deepinversion":
@@ -432,10 +441,10 @@ def choose_real_images(arm, number, train_sets):
     new = train_sets[number]
     if arm not in REMEMBERING:
         return new, None
-    old = join_images([train_sets[k] for k in range(number)])
+    before = [train_sets[k] for k in range(number)]
     if arm == "joint":
-        return join_images([old, new]), None
-    return new, old
+        return join_images(repeat_small_sets([*before, new])), None
+    return new, join_images(repeat_small_sets(before))
 
 
 def draw_images(source, n, info, args):
@@ -489,7 +498,8 @@ def learn_task(arm, number, run, sets, saved, arms):
     if arm in REPLAYING:
         images = load_source_images(old_args, info, INVERSIONS[args.inversion]).to(run.device)
         replayed = LabelledImages(images, predict(old, images, info))
-    if number == 1:
+    has_old_images = arm in REPLAYING or not set(args.arms) & set(REPLAYING)
+    if number == 1 and has_old_images:
         with run.write_file("samples.png") as file:
             draw_samples(tasks, [new, replayed], file)
 
@@ -514,7 +524,7 @@ def learn_task(arm, number, run, sets, saved, arms):
         sums = {}
         for step in range(epoch * args.steps_per_epoch, (epoch + 1) * args.steps_per_epoch):
             batch = draw_batch(arm, new, replayed, info, args)
-            losses = compute_losses(arm, network, old, batch, args)
+            losses = compute_losses(arm, number, network, old, batch, args)
             optimizer.param_groups[0]["lr"] = compute_rate(step, args)
             optimizer.zero_grad()
             sum(losses.values()).backward()

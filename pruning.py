@@ -360,7 +360,7 @@ def prune(teacher, info, channels, images, savings, run, progress):
 
         ranks = importance
         if savings is not None:  # paper Eq. 10, I_err + eta I_lat; I_lat, what changes, is negative
-            ranks = importance - args.latency * savings / savings.mean()
+            ranks = importance - args.latency * savings / savings.mean().clamp(min=1e-30)
         share = remove_lowest(ranks, kept, choices, teacher, channels, args)
 
         row = {"removal": removal + 1, "channels": int(kept.sum()), "weights": 100 * (1 - share)}

@@ -48,7 +48,10 @@ def load_source_images(args, info, changes=None):
 
 
 def draw_noise(info, n):
-    """Pixels (n, C, H, W) uint8 of Gaussian noise with the training images' mean and deviation."""
+    """Pixels (n, C, H, W) uint8 of Gaussian noise in the training images' mean and deviation.
+
+    What lies outside the range of pixels is clipped, so that the moments of dark images differ.
+    """
     return to_uint8(torch.randn(n, *info.image_shape), info)
 
 
@@ -80,22 +83,25 @@ def invert_teacher(args, changes=None):
         args, changes: as of load_source_images; args.images is not read.
 
     Returns:
-        The folder of its images, runs/deepinversion/NAME-N. The name of a teacher in a file ends
-        in the first digits of the file's SHA-256: another network there gets other images.
+        The folder of its images, see name_folder.
     """
-    folder = Path(f"runs/deepinversion/{name_teacher(args)}-{args.num_images}")
-    if args.smoke:
-        folder = folder.with_name(f"{folder.name}-smoke")
+    changes = changes or {}
+    folder = name_folder(args, changes)
     if (folder / "result.json").exists():
         check_inversion(folder, args, changes)
         print(f"{folder} holds the images; delete it for new ones")
         return folder
 
     print(f"deepinversion.py makes {args.num_images} images of {args.teacher}, once, into {folder}")
-    command = [sys.executable, str(ROOT / "deepinversion.py"), "--resume", "--out", str(folder)]
+    script = ROOT / "deepinversion.py"
+    if not script.exists():
+        fail(
+            f"--images auto: {script} is missing; put it there, or pass --images noise or a folder"
+        )
+    command = [sys.executable, str(script), "--resume", "--out", str(folder)]
     for name in (*INVERSION_OPTIONS, "device", "data_dir", "smoke"):
         command += format_option(name, getattr(args, name))
-    for name, value in (changes or {}).items():
+    for name, value in changes.items():
         command += format_option(name, value)
     code = subprocess.run(command).returncode
     if code == 2:
@@ -103,6 +109,19 @@ def invert_teacher(args, changes=None):
     if code:
         fail(f"--images auto: deepinversion.py ended with {code}; pass --images noise or a folder")
     return folder
+
+
+def name_folder(args, changes):
+    """Where a teacher's images lie, as a Path; a folder for each set of options.
+
+    runs/deepinversion/NAME-N, with each change in its name. The name of a teacher in a file ends in
+    the first digits of the file's SHA-256: another network there gets other images.
+    """
+    words = [name_teacher(args), str(args.num_images)]
+    words += [f"{name}={value}" for name, value in changes.items()]
+    if args.smoke:
+        words.append("smoke")
+    return Path("runs/deepinversion") / "-".join(words)
 
 
 def name_teacher(args):
@@ -124,7 +143,7 @@ def check_inversion(folder, args, changes):
         made_with = json.loads((folder / "args.json").read_text())
         wanted = {name: getattr(args, name) for name in INVERSION_OPTIONS}
         if not args.smoke:  # which shrinks some of them
-            wanted |= changes or {}
+            wanted |= changes
         wanted = json.loads(json.dumps(wanted))
         changed = [name for name in wanted if made_with[name] != wanted[name]]
         if changed:
@@ -132,10 +151,12 @@ def check_inversion(folder, args, changes):
 
 
 def format_option(name, value):
-    """An option as words of a command line; none where it says nothing."""
+    """An option as words of a command line; none of "", () and False, which say nothing."""
     option = "--" + name.replace("_", "-")
+    if value is False or value in ("", ()):
+        return []
     if value is True:
         return [option]
-    if isinstance(value, tuple) and value:
+    if isinstance(value, tuple):
         return [option, *map(str, value)]
-    return [option, str(value)] if value else []
+    return [option, str(value)]

@@ -16,7 +16,15 @@ from harness.data import evaluate, load_dataset, normalise
 from harness.images import get_image_path, save_images
 from harness.load import NetworkInfo, load_teacher
 from kernels import _common
-from tasks import LabelledImages, list_outputs, load_task, name_dataset, parse_tasks
+from tasks import (
+    LabelledImages,
+    join_images,
+    list_outputs,
+    load_task,
+    name_dataset,
+    parse_tasks,
+    repeat_small_sets,
+)
 
 DIGITS = replace(
     continual.PRESETS["digits"],
@@ -210,9 +218,33 @@ def test_lwf_softens_both_by_its_temperature(fused):
 def test_binary_loss_by_hand():
     """Targets 3/4, 1/4 (old), 0 and 1 (new) against sigmoids 1/2, 1/2, 1/4, 1/4."""
     logits = torch.tensor([[0.0, 0.0, -math.log(3), -math.log(3)]])
-    loss = continual.binary_loss(log_of(0.75, 0.25), logits, torch.tensor([3]))
+    loss = continual.binary_loss(torch.tensor([[0.75, 0.25]]), logits, torch.tensor([3]))
     expected = 2 * LN2 - math.log(3 / 4) - math.log(1 / 4)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_lwf_mc_takes_softmax_of_the_first_network_and_sigmoids_of_its_own(monkeypatch):
+    """An old network that sees none of its classes must not claim a new image."""
+    old = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+    nn.init.zeros_(old[1].weight)
+    nn.init.constant_(old[1].bias, -5.0)
+    network = continual.add_classes(old, 2, seed=0)
+    x = torch.randn(3, 1, 2, 2)
+    batch = continual.Batch(x, torch.tensor([2, 3, 3]), x[:0], torch.empty(0, dtype=torch.long))
+    targets = []
+    monkeypatch.setattr(continual, "binary_loss", lambda t, *rest: targets.append(t) or t.sum())
+    for number in (1, 2):
+        continual.compute_losses("lwf-mc", number, network, old, batch, DIGITS)
+    torch.testing.assert_close(targets[0], torch.full((3, 2), 0.5))
+    torch.testing.assert_close(targets[1], torch.full((3, 2), 1 / (1 + math.exp(5))))
+
+
+def test_small_sets_are_drawn_as_often_as_large_ones():
+    sets = [LabelledImages(torch.zeros(n, 1), torch.full((n,), n)) for n in (3, 7, 20)]
+    joined = join_images(repeat_small_sets(sets))
+    assert [int((joined.labels == n).sum()) for n in (3, 7, 20)] == [18, 14, 20]
+    alike = [sets[2], LabelledImages(torch.zeros(12, 1), torch.zeros(12))]
+    assert repeat_small_sets(alike) == alike
 
 
 def test_weights_of_classes():
@@ -261,7 +293,7 @@ def kl(p_logits, q_logits):
 @pytest.mark.parametrize("arm", continual.Arm.__args__)
 def test_terms_of_each_arm(arm):
     old, network, batch = make_batch(arm)
-    losses = continual.compute_losses(arm, network, old, batch, DIGITS)
+    losses = continual.compute_losses(arm, 1, network, old, batch, DIGITS)
     with torch.no_grad():
         new, new_old = network(batch.x_new), old(batch.x_new)
         ce = F.cross_entropy(new, batch.y_new)
@@ -310,7 +342,7 @@ def find_reached(network, loss):
 
 def test_only_the_head_learns_all_classes_in_abd():
     old, network, batch = make_batch("abd")
-    losses = continual.compute_losses("abd", network, old, batch, DIGITS)
+    losses = continual.compute_losses("abd", 1, network, old, batch, DIGITS)
     assert find_reached(network, losses["head"]) == {"fc.weight", "fc.bias"}
     assert "conv1.weight" in find_reached(network, losses["features"])
     assert not find_reached(network, losses["features"]) & {"fc.weight", "fc.bias"}
@@ -343,9 +375,9 @@ def watched_run(tmp_path_factory):
     batches = {}
     compute_losses = continual.compute_losses
 
-    def watch(arm, network, old, batch, args):
+    def watch(arm, number, network, old, batch, args):
         batches.setdefault(arm, []).append(batch)
-        return compute_losses(arm, network, old, batch, args)
+        return compute_losses(arm, number, network, old, batch, args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_common, "INTERPRET", False)
@@ -406,7 +438,7 @@ def test_images_are_made_of_each_old_network_anew(tmp_path, monkeypatch):
     asked = []
 
     def make(args, info, changes):
-        assert changes == dict(moments="relative", alpha_bn=1.0, iterations=60)
+        assert changes == continual.INVERSIONS["relative"]
         asked.append((args.teacher, args.images, args.num_images, info.num_classes))
         return torch.randint(256, (20, 1, 32, 32), dtype=torch.uint8)
 
@@ -505,6 +537,7 @@ def test_what_does_not_fit_is_refused_before_a_run_begins(options, says, tmp_pat
         (dict(arms=()), "--arms: expected one or more"),
         (dict(arms=("base", "base")), "--arms: expected one or more, each once"),
         (dict(images="real"), "real are the oracles"),
+        (dict(images="digits"), "digits is one of --tasks, whose old images are gone"),
         (dict(dataset="mnist"), "--tasks names the data sets"),
         (dict(epochs=0), "--epochs: expected at least 1"),
         (dict(lr=0.0), "--lr: expected at least"),

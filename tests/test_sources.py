@@ -65,8 +65,6 @@ def test_deepinversion_is_started_once_with_the_teachers_options(tmp_path, monke
 
     line = read_refusal(capsys, invert_teacher, replace(args, std=(0.6,)))
     assert "its images were made with other std; delete it" in line
-    line = read_refusal(capsys, invert_teacher, args, {"moments": "relative"})
-    assert "its images were made with other moments; delete it" in line
 
 
 def test_deepinversion_is_started_with_changed_options(tmp_path, monkeypatch):
@@ -78,9 +76,27 @@ def test_deepinversion_is_started_with_changed_options(tmp_path, monkeypatch):
         return sources.subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(sources.subprocess, "run", start)
-    invert_teacher(DIGITS, {"moments": "relative", "alpha_bn": 1.0})
+    invert_teacher(DIGITS, {"moments": "relative", "alpha_bn": 0.0})
     options = tyro.cli(deepinversion.Args, args=commands[0][2:], default=deepinversion.DIGITS)
-    assert (options.moments, options.alpha_bn) == ("relative", 1.0)
+    assert (options.moments, options.alpha_bn) == ("relative", 0.0)
+
+
+def test_images_of_other_options_are_not_taken(tmp_path, monkeypatch):
+    """Whichever was made first."""
+    monkeypatch.chdir(tmp_path)
+    done = sources.subprocess.CompletedProcess([], 0)
+    monkeypatch.setattr(sources.subprocess, "run", lambda command: done)
+    changes = ({}, {"moments": "relative"}, {"moments": "kl"}, {"moments": "kl", "alpha_bn": 2.0})
+    folders = {invert_teacher(DIGITS, changed) for changed in changes}
+    folders.add(invert_teacher(replace(DIGITS, smoke=True)))
+    assert len(folders) == 5
+
+
+def test_without_deepinversion_one_line_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    line = read_refusal(capsys, invert_teacher, DIGITS)
+    assert "deepinversion.py is missing" in line
 
 
 def test_a_failure_of_deepinversion_ends_the_run(tmp_path, monkeypatch):
