@@ -391,7 +391,7 @@ def count_flops(network, info):
 def measure_milliseconds(networks, info):
     """{name: milliseconds} of a forward pass of TIMED_IMAGES images, of networks {name: …}.
 
-    The networks take turns, so that what else the machine does meets all alike; medians.
+    The networks take turns, so that other load on the machine affects all of them alike; medians.
     """
     device = next(next(iter(networks.values())).parameters()).device
     x = sample_example(info, device)[:1].repeat(TIMED_IMAGES, 1, 1, 1)
@@ -431,8 +431,12 @@ def measure_savings(teacher, info, channels, run):
         milliseconds = measure_milliseconds(networks, info)
         entries = []
         for i, kind in enumerate(kinds):
-            saved = milliseconds["whole"] - milliseconds[i]
-            entries.append(max(0.0, saved) / max(1, len(kind) // 2))
+            gained = max(0.0, milliseconds["whole"] - milliseconds[i])
+            n_removed = len(kind) // 2
+            entry = 0.0  # of a single channel, which stays
+            if n_removed > 0:
+                entry = gained / n_removed
+            entries.append(entry)
         with run.write_file("latency.json") as file:
             file.write(json.dumps(entries).encode())
 
@@ -543,12 +547,13 @@ def tune(name, student, teacher, info, images, test, run, progress):
         torch.manual_seed(args.seed)  # so that targets do not depend on those before them
         arms[name] = dict.fromkeys(STAGES)
         if test is not None:
-            of_pruned = evaluate_twice(network, batch, test, info)
-            arms[name] = dict(zip(STAGES, 2 * of_pruned, strict=True))
-            print(f"{name} %: pruned {of_pruned[0]:.2f} %, re-estimated {of_pruned[1]:.2f} %")
+            pruned, reestimated = evaluate_twice(network, batch, test, info)
+            arms[name]["pruned"] = arms[name]["student"] = pruned
+            arms[name]["reestimated"] = arms[name]["student_reestimated"] = reestimated
+            print(f"{name} %: pruned {pruned:.2f} %, re-estimated {reestimated:.2f} %")
         if args.statistics == "reestimated":
             reestimate_batchnorm(network, batch)
-            arms[name]["student"] = arms[name]["reestimated"]  # of which --epochs 0 leaves it
+            arms[name]["student"] = arms[name]["reestimated"]  # what --epochs 0 ends with
 
     bar = tqdm(range(first_epoch, args.epochs), disable=None, desc=f"{name} %")
     n_before = [name_target(share) for share in args.target].index(name) * args.epochs
