@@ -1,6 +1,6 @@
 """Real images from the data sets' official files, and what a network says of images.
 
-Test images measure students. Only `zskt.py --shots` trains on real images, of the training split.
+Test images only measure. What trains on real images, of the training split, says so: README.md.
 """
 
 import functools
