@@ -278,8 +278,6 @@ def list_published():
             for name in RunOptions.__dataclass_fields__:
                 del setting[name]
             changed = {"images", "num_images", "test_images", "bits", "low_pass"}
-            if setting["name"] == "cifar10":
-                changed |= {"epochs", "steps_per_epoch"}  # of its command in results/README.md
             yield path.name, "quantization", setting, changed
         elif kind == "pruning":
             setting = {**result["setting"], "name": result["setting"]["setting"]}
