@@ -15,7 +15,8 @@ Run `python continual.py`. It writes args.json, metrics.jsonl, samples.png, conf
 (accuracy over tasks), ARM-task1.pt … (the network after a task), student.pt, checkpoint.pt,
 result.json. Metrics: `loss/…` the arm's terms, means of an epoch; after a task `eval/acc` percent
 of real test images of all classes, `eval/old`, `eval/new`, and `eval/forgetting` of old ones.
-Figures: results/README.md. Nothing ran on a GPU.
+Measured, 3 seeds: CIFAR-10 + MNIST: base 35.8 ± 3.8, deepinversion 71.8 ± 3.3, abd 86.6 ± 0.1 %;
+MNIST in 5 tasks: base 19.0 ± 0.4, deepinversion 20.7 ± 2.4, abd 22.8 ± 1.8 %. Nothing ran on a GPU.
 
 Where we differ: few updates and images (paper: 250 a class); the optimiser of deepinversion and
 frozen BatchNorms in all arms, but that joint's are not; abd on the images of deepinversion (its
