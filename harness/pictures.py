@@ -128,6 +128,7 @@ def draw_curves(groups, file, unit="epoch"):
             band = curves.std(0)
             axis.fill_between(x, mean - band, mean + band, alpha=0.25)
     axis.set(xlabel=unit, ylabel="test accuracy, %")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right")
+    axis.legend(loc="best", fontsize="small")
     figure.savefig(file, dpi=100)
