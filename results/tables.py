@@ -507,6 +507,8 @@ PRUNING_ARMS = {  # end of a file's name: what was changed, or the images
     "magnitude-noise": "Gaussian noise; channels by magnitude",
     "magnitude-mnist": "MNIST; channels by magnitude",
     "frozen": "inverted; statistics of the whole network",
+    "noise-frozen": "Gaussian noise; statistics of the whole network",
+    "mnist-frozen": "MNIST; statistics of the whole network",
     "batch": "inverted; BatchNorm in train mode",
     "latency": "inverted; milliseconds counted, eta 1",
 }
