@@ -44,8 +44,6 @@ from harness.networks import find_linear_layers
 from harness.pictures import draw_classes, draw_curves
 from harness.run import (
     RunFolder,
-    RunOptions,
-    TeacherOptions,
     check_at_least,
     choose_device,
     fail,
@@ -54,7 +52,7 @@ from harness.run import (
     restore_optimizer,
     seed_everything,
 )
-from harness.sources import load_source_images
+from harness.sources import SourceOptions, load_source_images
 from tasks import (
     LabelledImages,
     advise_training,
@@ -90,7 +88,7 @@ RATE_DROPS = (1 / 3, 1 / 2, 2 / 3, 5 / 6)  # of all updates; each cuts the rate 
 
 
 @dataclass
-class Args(TeacherOptions, RunOptions):
+class Args(SourceOptions):
     # Run settings.
     setting: Literal[
         "digits",
@@ -117,8 +115,6 @@ class Args(TeacherOptions, RunOptions):
     """Images of auto, noise and other data sets, of all old classes together."""
     test_images: int = 0
     """Real test images of each task, the first ones; 0: all."""
-    fused: bool = True
-    """Use the fused ops of kernels/; --no-fused runs their plain references."""
 
     # Method.
     tasks: tuple[str, ...] = ("digits:0-4", "digits:5-9")
@@ -140,24 +136,20 @@ class Args(TeacherOptions, RunOptions):
     """Augmentation: largest move of each image, in pixels (ours)."""
 
     def __post_init__(self):
-        RunOptions.__post_init__(self)
-        TeacherOptions.__post_init__(self)
-        if not self.out:
-            raise ValueError("--out: expected a folder, got an empty name")
+        SourceOptions.__post_init__(self)
         if self.dataset != "auto":
             raise ValueError("--dataset: expected auto; --tasks names the data sets")
-        if self.images in ("", "real"):
+        if self.images == "real":
             expected = "expected auto, a folder or another source"
-            raise ValueError(f"--images: {expected}, got {self.images!r}; real are the oracles")
+            raise ValueError(f"--images: {expected}, got real, which the oracles take")
         datasets = {task.dataset for task in parse_tasks(self.tasks)}
         if self.images in datasets:
             problem = f"{self.images} is one of --tasks, whose old images are gone"
             raise ValueError(f"--images: {problem}; pass another source")
         if not self.arms or len(set(self.arms)) < len(self.arms):
             raise ValueError(f"--arms: expected one or more, each once, got {' '.join(self.arms)}")
-        check_at_least(2, self, "num_images")
         check_at_least(1, self, "epochs", "steps_per_epoch", "batch_size")
-        check_at_least(0, self, "test_images", "shift")
+        check_at_least(0, self, "shift")
         check_at_least(1e-12, self, "lr", "clip")
 
 

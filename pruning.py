@@ -57,8 +57,6 @@ from harness.networks import sample_example
 from harness.pictures import draw_classes
 from harness.run import (
     RunFolder,
-    RunOptions,
-    TeacherOptions,
     check_at_least,
     choose_device,
     fail,
@@ -69,7 +67,7 @@ from harness.run import (
     restore_optimizer,
     seed_everything,
 )
-from harness.sources import load_source_images
+from harness.sources import SourceOptions, load_source_images
 
 MOMENTUM = 0.9  # of importances over removals (released code)
 TIMED_IMAGES = 20  # of a forward pass whose milliseconds are measured
@@ -78,21 +76,12 @@ STAGES = ("pruned", "reestimated", "student", "student_reestimated")
 
 
 @dataclass
-class Args(TeacherOptions, RunOptions):
+class Args(SourceOptions):
     # Run settings.
     setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
     """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
     out: str = "runs/pruning/default"
     """Output folder."""
-    images: str = "auto"
-    """Images to choose channels and learn on: the --out of deepinversion.py; auto: start it once;
-    noise; real: the teacher's training images, without labels; or another data set's name."""
-    num_images: int = 300
-    """Images of auto, noise, real and other data sets; of a folder all are taken."""
-    test_images: int = 0
-    """Real test images that measure the networks, the first ones; 0: all."""
-    fused: bool = True
-    """Use the fused ops of kernels/; --no-fused runs their plain references."""
 
     # Method: which channels go.
     target: tuple[float, ...] = (0.10, 0.25, 0.50)
@@ -126,12 +115,7 @@ class Args(TeacherOptions, RunOptions):
     """Augmentation: mirror each image with probability 1/2 (ours)."""
 
     def __post_init__(self):
-        RunOptions.__post_init__(self)
-        TeacherOptions.__post_init__(self)
-        if not self.out:
-            raise ValueError("--out: expected a folder, got an empty name")
-        if not self.images:
-            raise ValueError("--images: expected a folder or a source, got an empty name")
+        SourceOptions.__post_init__(self)
         if not self.target:
             raise ValueError("--target: expected at least one share of the weights, such as 0.25")
         for share in self.target:
@@ -139,10 +123,9 @@ class Args(TeacherOptions, RunOptions):
                 raise ValueError(f"--target: expected shares from 0.01 to 0.99, got {share}")
         if len({name_target(share) for share in self.target}) < len(self.target):
             raise ValueError("--target: expected shares that differ by at least 0.01")
-        check_at_least(2, self, "num_images")
         check_at_least(1, self, "channels_per_removal", "batches_per_removal")
         check_at_least(1, self, "steps_per_epoch", "batch_size")
-        check_at_least(0, self, "epochs", "shift", "latency", "test_images")
+        check_at_least(0, self, "epochs", "shift", "latency")
         check_at_least(1e-12, self, "lr", "temperature")
 
 

@@ -44,8 +44,6 @@ from harness.networks import trace_network
 from harness.pictures import draw_classes
 from harness.run import (
     RunFolder,
-    RunOptions,
-    TeacherOptions,
     check_at_least,
     choose_device,
     fail,
@@ -55,28 +53,19 @@ from harness.run import (
     restore_optimizer,
     seed_everything,
 )
-from harness.sources import load_source_images
+from harness.sources import SourceOptions, load_source_images
 
 RANGE_DECAY = 0.9  # of the moving average of minimum and maximum (released code)
 LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass
-class Args(TeacherOptions, RunOptions):
+class Args(SourceOptions):
     # Run settings.
     setting: Literal["cifar10", "cifar10-released", "mnist", "digits"] = "cifar10"
     """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
     out: str = "runs/quantization/default"
     """Output folder."""
-    images: str = "auto"
-    """Images to calibrate and learn on: the --out of deepinversion.py; auto: start it once; noise;
-    real: the teacher's training images, without labels; or the name of another data set."""
-    num_images: int = 300
-    """Images of auto, noise, real and other data sets; of a folder all are taken."""
-    test_images: int = 0
-    """Real test images that measure the networks, the first ones; 0: all."""
-    fused: bool = True
-    """Use the fused ops of kernels/; --no-fused runs their plain references."""
 
     # Method.
     bits: tuple[str, ...] = ("W8A8", "W4A4", "W3A3")
@@ -105,21 +94,15 @@ class Args(TeacherOptions, RunOptions):
     """Augmentation: mirror each image with probability 1/2 (ours)."""
 
     def __post_init__(self):
-        RunOptions.__post_init__(self)
-        TeacherOptions.__post_init__(self)
-        if not self.out:
-            raise ValueError("--out: expected a folder, got an empty name")
-        if not self.images:
-            raise ValueError("--images: expected a folder or a source, got an empty name")
+        SourceOptions.__post_init__(self)
         if not self.bits:
             raise ValueError("--bits: expected at least one pair of bits, such as W4A4")
         for name in self.bits:
             parse_bits(name)
         if len(set(self.bits)) < len(self.bits):
             raise ValueError(f"--bits: expected each pair once, got {' '.join(self.bits)}")
-        check_at_least(2, self, "num_images")
         check_at_least(1, self, "calibration_batches", "steps_per_epoch", "batch_size")
-        check_at_least(0, self, "epochs", "shift", "low_pass", "test_images")
+        check_at_least(0, self, "epochs", "shift", "low_pass")
         check_at_least(1e-12, self, "lr", "temperature")
 
 

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,9 +16,41 @@ import torch
 from harness.data import N_CLASSES, load_dataset
 from harness.images import check_image_files, read_images, to_uint8
 from harness.load import is_factory
-from harness.run import ROOT, fail, fail_in_one_line
+from harness.run import (
+    ROOT,
+    RunOptions,
+    TeacherOptions,
+    check_at_least,
+    fail,
+    fail_in_one_line,
+)
 
 INVERSION_OPTIONS = ("teacher", "weights", "num_classes", "image_size", "mean", "std", "num_images")
+
+
+@dataclass
+class SourceOptions(TeacherOptions, RunOptions):
+    """The options of every script that takes images of some source."""
+
+    images: str = "auto"
+    """Images to learn on: the --out of deepinversion.py; auto: start it once; noise; real: the
+    teacher's training images, without labels; or the name of another data set."""
+    num_images: int = 300
+    """Images of auto, noise, real and other data sets; of a folder all are taken."""
+    test_images: int = 0
+    """Real test images that measure the networks, the first ones; 0: all."""
+    fused: bool = True
+    """Use the fused ops of kernels/; --no-fused runs their plain references."""
+
+    def __post_init__(self):
+        RunOptions.__post_init__(self)
+        TeacherOptions.__post_init__(self)
+        if not self.out:
+            raise ValueError("--out: expected a folder, got an empty name")
+        if not self.images:
+            raise ValueError("--images: expected a folder or a source, got an empty name")
+        check_at_least(2, self, "num_images")
+        check_at_least(0, self, "test_images")
 
 
 def load_source_images(args, info, changes=None):

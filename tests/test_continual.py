@@ -536,7 +536,7 @@ def test_what_does_not_fit_is_refused_before_a_run_begins(options, says, tmp_pat
     [
         (dict(arms=()), "--arms: expected one or more"),
         (dict(arms=("base", "base")), "--arms: expected one or more, each once"),
-        (dict(images="real"), "real are the oracles"),
+        (dict(images="real"), "got real, which the oracles take"),
         (dict(images="digits"), "digits is one of --tasks, whose old images are gone"),
         (dict(dataset="mnist"), "--tasks names the data sets"),
         (dict(epochs=0), "--epochs: expected at least 1"),

@@ -243,9 +243,12 @@ def test_these_rules_find_what_they_forbid():
 # Options
 
 
+OPTION_FILES = [ROOT / "harness/run.py", ROOT / "harness/sources.py"]  # what scripts share
+
+
 def find_option_classes(path):
     """The dataclasses of options in a file."""
-    option_classes = {"RunOptions", "TeacherOptions", "MethodOptions"}
+    option_classes = {"RunOptions", "TeacherOptions", "MethodOptions", "SourceOptions"}
     for node in parse(path).body:
         bases = [ast.unparse(base) for base in getattr(node, "bases", [])]
         is_options = option_classes & {*bases, getattr(node, "name", "")}
@@ -255,7 +258,7 @@ def find_option_classes(path):
 
 def list_options(path):
     """All options that a script takes, those of its base classes included, without "--"."""
-    sources = {node.name: node for node in find_option_classes(ROOT / "harness/run.py")}
+    sources = {node.name: node for path in OPTION_FILES for node in find_option_classes(path)}
     names = set()
     (args,) = find_option_classes(path)
     classes = [args]
@@ -267,7 +270,7 @@ def list_options(path):
     return names
 
 
-@each([*SCRIPTS, ROOT / "harness/run.py"])
+@each([*SCRIPTS, *OPTION_FILES])
 def test_every_option_has_a_type_a_default_and_an_explanation(path):
     classes = list(find_option_classes(path))
     assert classes
