@@ -12,9 +12,11 @@ import os
 import platform
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -487,19 +489,39 @@ def read_checkpoint(path, advice="save a state dict"):
 
 
 @contextlib.contextmanager
+def delay_interrupts():
+    """Let a Ctrl-C take effect at the end: in the middle of torch.save it would look like a full
+    disk, or end the process with an abort of C++."""
+    handler = signal.getsignal(signal.SIGINT)
+    is_main = threading.current_thread() is threading.main_thread()
+    if handler is None or not is_main:  # not Python's to change
+        yield
+        return
+    pressed = []
+    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)
+
+
+@contextlib.contextmanager
 def open_atomically(path):
-    """A file to write that appears at `path` whole or not at all, whenever the run is killed."""
+    """A file to write that appears at `path` whole or not at all, whenever the run is stopped."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # a rename may reach the disk before what it names
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with delay_interrupts():
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # a rename may reach the disk before what it names
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def lock_folder(folder):

@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import platform
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -587,6 +588,21 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
         file.write(b"whole")
         assert path.read_text() == "of before"
     assert path.read_text() == "whole"
+
+
+def test_an_interrupt_waits_for_the_file(tmp_path):
+    """In the middle of torch.save it would be reported as a full disk, or abort the process."""
+    path = tmp_path / "file"
+    moments = []
+    with pytest.raises(KeyboardInterrupt), open_atomically(path) as file:
+        signal.raise_signal(signal.SIGINT)
+        torch.save({"a": torch.ones(3)}, file)
+        moments.append("saved")
+    assert moments == ["saved"]
+    assert torch.load(path, weights_only=True)["a"].tolist() == [1, 1, 1]
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(KeyboardInterrupt):  # the handler of before is back
+        signal.raise_signal(signal.SIGINT)
 
 
 def fill_disk(monkeypatch, n_bytes):
