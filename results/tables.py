@@ -751,6 +751,50 @@ def make_released_range():
     )
 
 
+def sort_arms(saved):
+    """The arms of results/which.py, the best first; the controls last."""
+
+    def rank(arm):
+        is_control = arm["title"].startswith("control")
+        return is_control, -statistics.mean(arm["accuracy"])
+
+    return sorted(saved["arms"].values(), key=rank)
+
+
+def make_which(data):
+    """All methods and controls on one data set, from results/which.py."""
+    saved = read_json(f"which-{data}.json")
+    rows = []
+    for arm in sort_arms(saved):
+        mean = statistics.mean(arm["accuracy"])
+        row = [arm["title"], format_percent(arm["accuracy"])]
+        row.append(f"{100 * mean / saved['teacher_accuracy']:.1f} %")
+        row.append(f"{statistics.mean(arm['seconds']):.0f}")
+        row += [str(len(arm["seeds"])), f"`{arm['command']}`"]
+        rows.append(row)
+    head = ["arm", "student, final", "relative to the teacher", "seconds", "seeds", "seed 0's command"]
+    where = f"`{saved['teacher']}` ({saved['teacher_accuracy']:.2f} %) → `{saved['student']}`"
+    where += f"; {saved['device_name']} a run, two runs at a time; `results/which-{data}.json`."
+    return f"{format_table(head, rows)}\n\n{where}"
+
+
+def make_which_short():
+    """README's table: the student's accuracy by method and data set."""
+    sets = [name for name in ("digits", "mnist", "cifar10") if (RESULTS / f"which-{name}.json").exists()]
+    saved = [read_json(f"which-{name}.json") for name in sets]
+    rows = []
+    for arm in sort_arms(saved[0]):
+        row = [arm["title"]]
+        for table in saved:
+            found = [other for other in table["arms"].values() if other["title"] == arm["title"]]
+            row += [format_percent(other["accuracy"]) for other in found] or [""]
+        rows.append(row)
+    head = ["arm"]
+    for table, name in zip(saved, sets, strict=True):
+        head.append(f"{name}, {table['budget']} s a run")
+    return format_table(head, rows)
+
+
 MAKERS = {
     "teachers": make_teachers,
     "inversion": make_inversion,
