@@ -5,6 +5,7 @@ the op's own file and those of test_every_op.py for the op, called one by one un
 test that failed must then pass on the unchanged file, loaded in the same way.
 """
 
+import ast
 import importlib
 import inspect
 import itertools
@@ -27,6 +28,7 @@ FILES = [found.name for found in pkgutil.iter_modules(wrong.__path__)]
 OWN_TESTS = {file: importlib.import_module(f"test_{file}") for file in FILES}
 COMMON_TESTS = [test_divergences, test_every_op]
 NOTICED = (AssertionError, pytest.fail.Exception, GradcheckError)
+NOTICED_BY = set()  # tests that have noticed a mutant
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="mutants run in the interpreter, which a GPU switches off"
@@ -127,8 +129,26 @@ def checks_of(file):
     for module in COMMON_TESTS:
         for test in functions_in(module):
             checks += [call for call in calls_of(test) if call.parameters["op"].file == file]
-    checks.sort(key=lambda call: call.backend == "triton")  # the interpreter is slow, so last
     return checks
+
+
+def is_in_a_kernel(source, text):
+    """Whether a text of a file's source lies in a Triton kernel, which the CPU path never runs."""
+    line = source[: source.index(text)].count("\n") + 1
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.lineno <= line <= node.end_lineno:
+            return any("jit" in ast.unparse(decorator) for decorator in node.decorator_list)
+    return False
+
+
+def sort_checks(checks, mutant, in_kernel):
+    """The likeliest to fail first: the mutant's own, of its backend, of one that noticed others."""
+
+    def rank(check):
+        is_of_backend = (check.backend == "triton") == in_kernel
+        return check.test.__name__ != mutant.test, not is_of_backend, check.test not in NOTICED_BY
+
+    return sorted(checks, key=rank)
 
 
 def first_to_fail(checks):
@@ -136,6 +156,7 @@ def first_to_fail(checks):
         try:
             check.run()
         except NOTICED:
+            NOTICED_BY.add(check.test)
             return check
     return None
 
@@ -159,7 +180,10 @@ def test_mutant_is_noticed(file, mutant, tmp_path):
     (changed / mutant.file).write_text(source.replace(mutant.old, mutant.new))
     with pytest.MonkeyPatch.context() as patch:
         load_ops(changed, patch)
-        check = first_to_fail(checks_of(file))
+        in_kernel = is_in_a_kernel(source, mutant.old)
+        checks = sort_checks(checks_of(file), mutant, in_kernel)
+        assert mutant.test in ("", checks[0].test.__name__)
+        check = first_to_fail(checks)
     assert check, "no test fails"
 
     unchanged = tmp_path / "unchanged"

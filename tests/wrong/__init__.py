@@ -17,3 +17,5 @@ class Mutant:
     """The file of kernels/ that is changed, "_logits.py"."""
     old: str
     new: str
+    test: str = ""
+    """A test that notices it and is tried first; needed only where the others take long."""

@@ -42,6 +42,7 @@ MUTANTS = [
         FILE,
         "row_grads.stride(0),",
         "row_grads.size(1),",
+        test="test_gradients_of_the_moments_of_two_layers",
     ),
     Mutant(
         "lanes without a value enter the moments",
@@ -80,6 +81,7 @@ MUTANTS = [
         FILE,
         "y = torch.empty_like(x)",
         "y = torch.empty(x.shape, device=x.device, dtype=x.dtype)",
+        test="test_output_and_gradient_keep_the_layout_of_x",
     ),
     Mutant(
         "gradient of ReLU6 at its upper border",
@@ -112,12 +114,14 @@ MUTANTS = [
             *other_strides,""",
         """*dy_strides,
             *dx_strides,""",
+        test="test_matches_the_definition",
     ),
     Mutant(
         "moments saved in a way that hides their changes",
         FILE,
         "ctx.save_for_backward(x, saved, affine, moments, None)",
         "ctx.save_for_backward(x, saved, affine, moments.data, None)",
+        test="test_a_change_in_place_is_noticed_or_does_not_matter",
     ),
     Mutant(
         "output kept where nothing follows it",
@@ -138,6 +142,7 @@ MUTANTS = [
         FILE,
         "g += tl.load(dy_again_ptr",
         "g += 0.0 * tl.load(dy_again_ptr",
+        test="test_gradients_of_two_readers_are_added",
     ),
     Mutant(
         "the second reader's gradient is lost on the CPU",
@@ -156,5 +161,6 @@ MUTANTS = [
         FILE,
         "if dy_again is not None and dy_again.stride() != dy.stride():",
         "if False:",
+        test="test_gradients_of_two_readers_are_added",
     ),
 ]
