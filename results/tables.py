@@ -288,6 +288,56 @@ def make_students():
     return format_table([*head, "best less final", "seeds", "longest, device"], rows)
 
 
+ROLES = {  # what an arm's networks were trained with: teacher, student
+    "base": ("base", "base"),
+    "teacher": ("its schedule", "base"),
+    "student": ("base", "its schedule"),
+    "both": ("its schedule", "its schedule"),
+    "shared": ("its schedule", "the teacher's"),
+    "random": ("its schedule", "its own, on random operations"),
+    "constant": ("its schedule", "the last policy of its own"),
+}
+
+
+def format_interval(found):
+    """A mean and half the width of its 95 % interval."""
+    return f"{found['mean']:+.2f} ± {found['half_width']:.2f}"
+
+
+def make_roles():
+    """The seven arms of role-wise augmentation, from results/role-kd-cifar10.json."""
+    saved = read_json("role-kd-cifar10.json")
+    rows = []
+    for arm, (teacher, student) in ROLES.items():
+        found = saved["summary"][arm]
+        low = found["mean"] - found["half_width"]
+        high = found["mean"] + found["half_width"]
+        row = [f"`{arm}`", teacher, student, f"{found['mean']:.2f} ± {found['std']:.2f} %"]
+        row.append(f"{low:.2f} to {high:.2f}")
+        row.append("" if arm == "both" else format_interval(found["both_less_this"]))
+        rows.append(row)
+    head = ["arm", "teacher's augmentation", "student's", "student, mean ± std", "95 % interval"]
+    text = format_table([*head, "`both` less this arm, 95 %"], rows)
+
+    runs = saved["arms"]["both"]
+    teachers = []
+    for kind in ("base", "augmented"):
+        values = [run["teacher_accuracies"][kind] for run in runs]
+        teachers.append(f"{kind} {format_percent(values)}")
+    costs = []
+    for role in ("teacher", "student"):
+        found = [run["searches"][role] for run in runs]
+        seconds = statistics.mean(search["seconds"] for search in found)
+        error = max(search["reward_standard_error"] for search in found)
+        cost = f"{role}'s search {found[0]['member_epochs']} member-epochs, {seconds:.0f} s, "
+        cost += f"{found[0]['images_trained']:,} images trained and "
+        cost += f"{found[0]['images_measured']:,} measured, reward ± {error:.1f} points"
+        costs.append(cost)
+    pair = f"`{saved['teacher']}` → `{saved['student']}`, {len(runs)} seeds"
+    where = f"{runs[0]['device_name']}; `results/role-kd-cifar10.json`."
+    return f"{text}\n\n{pair}; teachers: {', '.join(teachers)}; {'; '.join(costs)}; {where}"
+
+
 def make_roles_digits():
     """Students of role_kd.py on digits, over the seeds of a setting."""
     rows = []
@@ -810,6 +860,7 @@ MAKERS = {
     "ensemble_arms_digits": make_generators_digits,
     "ensemble_arms_mnist": make_generators_mnist,
     "ensemble_speed": make_ensemble_speed,
+    "roles": make_roles,
     "roles_digits": make_roles_digits,
     "architectures": make_architectures,
     "quantization": make_quantization,
