@@ -314,7 +314,10 @@ def make_roles():
         high = found["mean"] + found["half_width"]
         row = [f"`{arm}`", teacher, student, f"{found['mean']:.2f} ± {found['std']:.2f} %"]
         row.append(f"{low:.2f} to {high:.2f}")
-        row.append("" if arm == "both" else format_interval(found["both_less_this"]))
+        difference = ""
+        if arm != "both":
+            difference = format_interval(found["both_less_this"])
+        row.append(difference)
         rows.append(row)
     head = ["arm", "teacher's augmentation", "student's", "student, mean ± std", "95 % interval"]
     text = format_table([*head, "`both` less this arm, 95 %"], rows)
@@ -830,7 +833,7 @@ def make_which(data):
 
 def make_which_short():
     """README's table: the student's accuracy by method and data set."""
-    sets = [name for name in ("digits", "mnist", "cifar10") if (RESULTS / f"which-{name}.json").exists()]
+    sets = [path.stem.removeprefix("which-") for path in sorted(RESULTS.glob("which-*.json"))]
     saved = [read_json(f"which-{name}.json") for name in sets]
     rows = []
     for arm in sort_arms(saved[0]):

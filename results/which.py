@@ -26,7 +26,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -40,7 +39,7 @@ from harness.data import predict  # noqa: E402
 from harness.images import get_image_path, save_images  # noqa: E402
 from harness.load import load_trained  # noqa: E402
 from harness.run import describe_machine, fail  # noqa: E402
-from harness.sources import load_source_images  # noqa: E402
+from harness.sources import SourceOptions, load_source_images  # noqa: E402
 
 POLL_SECONDS = 0.2  # between two looks at a run's metrics
 
@@ -146,7 +145,9 @@ def make_source(name, data, data_dir, seed):
     teacher, info = load_trained(setting.teacher, "cpu", data_dir)
     source = setting.other if name == "other" else name
     torch.manual_seed(seed)
-    wanted = SimpleNamespace(images=source, num_images=setting.n_images, data_dir=data_dir)
+    wanted = SourceOptions(
+        images=source, num_images=setting.n_images, data_dir=data_dir, out=str(folder)
+    )
     images = load_source_images(wanted, info)
     labels = predict(teacher, images, info)
     folder.mkdir(parents=True, exist_ok=True)
