@@ -22,7 +22,6 @@ from channels import (
     remove_channels,
 )
 from harness.data import evaluate, load_dataset
-from harness.images import get_image_path, save_images
 from harness.load import NetworkInfo, load_teacher
 from harness.networks import NETWORKS, ResNet, sample_example
 from kernels import _common
@@ -733,17 +732,3 @@ def test_a_file_of_something_else_is_no_pruned_network(tmp_path, capsys):
     torch.save({"format": 1}, tmp_path / "other.pt")
     line = read_refusal(capsys, pruning.load_pruned, tmp_path / "other.pt")
     assert "no file of pruning.py" in line and line.endswith("pass a pruned-….pt")
-
-
-@pytest.mark.parametrize("shape", [(20, 1, 28, 28), (20, 3, 32, 32)])
-def test_images_of_another_size_are_refused(shape, tmp_path, capsys):
-    images = torch.zeros(shape, dtype=torch.uint8)
-    save_images(get_image_path(tmp_path, 0), images, torch.zeros(20, dtype=torch.int64))
-    (tmp_path / "result.json").write_text("{}")
-    line = read_refusal(capsys, run, tmp_path / "out", images=str(tmp_path))
-    assert "expected uint8 (1, 32, 32), as the teacher's" in line
-
-
-def test_a_folder_without_images_is_refused(tmp_path, capsys):
-    line = read_refusal(capsys, run, tmp_path / "out", images=str(tmp_path))
-    assert "no images-*.npz or no result.json there; pass the --out of a finished run" in line

@@ -12,8 +12,15 @@ import deepinversion
 import quantization
 from harness import sources
 from harness.data import normalise
+from harness.images import get_image_path, save_images
 from harness.load import load_teacher
-from harness.sources import draw_noise, invert_teacher, load_foreign_images, name_teacher
+from harness.sources import (
+    draw_noise,
+    invert_teacher,
+    load_foreign_images,
+    load_source_images,
+    name_teacher,
+)
 
 DIGITS = replace(quantization.PRESETS["digits"], device="cpu", num_images=60)
 
@@ -127,3 +134,21 @@ def test_another_network_in_the_same_file_gets_another_folder(tmp_path):
     names.add(name_teacher(of_factory))
     assert len(names) == 3
     assert name_teacher(DIGITS) == "digits-resnet8"
+
+
+@pytest.mark.parametrize("shape", [(20, 1, 28, 28), (20, 3, 32, 32)])
+def test_a_folder_with_images_of_another_size_is_refused(shape, tmp_path, capsys):
+    _, info = load_teacher(DIGITS, "cpu")
+    images = torch.zeros(shape, dtype=torch.uint8)
+    save_images(get_image_path(tmp_path, 0), images, torch.zeros(20, dtype=torch.int64))
+    (tmp_path / "result.json").write_text("{}")
+    args = replace(DIGITS, images=str(tmp_path))
+    line = read_refusal(capsys, load_source_images, args, info)
+    assert "expected uint8 (1, 32, 32), as the teacher's" in line
+
+
+def test_a_folder_without_images_is_refused(tmp_path, capsys):
+    _, info = load_teacher(DIGITS, "cpu")
+    args = replace(DIGITS, images=str(tmp_path))
+    line = read_refusal(capsys, load_source_images, args, info)
+    assert "no images-*.npz or no result.json there; pass the --out of a finished run" in line
