@@ -443,6 +443,7 @@ SOURCES = {
     "lowpass": "inverted, low-pass",
     "real": "real, without labels",
     "mnist": "MNIST",
+    "digits": "digits",
     "noise": "Gaussian noise",
 }
 
@@ -453,10 +454,10 @@ def rank_values(values):
     return [order.index(value) + (order.count(value) + 1) / 2 for value in values]
 
 
-def make_quantization():
+def make_quantization(dataset="cifar10"):
     """Quantized networks by source of images and bits, over seeds."""
     runs = {}
-    for stem, of_source in read_seeds("quantization-cifar10-*-seed*.json").items():
+    for stem, of_source in read_seeds(f"quantization-{dataset}-*-seed*.json").items():
         runs[stem.rpartition("-")[2]] = of_source
     rows = []
     points = {}  # of each pair of bits: (similarity, accuracy) of each source
@@ -500,9 +501,13 @@ def make_quantization():
         f"`{first['teacher']}`, float {first['teacher_accuracy']:.2f} % of the first "
         f"{setting['test_images']:,} test images; {first['n_images']} images, {n_steps} updates "
         f"of {setting['batch_size']}; {claim}. {first['device_name']}, torch "
-        f"{versions['torch']}; `results/quantization-cifar10-*.json`."
+        f"{versions['torch']}; `results/quantization-{dataset}-*.json`."
     )
     return f"{format_table(head, rows)}\n\n{note}"
+
+
+def make_quantization_mnist():
+    return make_quantization("mnist")
 
 
 CONTINUAL_ARMS = {
@@ -867,6 +872,7 @@ MAKERS = {
     "roles_digits": make_roles_digits,
     "architectures": make_architectures,
     "quantization": make_quantization,
+    "quantization_mnist": make_quantization_mnist,
     "pruning": make_pruning,
     "pruning_sizes": make_pruning_sizes,
     "continual": make_continual,

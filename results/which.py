@@ -279,6 +279,9 @@ def main(
         jobs: runs at a time, a thread each.
     """
     tasks = [(arm, seed) for seed in seeds for arm in arms]
+    for arm, seed in tasks:
+        if ARMS[arm].source:  # here, as two at a time would share PyTorch's random numbers
+            make_source(ARMS[arm].source, data, data_dir, seed)
     try:
         with ThreadPoolExecutor(jobs) as pool:
             found = list(pool.map(lambda task: run_arm(task[0], data, data_dir, task[1]), tasks))
