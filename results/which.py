@@ -70,7 +70,7 @@ class Setting:
         budget: seconds of a run.
         other: the data set of the control `other data`.
         n_images: images of the controls' folders.
-        options: {script: options}.
+        options: {script, or arm where its steps take longer: options}.
     """
 
     teacher: str
@@ -109,9 +109,10 @@ SETTINGS = {
         n_images=1437,
         options={
             INVERSION: "--verifier none --initial-batches 12 --epochs 5 --steps-per-epoch 250",
-            ENSEMBLE: "--steps 600 --epochs 12 --sample 0",
-            GAME: "--pseudo-batches 85 --evaluations 10",
-            REPLAY: "--epochs 8 --iterations 5",
+            ENSEMBLE: "--steps 700 --epochs 14 --sample 0",
+            GAME: "--pseudo-batches 110 --evaluations 10",
+            REPLAY: "--epochs 20 --iterations 5",
+            "pre-dfkd-vae": "--epochs 12 --iterations 5",
         },
     ),
     "mnist": Setting(
@@ -163,7 +164,8 @@ def make_command(arm, data, data_dir, seed, out):
     command = [sys.executable, str(ROOT / ARMS[arm].script), "--setting", data, "--seed", str(seed)]
     command += ["--teacher", setting.teacher, "--student", setting.student, "--dataset", data]
     command += ["--device", "cpu", "--data-dir", data_dir, "--out", str(out), "--resume"]
-    command += shlex.split(setting.options[ARMS[arm].script])
+    options = setting.options.get(arm, setting.options[ARMS[arm].script])
+    command += shlex.split(options)
     command += shlex.split(ARMS[arm].options)
     if ARMS[arm].source:
         command += ["--images", str(make_source(ARMS[arm].source, data, data_dir, seed))]
