@@ -118,14 +118,15 @@ SETTINGS = {
     "mnist": Setting(
         teacher="mnist-resnet8",
         student="lenet5",
-        budget=300,
+        budget=150,
         other="cifar10",
         n_images=10000,
         options={
-            INVERSION: "--verifier none",
-            ENSEMBLE: "--steps 1600 --epochs 20 --sample 0",
-            GAME: "--pseudo-batches 400 --evaluations 10",
-            REPLAY: "--epochs 20",
+            INVERSION: "--verifier none --epochs 10",
+            ENSEMBLE: "--steps 800 --epochs 12 --sample 0",
+            GAME: "--pseudo-batches 110 --evaluations 10",
+            REPLAY: "--epochs 13 --iterations 10",
+            "pre-dfkd-vae": "--epochs 7 --iterations 10",
         },
     ),
 }
