@@ -490,8 +490,10 @@ def read_checkpoint(path, advice="save a state dict"):
 
 @contextlib.contextmanager
 def delay_interrupts():
-    """Let a Ctrl-C take effect at the end: in the middle of torch.save it would look like a full
-    disk, or end the process with an abort of C++."""
+    """Let a Ctrl-C take effect at the end, unless something else fails before.
+
+    In the middle of torch.save it would look like a full disk, or end the process with an abort.
+    """
     handler = signal.getsignal(signal.SIGINT)
     is_main = threading.current_thread() is threading.main_thread()
     if handler is None or not is_main:  # not Python's to change

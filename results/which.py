@@ -3,18 +3,19 @@
     python results/which.py --data digits
     python results/which.py --data mnist --data-dir DIR
 
-One teacher with BatchNorms, one student, and per run about the same time on one thread, images
-included. Each run is a command of a script, in runs/which/DATA/ARM-seedS; two run at a time. A
-finished run is not repeated, and one that was killed goes on where it was. Writes
-results/which-DATA.json and results/which-DATA.png: accuracy on real test images against seconds.
-Options were chosen on training images, with seeds that are not reported: results/NOTES.md.
+One teacher with BatchNorms, one student. A method has the options of its preset, but for the
+length: about as many seconds for each, on one thread, images included. Each run is a command of a
+script, in runs/which/DATA/ARM-seedS; two run at a time. A finished run is not repeated, and one
+that was killed goes on where it was. Writes results/which-DATA.json and results/which-DATA.png:
+accuracy on real test images, which nothing was chosen by, against seconds.
 
-Controls, all trained by deepinversion.py's loop with the updates of the arm `deepinversion`:
+Controls, trained by deepinversion.py's loop with as many updates as the arm `deepinversion`; those
+that are given images need less time:
 
-    no moments        images inverted without the moment loss
-    noise             Gaussian noise with the mean and the deviation of the training pixels
-    other data        training images of another data set
-    real, no labels   the teacher's training images: an upper bound
+    no-moments    images inverted without the moment loss
+    noise         Gaussian noise with the mean and the deviation of the training pixels
+    other-data    training images of another data set
+    real          training images of the teacher, without labels
 """
 
 import json
@@ -23,7 +24,6 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -38,9 +38,10 @@ sys.path.insert(0, str(ROOT))
 from harness.data import predict  # noqa: E402
 from harness.images import get_image_path, save_images  # noqa: E402
 from harness.load import load_trained  # noqa: E402
-from harness.run import describe_machine, fail  # noqa: E402
+from harness.run import fail, open_atomically, prepare_program  # noqa: E402
 from harness.sources import SourceOptions, load_source_images  # noqa: E402
 
+FOLDER = Path("runs/which")
 POLL_SECONDS = 0.2  # between two looks at a run's metrics
 
 
@@ -67,8 +68,8 @@ class Setting:
     """A data set: its networks, its budget, and each script's options within it.
 
     Args:
-        budget: seconds of a run.
-        other: the data set of the control `other data`.
+        budget: seconds of a method's run, about; its options were sized for it.
+        other: the data set of the control `other-data`.
         n_images: images of the controls' folders.
         options: {script, or arm where its steps take longer: options}.
     """
@@ -124,9 +125,9 @@ SETTINGS = {
         options={
             INVERSION: "--verifier none --epochs 10",
             ENSEMBLE: "--steps 800 --epochs 12 --sample 0",
-            GAME: "--pseudo-batches 110 --evaluations 10",
+            GAME: "--pseudo-batches 90 --evaluations 10",
             REPLAY: "--epochs 13 --iterations 10",
-            "pre-dfkd-vae": "--epochs 7 --iterations 10",
+            "pre-dfkd-vae": "--epochs 6 --iterations 10",
         },
     ),
 }
@@ -141,11 +142,13 @@ def make_source(name, data, data_dir, seed):
         data: a key of SETTINGS.
     """
     setting = SETTINGS[data]
-    folder = Path("runs/which") / data / f"{name}-images-seed{seed}"
+    folder = FOLDER / data / f"{name}-{setting.n_images}-images-seed{seed}"
     if (folder / "result.json").exists():
         return folder
     teacher, info = load_trained(setting.teacher, "cpu", data_dir)
-    source = setting.other if name == "other" else name
+    source = name
+    if name == "other":
+        source = setting.other
     torch.manual_seed(seed)
     wanted = SourceOptions(
         images=source, num_images=setting.n_images, data_dir=data_dir, out=str(folder)
@@ -173,6 +176,40 @@ def make_command(arm, data, data_dir, seed, out):
     return command
 
 
+@dataclass
+class Run:
+    """A command at work."""
+
+    name: str
+    """ARM-seedS."""
+    out: Path
+    process: subprocess.Popen
+    start: float
+    """When it would have started without a break, in seconds since the epoch."""
+    curve: list
+    """[[seconds since the start, percent of real test images], …] so far."""
+
+    def follow(self):
+        """Write down when each accuracy came; return whether the command is still at work.
+
+        Raises:
+            SubprocessError: the command failed.
+        """
+        code = self.process.poll()  # before the file is read, so that no row is missed
+        seconds = round(time.time() - self.start, 1)
+        accuracies = read_accuracies(self.out)
+        del self.curve[len(accuracies) :]  # rows of before that a continued run has dropped
+        for accuracy in accuracies[len(self.curve) :]:
+            self.curve.append([seconds, accuracy])
+            with open_atomically(self.out.with_suffix(".curve.json")) as file:
+                file.write(json.dumps(self.curve).encode())
+        if code:
+            log = self.out.with_suffix(".log")
+            problem = f"{self.name} ended with {code}; read {log}"
+            raise subprocess.SubprocessError(f"{problem}, then start the grid again: it goes on")
+        return code is None
+
+
 def read_accuracies(out):
     """The test accuracies in a run's metrics so far, in percent."""
     path = out / "metrics.jsonl"
@@ -183,73 +220,96 @@ def read_accuracies(out):
     return [row["eval/acc"] for row in rows if "eval/acc" in row]
 
 
-def read_curve(path):
-    """The (seconds, accuracy) pairs that an earlier start of the run wrote down."""
+def read_curve(out):
+    """The curve that was written down of a run so far."""
+    path = out.with_suffix(".curve.json")
     if not path.exists():
         return []
     return json.loads(path.read_text())
 
 
-def run_arm(arm, data, data_dir, seed):
-    """Run one command to its end, unless it has ended; write down when each accuracy came.
+def name_run(arm, seed):
+    return f"{arm}-seed{seed}"
 
-    Returns:
-        [(seconds since the start, percent of real test images), …].
 
-    Raises:
-        SubprocessError: the command failed.
-    """
-    out = Path("runs/which") / data / f"{arm}-seed{seed}"
+def start_run(arm, data, data_dir, seed):
+    """Start a command, or go on with it; None if it has ended, with the same options."""
+    name = name_run(arm, seed)
+    out = FOLDER / data / name
     out.parent.mkdir(parents=True, exist_ok=True)
-    curve_path = out.with_suffix(".curve.json")
-    if (out / "result.json").exists():
-        return read_curve(curve_path)
-
     command = make_command(arm, data, data_dir, seed, out)
+    words = shlex.join(command[1:])
+    command_path = out.with_suffix(".command")
+    if command_path.exists() and command_path.read_text() != words:
+        fail(f"{out} is of other options; delete {out}*, so that it is run anew")
+    command_path.write_text(words)
+    if (out / "result.json").exists():
+        return None
+
     seconds_path = out / "seconds.txt"  # what earlier starts took, up to their last checkpoint
     before = float(seconds_path.read_text()) if seconds_path.exists() else 0.0
-    curve = read_curve(curve_path)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    print(f"{arm}, seed {seed}: {shlex.join(command[1:])}", flush=True)
-    start = time.time() - before
+    print(f"{name}: {words}", flush=True)
     with open(out.with_suffix(".log"), "ab") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    running = True
-    while running:
-        time.sleep(POLL_SECONDS)
-        running = process.poll() is None  # asked before the file is read: no row is missed
-        seconds = round(time.time() - start, 1)
-        accuracies = read_accuracies(out)
-        del curve[len(accuracies) :]  # a continued run does again what no checkpoint held
-        for accuracy in accuracies[len(curve) :]:
-            curve.append((seconds, accuracy))
-            curve_path.write_text(json.dumps(curve) + "\n")
-    if process.returncode:
-        problem = f"{arm}, seed {seed}, ended with {process.returncode}; read {log.name}"
-        raise subprocess.SubprocessError(f"{problem}, then start the grid again: it goes on")
-    return curve
+    curve = [point for point in read_curve(out) if point[0] <= before]  # the rest is done again
+    return Run(name, out, process, time.time() - before, curve)
+
+
+def run_grid(tasks, data, data_dir, jobs):
+    """Run all commands, `jobs` at a time; one that fails ends the grid.
+
+    Args:
+        tasks: [(arm, seed), …].
+    """
+    waiting = list(tasks)
+    running = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                arm, seed = waiting.pop(0)
+                run = start_run(arm, data, data_dir, seed)
+                if run:
+                    running.append(run)
+            time.sleep(POLL_SECONDS)
+            running = [run for run in running if run.follow()]
+    except subprocess.SubprocessError as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail("interrupted; start the grid again: it goes on")
+    finally:
+        for run in running:
+            run.process.terminate()
+            run.process.wait()
 
 
 # What came of it
-def describe_runs(curves):
-    """What which-DATA.json holds of an arm: seeds, final accuracies, seconds, curves."""
-    return {
-        "accuracy": [curve[-1][1] for curve in curves.values()],
-        "seconds": [curve[-1][0] for curve in curves.values()],
-        "seeds": list(curves),
-        "curves": list(curves.values()),
-    }
+def describe_arm(arm, data, seeds):
+    """What which-DATA.json holds of an arm: of each seed its figures, as the run wrote them."""
+    described = {"title": ARMS[arm].title, "seeds": list(seeds)}
+    outs = [FOLDER / data / name_run(arm, seed) for seed in seeds]
+    results = [json.loads((out / "result.json").read_text()) for out in outs]
+    described["accuracy"] = [result["student_accuracy"] for result in results]
+    described["seconds"] = [result["seconds"] for result in results]
+    described["device_name"] = results[0]["device_name"]
+    described["versions"] = results[0]["versions"]
+    words = make_command(arm, data, "DIR", seeds[0], "OUT")
+    described["command"] = shlex.join([Path(words[1]).name, *words[2:]])
+    described["curves"] = [read_curve(out) for out in outs]
+    return described
 
 
 def draw_accuracies(table, path):
     """Write a PNG: accuracy against seconds, an arm a line, a bar of ± one std at its end."""
     figure = Figure((9, 5.5), layout="constrained")
     axis = figure.subplots()
-    for arm, found in table["arms"].items():
+    for found in table["arms"].values():
         shortest = min(len(curve) for curve in found["curves"])
+        if shortest == 0:  # the grid was killed while the run went on
+            continue
         curves = np.array([curve[:shortest] for curve in found["curves"]])  # (seeds, points, 2)
         seconds, accuracy = curves.mean(0).T
-        title = ARMS[arm].title
+        title = found["title"]
         style = "--" if title.startswith("control") else "-"
         (line,) = axis.plot(seconds, accuracy, style, marker=".", label=title)
         if len(curves) > 1:
@@ -272,48 +332,35 @@ def main(
     data_dir: str = "data",
     jobs: int = 2,
 ):
-    """Run the grid of a data set, or what is left of it, and write its table and its picture.
+    """Run the grid of a data set, or what is left of it; of all arms write table and picture.
 
     Args:
         data: digits or mnist.
-        arms: of the grid.
+        arms: of the grid; fewer than all are run and printed only.
         seeds: of each arm.
         data_dir: folder of the data sets.
         jobs: runs at a time, a thread each.
     """
-    tasks = [(arm, seed) for seed in seeds for arm in arms]
-    for arm, seed in tasks:
-        if ARMS[arm].source:  # here, as two at a time would share PyTorch's random numbers
-            make_source(ARMS[arm].source, data, data_dir, seed)
-    try:
-        with ThreadPoolExecutor(jobs) as pool:
-            found = list(pool.map(lambda task: run_arm(task[0], data, data_dir, task[1]), tasks))
-    except subprocess.SubprocessError as error:
-        fail(error)
+    unknown = set(arms) - set(ARMS)
+    if unknown:
+        fail(f"--arms: expected some of {', '.join(ARMS)}, got {', '.join(unknown)}")
+    run_grid([(arm, seed) for seed in seeds for arm in arms], data, data_dir, jobs)
     setting = SETTINGS[data]
     _, info = load_trained(setting.teacher, "cpu", data_dir)
     table = {"teacher": setting.teacher, "student": setting.student, "budget": setting.budget}
-    table["teacher_accuracy"] = info.accuracy
-    table["arms"] = {}
+    table |= {"teacher_accuracy": info.accuracy, "jobs": jobs, "arms": {}}
     for arm in arms:
-        curves = {}
-        for (name, seed), curve in zip(tasks, found, strict=True):
-            if name == arm and curve:
-                curves[seed] = curve
-        if not curves:
-            continue
-        described = describe_runs(curves)
+        described = describe_arm(arm, data, seeds)
         table["arms"][arm] = described
-        words = make_command(arm, data, "DIR", seeds[0], "OUT")
-        described["command"] = shlex.join([Path(words[1]).name, *words[2:]])
-        described["title"] = ARMS[arm].title
         mean = np.mean(described["accuracy"])
-        print(f"{arm:24} {mean:6.2f} %  {max(described['seconds']):6.0f} s")
-    table |= describe_machine("cpu")
-    path = ROOT / f"results/which-{data}.json"
-    path.write_text(json.dumps(table, indent=1) + "\n")
-    draw_accuracies(table, path.with_suffix(".png"))
+        print(f"{arm:16} {mean:6.2f} %  {max(described['seconds']):6.0f} s")
+    if set(arms) == set(ARMS):
+        path = ROOT / f"results/which-{data}.json"
+        with open_atomically(path) as file:
+            file.write(json.dumps(table, indent=1).encode() + b"\n")
+        draw_accuracies(table, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":
+    prepare_program()
     tyro.cli(main)

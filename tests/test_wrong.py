@@ -1,8 +1,8 @@
 """The tests of the ops notice small errors: each mutant of wrong/ fails at least one of them.
 
 A mutant is one changed file of kernels/, loaded in place of the real one. Its tests are those of
-the op's own file and those of test_every_op.py for the op, called one by one until one fails. The
-test that failed must then pass on the unchanged file, loaded in the same way.
+the op's own file and, for the op, those of test_every_op.py and test_divergences.py, called one by
+one until one fails. That test must then pass on the unchanged file, loaded in the same way.
 """
 
 import ast
@@ -155,6 +155,8 @@ def first_to_fail(checks):
     for check in checks:
         try:
             check.run()
+        except pytest.skip.Exception:
+            continue
         except NOTICED:
             NOTICED_BY.add(check.test)
             return check
