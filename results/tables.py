@@ -824,21 +824,34 @@ def make_which(data):
     saved = read_json(f"which-{data}.json")
     rows = []
     for arm in sort_arms(saved):
-        mean = statistics.mean(arm["accuracy"])
+        shared, _, own = arm["command"].partition(" --resume ")
+        script, _, options = shared.partition(" ")
         row = [arm["title"], format_percent(arm["accuracy"])]
-        row.append(f"{100 * mean / saved['teacher_accuracy']:.1f} %")
-        row.append(f"{statistics.mean(arm['seconds']):.0f}")
-        row += [str(len(arm["seeds"])), f"`{arm['command']}`"]
+        row.append(format_relative(arm["accuracy"], saved["teacher_accuracy"]))
+        row.append(format_spread(arm["seconds"], 0))
+        row += [str(len(arm["seeds"])), f"`{script} … {own}`"]
         rows.append(row)
-    head = ["arm", "student, final", "relative to the teacher", "seconds", "seeds", "seed 0's command"]
-    where = f"`{saved['teacher']}` ({saved['teacher_accuracy']:.2f} %) → `{saved['student']}`"
-    where += f"; {saved['device_name']} a run, two runs at a time; `results/which-{data}.json`."
+    head = ["arm", "student, final", "relative to the teacher", "seconds", "seeds", "command"]
+    where = f"`{saved['teacher']}` ({saved['teacher_accuracy']:.2f} %) → `{saved['student']}`; "
+    where += f"{arm['device_name']} a run, {saved['jobs']} runs at a time, torch "
+    where += (
+        f"{arm['versions']['torch']}; the dots stand for `{options}`, with each run's own seed "
+    )
+    where += f"and folder; `results/which-{data}.json`."
     return f"{format_table(head, rows)}\n\n{where}"
+
+
+def make_which_digits():
+    return make_which("digits")
+
+
+def make_which_mnist():
+    return make_which("mnist")
 
 
 def make_which_short():
     """README's table: the student's accuracy by method and data set."""
-    sets = [path.stem.removeprefix("which-") for path in sorted(RESULTS.glob("which-*.json"))]
+    sets = ("digits", "mnist")
     saved = [read_json(f"which-{name}.json") for name in sets]
     rows = []
     for arm in sort_arms(saved[0]):
@@ -849,12 +862,15 @@ def make_which_short():
         rows.append(row)
     head = ["arm"]
     for table, name in zip(saved, sets, strict=True):
-        head.append(f"{name}, {table['budget']} s a run")
+        head.append(f"{name}, about {table['budget']} s a method")
     return format_table(head, rows)
 
 
 MAKERS = {
     "teachers": make_teachers,
+    "which_digits": make_which_digits,
+    "which_mnist": make_which_mnist,
+    "which_short": make_which_short,
     "inversion": make_inversion,
     "students": make_students,
     "imagenet": make_imagenet,
