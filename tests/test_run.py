@@ -590,7 +590,15 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     assert path.read_text() == "whole"
 
 
-def test_an_interrupt_waits_for_the_file(tmp_path):
+@pytest.fixture
+def interrupts():
+    """Ctrl-C raises KeyboardInterrupt, also where the tests run in the background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_an_interrupt_waits_for_the_file(tmp_path, interrupts):
     """In the middle of torch.save it would be reported as a full disk, or abort the process."""
     path = tmp_path / "file"
     moments = []

@@ -392,7 +392,8 @@ def stop_at_random(program, signal_number, n_rows, seconds, chance):
     """
     args = program.out / "args.json"
     is_resumed = args.exists()
-    wanted = chance.randint(min(count_rows(program.out), n_rows - 1), n_rows - 1)
+    last = max(0, n_rows - 2)  # after the last row a run may end before the signal comes
+    wanted = chance.randint(min(count_rows(program.out), last), last)
     while program.is_running() and (count_rows(program.out) < wanted or not args.exists()):
         time.sleep(0.002)
     if is_resumed:
