@@ -851,7 +851,7 @@ def make_which_mnist():
 
 def make_which_short():
     """README's table: the student's accuracy by method and data set."""
-    sets = ("digits", "mnist")
+    sets = {"digits": "digits", "mnist": "MNIST"}
     saved = [read_json(f"which-{name}.json") for name in sets]
     rows = []
     for arm in sort_arms(saved[0]):
@@ -861,7 +861,7 @@ def make_which_short():
             row += [format_percent(other["accuracy"]) for other in found] or [""]
         rows.append(row)
     head = ["arm"]
-    for table, name in zip(saved, sets, strict=True):
+    for table, name in zip(saved, sets.values(), strict=True):
         head.append(f"{name}, about {table['budget']} s a method")
     return format_table(head, rows)
 
