@@ -12,9 +12,9 @@ one (channels.py). Shortcuts of option A pad a fixed number of channels: their s
 Run `python pruning.py`, or with `--teacher cifar10-resnet20 --images DIR`. It writes args.json,
 metrics.jsonl, samples.png, curve.png (accuracy against size), pruned-25.pt … (`load_pruned`),
 checkpoint.pt, result.json. Metrics: `loss/importance`, L; `loss/kl`, of fine-tuning; `weights`,
-percent left; `eval/acc`, percent of real test images. Measured, 3 seeds, CIFAR-10 ResNet-20 (85.52
-%) without 25 % of its weights: 82.24 ± 0.36 %; BatchNorm re-estimated alone 80.32 %, no fine-tuning
-69.88 %. Nothing ran on a GPU.
+percent left; `eval/acc`, percent of real test images. Measured, 3 seeds: CIFAR-10 ResNet-20 of
+85.52 % without 25 % of its weights: 82.24 ± 0.36 %; BatchNorm re-estimated alone 80.32 %, no
+fine-tuning 69.88 %. Nothing ran on a GPU.
 
 Where we differ from the papers and the released code of Taylor pruning:
 - no weight learns while channels are removed, so that "no fine-tuning" means none;

@@ -12,8 +12,8 @@ image itself. BatchNorm stays float, in eval mode. Run `python quantization.py`,
 cifar10-resnet20 --images DIR`. It writes args.json, metrics.jsonl, samples.png, curve.png (accuracy
 against bits), quantized-W4A4.pt … (integers and scales: `load_integers`), checkpoint.pt,
 result.json. Metrics: `loss/kl`, `loss/ce`, means of an epoch; `eval/acc` percent of real test
-images. Measured, CIFAR-10 ResNet-20, 3 seeds: 0.07, 2.32 and
-10.45 points below float (85.52 %) in 8, 4 and 3 bits. Nothing ran on a GPU.
+images. Measured, CIFAR-10 ResNet-20, 3 seeds: 0.07, 2.32 and 10.45 points below float (85.52 %) in
+8, 4 and 3 bits. Nothing ran on a GPU.
 
 Where we differ from GDFQ and its released code:
 - images come from deepinversion.py, once (theirs: a generator that learns with the network);

@@ -833,11 +833,9 @@ def make_which(data):
         rows.append(row)
     head = ["arm", "student, final", "relative to the teacher", "seconds", "seeds", "command"]
     where = f"`{saved['teacher']}` ({saved['teacher_accuracy']:.2f} %) → `{saved['student']}`; "
-    where += f"{arm['device_name']} a run, {saved['jobs']} runs at a time, torch "
-    where += (
-        f"{arm['versions']['torch']}; the dots stand for `{options}`, with each run's own seed "
-    )
-    where += f"and folder; `results/which-{data}.json`."
+    where += f"{arm['device_name']} a run, {saved['jobs']} runs at a time, "
+    where += f"torch {arm['versions']['torch']}; the dots stand for `{options}`, "
+    where += f"with each run's own seed and folder; `results/which-{data}.json`."
     return f"{format_table(head, rows)}\n\n{where}"
 
 

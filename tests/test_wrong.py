@@ -27,7 +27,8 @@ KERNELS = Path(kernels.__file__).parent
 FILES = [found.name for found in pkgutil.iter_modules(wrong.__path__)]
 OWN_TESTS = {file: importlib.import_module(f"test_{file}") for file in FILES}
 COMMON_TESTS = [test_divergences, test_every_op]
-NOTICED = (AssertionError, pytest.fail.Exception, GradcheckError, RuntimeError)  # autograd's
+# RuntimeError: a gradient that autograd refuses to compute, as after a change in place
+NOTICED = (AssertionError, pytest.fail.Exception, GradcheckError, RuntimeError)
 NOTICED_BY = set()  # tests that have noticed a mutant
 
 pytestmark = pytest.mark.skipif(
