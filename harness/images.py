@@ -83,13 +83,26 @@ def mix_bands(x):
     return torch.where(mask.unsqueeze(1), x[others], x)
 
 
-def augment(x, shift=0, mirror=False, cut=False):
+def blend_images(x):
+    """Blend each image (N, C, H, W) with another of the batch, which may be itself.
+
+    The images of mixup (Zhang et al. 2018, arXiv:1710.09412) with alpha = 1. The teacher labels
+    them, so that there are no labels to blend.
+    """
+    N = len(x)
+    share = torch.rand((N, 1, 1, 1), device=x.device)
+    others = (torch.rand(N, device=x.device) * N).long()
+    return torch.lerp(x, x[others], share)
+
+
+def augment(x, shift=0, mirror=False, cut=False, mix=False):
     """What a student sees of images (N, C, H, W), in channels_last memory.
 
     Args:
         shift: most pixels that each image is moved by; 0: none is.
         mirror: whether to mirror each with probability 1/2.
         cut: whether to mix bands of other images in.
+        mix: whether to blend each with another.
     """
     if shift:
         x = shift_images(x, shift)
@@ -97,6 +110,8 @@ def augment(x, shift=0, mirror=False, cut=False):
         x = mirror_images(x)
     if cut:
         x = mix_bands(x)
+    if mix:
+        x = blend_images(x)
     return x.contiguous(memory_format=torch.channels_last)
 
 

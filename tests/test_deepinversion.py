@@ -129,7 +129,7 @@ def write_out_loss(x, draw, labels, teacher, args, opponent=None):
         view[:, :, :-1, :-1] - view[:, :, 1:, 1:],
     ]
     terms = {
-        "ce": F.cross_entropy(inputs, labels),
+        "ce": F.cross_entropy(inputs / args.ce_temperature, labels),
         "bn": bn,
         "tv_l1": sum(difference.abs().mean() for difference in differences),
         "tv_l2": sum(difference.norm() for difference in differences),
@@ -148,7 +148,8 @@ def write_out_loss(x, draw, labels, teacher, args, opponent=None):
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 @pytest.mark.parametrize("competition", ["none", "js", "released"])
 def test_terms_and_gradient_are_those_of_the_formulas(competition, fused):
-    args = replace(TINY, student="lenet5", competition=competition, fused=fused, first_bn=5.0)
+    weights = dict(first_bn=5.0, ce_temperature=3.0)
+    args = replace(TINY, student="lenet5", competition=competition, fused=fused, **weights)
     teacher = make_teacher()
     opponent = None if competition == "none" else make_teacher()
     x = torch.randn(4, 3, 8, 7, requires_grad=True)
@@ -249,6 +250,24 @@ def test_bf16_on_a_cpu_needs_its_units(monkeypatch):
         assert di.choose_dtype("cuda", TINY) == torch.bfloat16
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert di.choose_dtype("cpu", asked) == torch.float32
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
+def test_pixels_count_as_a_layer_that_wants_mean_0_and_variance_1(fused):
+    x = torch.randn(6, 3, 8, 8) * 2 + 0.5
+    teacher = make_teacher()
+    labels = torch.arange(6) % 10
+    losses = []
+    for pixel_bn in (0.0, 0.7):
+        args = replace(TINY, moments="l2", first_bn=5.0, pixel_bn=pixel_bn, fused=fused)
+        target = di.Target(labels, di.watch_batchnorms(teacher, x, args, "cpu"), None)
+        _, terms = di.synthesis_loss(x, torch.tensor([0, 0, 0]), target, args)
+        losses.append(terms[di.TERMS.index("bn")].item())
+    without, with_pixels = losses
+    mean = x.mean((0, 2, 3))
+    var = x.var((0, 2, 3), correction=0)
+    expected = 0.7 * (mean.norm() + (var - 1).norm()).item()
+    assert with_pixels - without == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])

@@ -10,6 +10,7 @@ from scripts import read_refusal
 
 from harness.images import (
     augment,
+    blend_images,
     check_image_files,
     get_image_path,
     get_pixel_range,
@@ -101,6 +102,17 @@ def test_half_of_the_images_get_a_band_of_rows_or_columns_of_another():
     assert len(sources) > 100
 
 
+def test_blended_images_are_two_in_random_shares():
+    x = torch.eye(64).reshape(64, 1, 8, 8)  # image k is 1 in pixel k alone
+    torch.manual_seed(0)
+    shares = torch.cat([blend_images(x).reshape(64, 64) for _ in range(20)])
+    torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
+    n_parts = (shares > 0).sum(1)
+    assert n_parts.max() == 2 and (n_parts == 2).float().mean() > 0.95
+    own_shares = shares[torch.arange(len(shares)), torch.arange(64).repeat(20)]
+    assert 0.45 < own_shares.mean() < 0.55 and own_shares.std() > 0.25  # uniform: 0.29
+
+
 def test_augmentation_does_what_is_asked_and_nothing_else():
     x = torch.rand(8, 3, 16, 16)
     same = augment(x)
@@ -112,7 +124,10 @@ def test_augmentation_does_what_is_asked_and_nothing_else():
     assert ((mixed == x).all(1) | (mixed != x).all(1)).all()  # whole pixels, none moved
     assert not torch.equal(mixed, x) and not torch.equal(augment(x, shift=2), x)
     changed = augment(x, shift=2, mirror=True, cut=True)
-    for images in (same, changed):
+    blended = augment(x, mix=True)
+    assert not torch.isclose(blended, x).all((1, 2, 3)).all()
+    assert blended.amin() >= x.amin() and blended.amax() <= x.amax()
+    for images in (same, changed, blended):
         assert images.shape == x.shape
         assert images.is_contiguous(memory_format=torch.channels_last)
     assert set(changed.unique().tolist()) <= set(x.unique().tolist())
@@ -124,7 +139,7 @@ def test_augmentation_depends_on_the_seed_alone():
     results = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(augment(x, shift=2, mirror=True, cut=True))
+        results.append(augment(x, shift=2, mirror=True, cut=True, mix=True))
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
 
