@@ -84,13 +84,15 @@ def mix_bands(x):
 
 
 def blend_images(x):
-    """Blend each image (N, C, H, W) with another of the batch, which may be itself.
+    """Blend half of the images (N, C, H, W) with others of the batch, in random shares.
 
-    The images of mixup (Zhang et al. 2018, arXiv:1710.09412) with alpha = 1. The teacher labels
-    them, so that there are no labels to blend.
+    Mixup with alpha = 1 (Zhang et al. 2018, arXiv:1710.09412), but the teacher labels the images,
+    so that there are no labels to blend, and the other half stays as it is (ours): blended images
+    have less contrast, which BatchNorms would take for the contrast of all.
     """
     N = len(x)
-    share = torch.rand((N, 1, 1, 1), device=x.device)
+    is_blended = torch.rand((N, 1, 1, 1), device=x.device) < 0.5
+    share = torch.rand((N, 1, 1, 1), device=x.device) * is_blended
     others = (torch.rand(N, device=x.device) * N).long()
     return torch.lerp(x, x[others], share)
 
@@ -102,7 +104,7 @@ def augment(x, shift=0, mirror=False, cut=False, mix=False):
         shift: most pixels that each image is moved by; 0: none is.
         mirror: whether to mirror each with probability 1/2.
         cut: whether to mix bands of other images in.
-        mix: whether to blend each with another.
+        mix: whether to blend half of them with others.
     """
     if shift:
         x = shift_images(x, shift)

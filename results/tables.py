@@ -124,10 +124,11 @@ def make_inversion():
 
 
 ARM_TITLES = {
-    "imagenet": "`imagenet`: 5 of 10 images a step",
-    "imagenet-long": "`imagenet-long`: 10 of 20 images a step",
-    "whole": "10 of 10 images a step, half as many steps",
+    "imagenet": "`imagenet`: 10 of 20 images a step, CE at temperature 2",
+    "imagenet-long": "`imagenet-long`: CE without a temperature, a third more steps",
     "whole-long": "20 of 20 images a step, half as many steps",
+    "ten": "5 of 10 images a step, CE without a temperature",
+    "whole": "10 of 10 images a step, half as many steps",
     "single": "10 of 10, all steps at 224 px: as much work",
     "dream": "10 of 10, no moment loss (DeepDream)",
 }

@@ -102,14 +102,15 @@ def test_half_of_the_images_get_a_band_of_rows_or_columns_of_another():
     assert len(sources) > 100
 
 
-def test_blended_images_are_two_in_random_shares():
+def test_half_of_the_images_are_blends_of_two_in_random_shares():
     x = torch.eye(64).reshape(64, 1, 8, 8)  # image k is 1 in pixel k alone
     torch.manual_seed(0)
     shares = torch.cat([blend_images(x).reshape(64, 64) for _ in range(20)])
     torch.testing.assert_close(shares.sum(1), torch.ones(len(shares)))
     n_parts = (shares > 0).sum(1)
-    assert n_parts.max() == 2 and (n_parts == 2).float().mean() > 0.95
-    own_shares = shares[torch.arange(len(shares)), torch.arange(64).repeat(20)]
+    assert n_parts.max() == 2
+    assert 0.45 < (n_parts == 2).float().mean() < 0.55
+    own_shares = shares[torch.arange(len(shares)), torch.arange(64).repeat(20)][n_parts == 2]
     assert 0.45 < own_shares.mean() < 0.55 and own_shares.std() > 0.25  # uniform: 0.29
 
 
