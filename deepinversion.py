@@ -19,10 +19,11 @@ test images. Measured, 3 seeds, 1 CPU thread: another network agrees on 99.7 ± 
 adaptive 97.77 ± 0.14 %. Nothing ran on a GPU.
 Where we differ from paper (p) and released code (r):
 - we keep the last images; r keeps those of the lowest loss of both stages, often blurred ones;
-- R_l2 is a mean over images for all data sets (r, CIFAR: one norm of the batch); low-resolution
-  stages pool the image as r does (p enlarges a small one); bf16 on a GPU (p: fp32);
-- the student competes as it is, frozen and in eval mode (r: a fixed network that gets gradients);
-- presets without `released` or a number in their name are ours; of --moments all forms but l2.
+- R_l2 is a mean over images (r, CIFAR: one norm of the batch); low-resolution stages pool the image
+  as r does (p enlarges a small one); bf16 on a GPU (p: fp32); the student competes as it is, frozen
+  and in eval mode (r: a fixed network that gets gradients);
+- presets without `released` or a number in their name are ours; so are --moments but for l2,
+  --pixel-bn, --ce-temperature (CE of f(x') / 2 for ImageNet), --step-images and --mix.
 """
 
 import math
@@ -265,12 +266,12 @@ PRESETS = {
         betas=(0.9, 0.999), clip=False),
 }
 # The 42 classes of ImageNet that the released code makes images of; first those whose images were
-# named best by viewers: goldfish, zebra, tiger, bee, butterfly, bear, balloon, guitar, strawberry,
-# pizza, otter, bottle, cheeseburger, cardoon, restaurant, Chihuahua, golf ball, cell phone, clock
-# and volcano.
+# named best by viewers: goldfish, zebra, tiger, bee, butterfly, bear, balloon, cheeseburger,
+# volcano, cell phone; golf ball, restaurant, bottle, guitar, pizza, cardoon, strawberry, clock,
+# otter and Chihuahua.
 SHOWN_CLASSES = (
-    1, 340, 292, 309, 325, 294, 417, 402, 949, 963, 360, 440, 933, 946, 762, 151, 574, 487, 409,
-    980,
+    1, 340, 292, 309, 325, 294, 417, 933, 980, 487, 574, 762, 440, 402, 963, 946, 949, 409, 360,
+    151,
     25, 63, 92, 94, 107, 154, 207, 250, 270, 277, 283, 311, 386, 403, 468, 530, 590, 670, 817, 920,
     967, 985)
 # fmt: on
@@ -366,6 +367,7 @@ TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 def synthesis_loss(x, move, target, args):
     """The loss of images x (N, C, H, W), eq. 2: CE, and eq. 3, 4 and 8, of the view x'.
 
+        CE = cross-entropy of softmax(f(x') / ce_temperature); 1 in the paper
         TV2 = sum_d || x' - shift_d(x') ||_2    over the whole batch
         TV1 = sum_d mean | x' - shift_d(x') |   d: right, down, and both diagonals, by one pixel
         R_l2 = mean over images of || x' ||_2

@@ -257,6 +257,20 @@ CIFAR10_STUDENT = {  # options of its command in results/README.md; no batch com
 }
 
 
+def describe_student(arm, setting):
+    """A run's options and those of them that its command changed."""
+    if "setting" in setting:
+        setting = {**setting, "name": "cifar10-student"}  # which got this name after the run
+        for name in RunOptions.__dataclass_fields__:
+            setting.pop(name, None)
+        return setting, {"verifier", "images", "batches_per_epoch", "setting"}
+    if setting["name"] == "cifar10":
+        return setting, CIFAR10_STUDENT
+    if arm == "cross-entropy alone":
+        return setting, {"alpha_bn", "alpha_tv_l2"}
+    return setting, set()
+
+
 def list_published():
     """(file, script, setting, options that its command changed) of every published run."""
     for path in sorted((ROOT / "results").glob("*.json")):
@@ -299,11 +313,8 @@ def list_published():
             yield path.name, "pseudo_replay", fields, set()
         elif kind == "students":
             for arm, runs in result["arms"].items():
-                changed = CIFAR10_STUDENT if path.stem == "students-cifar10" else set()
-                if arm == "cross-entropy alone":
-                    changed = changed | {"alpha_bn", "alpha_tv_l2"}
                 for run in runs:
-                    yield path.name, "deepinversion", run["setting"], changed
+                    yield path.name, "deepinversion", *describe_student(arm, run["setting"])
 
 
 def translate(setting):
