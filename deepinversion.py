@@ -367,7 +367,7 @@ TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 def synthesis_loss(x, move, target, args):
     """The loss of images x (N, C, H, W), eq. 2: CE, and eq. 3, 4 and 8, of the view x'.
 
-        CE = cross-entropy of softmax(f(x') / ce_temperature); 1 in the paper
+        CE = cross-entropy of softmax(f(x') / ce_temperature), which is 1 in the paper
         TV2 = sum_d || x' - shift_d(x') ||_2    over the whole batch
         TV1 = sum_d mean | x' - shift_d(x') |   d: right, down, and both diagonals, by one pixel
         R_l2 = mean over images of || x' ||_2

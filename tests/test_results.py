@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from harness.images import get_image_path, save_images
+from harness.load import load_trained
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -23,6 +24,7 @@ def load_program(name):
 
 compare = load_program("compare")
 export_png = load_program("export_png")
+real_moments = load_program("real_moments")
 tables = load_program("tables")
 
 
@@ -161,3 +163,16 @@ def test_figures_of_continual_are_those_of_its_table(name):
         of_arm = [row for row in rows if f"| `{arm}`" in row]
         assert any(f"| {figure} |" in row for row in of_arm), (arm, figure)
     assert len(found) in (0, 3, 6)
+
+
+def test_moments_of_real_images_repair_a_network_that_has_others(capsys):
+    network, info = load_trained("digits-resnet8", "cpu", "data")
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.running_mean += 3 * layer.running_var.sqrt()
+    before, after = real_moments.measure(network, info, "data")
+    assert before < 50 and after > 95
+    real_moments.main("digits-resnet8")
+    assert "with moments of real images" in capsys.readouterr().out
+    line = refuse(capsys, lambda: real_moments.main("digits-lenet5"))
+    assert "--network digits-lenet5: no BatchNorm with running moments" in line
