@@ -151,7 +151,7 @@ def read_images(path):
 
 
 def read_newest_images(paths, n_images=1000):
-    """Images and labels of the last files, as many as n_images need, in their order."""
+    """The last n_images images of these files and their labels, in their order, or all of fewer."""
     batches = []
     count = 0
     for path in reversed(paths):
@@ -160,7 +160,9 @@ def read_newest_images(paths, n_images=1000):
         count += len(labels)
         if count >= n_images:
             break
-    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    images = torch.cat([x for x, _ in batches])
+    labels = torch.cat([y for _, y in batches])
+    return images[-n_images:], labels[-n_images:]
 
 
 def check_image_files(folder, info):

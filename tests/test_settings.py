@@ -263,7 +263,7 @@ def describe_student(arm, setting):
         setting = {**setting, "name": "cifar10-student"}  # which got this name after the run
         for name in RunOptions.__dataclass_fields__:
             setting.pop(name, None)
-        return setting, {"verifier", "images", "batches_per_epoch", "setting"}
+        return setting, {"student", "verifier", "images", "batches_per_epoch", "setting"}
     if setting["name"] == "cifar10":
         return setting, CIFAR10_STUDENT
     if arm == "cross-entropy alone":
