@@ -393,8 +393,11 @@ def synthesis_loss(x, move, target, args):
     if args.pixel_bn:
         found = [measure_pixels(view, args), *found]
         eps = (1e-5, *eps)
+    ce_logits = t_logits.float()
+    if args.ce_temperature != 1:  # two launches on a GPU, for nothing at 1
+        ce_logits = ce_logits / args.ce_temperature
     terms = {
-        "ce": F.cross_entropy(t_logits.float() / args.ce_temperature, target.labels),
+        "ce": F.cross_entropy(ce_logits, target.labels),
         "bn": moment_loss(found, eps, args),
         "tv_l1": tv_l1,
         "tv_l2": tv_l2,
