@@ -70,12 +70,8 @@ def invert(arm, seed):
     if not (out / "result.json").exists():
         command = [sys.executable, str(ROOT / "deepinversion.py"), "--teacher=efficientnet-lite0"]
         command += [*shlex.split(ARMS[arm]), f"--seed={seed}", "--resume"]
-        command += [
-            f"--out={out}",
-            "--device=cpu",
-            "--classes",
-            *map(str, choose_classes(arm, seed)),
-        ]
+        command += [f"--out={out}", "--device=cpu"]
+        command += ["--classes", *map(str, choose_classes(arm, seed))]
         subprocess.run(command, check=True)
     return out
 

@@ -125,7 +125,7 @@ def make_inversion():
 
 ARM_TITLES = {
     "imagenet": "`imagenet`: 10 of 20 images a step, CE at temperature 2",
-    "imagenet-long": "`imagenet-long`: CE without a temperature, a third more steps",
+    "imagenet-long": "`imagenet-long`: CE without a temperature, a quarter more steps",
     "whole-long": "20 of 20 images a step, half as many steps",
     "ten": "5 of 10 images a step, CE without a temperature",
     "whole": "10 of 10 images a step, half as many steps",
