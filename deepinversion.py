@@ -23,7 +23,7 @@ Where we differ from paper (p) and released code (r):
   as r does (p enlarges a small one); bf16 on a GPU (p: fp32); the student competes as it is, frozen
   and in eval mode (r: a fixed network that gets gradients);
 - presets without `released` or a number in their name are ours; so are --moments but for l2,
-  --pixel-bn, --ce-temperature (CE of f(x') / 2 for ImageNet), --step-images and --mix.
+  --pixel-bn, --ce-temperature (CE of f(x') / 2 for ImageNet), --second-class, --step-images, --mix.
 """
 
 import math
@@ -136,6 +136,9 @@ class Args(MethodOptions):
     ce_temperature: float = 1.0
     """Divides the teacher's logits in CE. Above 1, images go on towards their classes when the
     teacher is sure of them (ours)."""
+    second_class: float = 0.0
+    """Largest share of a second class, drawn for each image, in what CE wants: images between
+    classes (ours)."""
     alpha_tv_l2: float = 1.5e-2
     """Weight of the l2 total variation (released flag: tv_l2)."""
     alpha_tv_l1: float = 0.0
@@ -204,6 +207,9 @@ class Args(MethodOptions):
         check_at_least(0, self, "alpha_bn", "pixel_bn", "alpha_tv_l2", "alpha_tv_l1", "alpha_l2")
         check_at_least(0, self, "alpha_competition", "initial_batches", "batches_per_epoch")
         check_at_least(0, self, "warmup_student", "shift", "start_margin", "lr_low", "step_images")
+        if not 0 <= self.second_class <= 0.5:  # above, the label is no longer the first class
+            got = self.second_class
+            raise ValueError(f"--second-class: expected a share from 0 to 0.5, got {got}")
         if self.step_images == 1:
             raise ValueError("--step-images: expected 0 or at least 2, got 1")
         if self.start_blur % 2 == 0:
@@ -301,6 +307,16 @@ class Target:
     """The teacher as watch_batchnorms returns it: view -> logits, moments of BatchNorm inputs."""
     opponent: nn.Module | None
     """The student that the images compete with, frozen and in eval mode; None: no competition."""
+    shares: torch.Tensor | None = None
+    """(N, K) of sample_shares, the classes that CE wants; None: the labels alone."""
+
+
+def take_part(target, part):
+    """The Target of some images, whose numbers are part (n,)."""
+    shares = target.shares
+    if shares is not None:
+        shares = shares[part]
+    return replace(target, labels=target.labels[part], shares=shares)
 
 
 def moment_loss(found, eps, args):
@@ -367,7 +383,8 @@ TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 def synthesis_loss(x, move, target, args):
     """The loss of images x (N, C, H, W), eq. 2: CE, and eq. 3, 4 and 8, of the view x'.
 
-        CE = cross-entropy of softmax(f(x') / ce_temperature), which is 1 in the paper
+        CE = cross-entropy of softmax(f(x') / ce_temperature), which is 1 in the paper, with the
+             labels, or with a second class beside each (sample_shares)
         TV2 = sum_d || x' - shift_d(x') ||_2    over the whole batch
         TV1 = sum_d mean | x' - shift_d(x') |   d: right, down, and both diagonals, by one pixel
         R_l2 = mean over images of || x' ||_2
@@ -396,8 +413,11 @@ def synthesis_loss(x, move, target, args):
     ce_logits = t_logits.float()
     if args.ce_temperature != 1:  # two launches on a GPU, for nothing at 1
         ce_logits = ce_logits / args.ce_temperature
+    wanted = target.labels  # (N,)
+    if target.shares is not None:
+        wanted = target.shares  # (N, K)
     terms = {
-        "ce": F.cross_entropy(ce_logits, target.labels),
+        "ce": F.cross_entropy(ce_logits, wanted),
         "bn": moment_loss(found, eps, args),
         "tv_l1": tv_l1,
         "tv_l2": tv_l2,
@@ -529,6 +549,30 @@ def sample_randomness(number, shape, args):
     return noise, draws
 
 
+def sample_shares(labels, number, n_classes, args):
+    """What CE wants of batch `number`: beside each image's label a part of a second class.
+
+        q = (1 - share) onehot(y) + share onehot(y'),    share ~ U(0, second_class),  y' != y
+
+    Such images lie between classes, and a student learns more from them than from images of which
+    the teacher is sure. Ours; results/NOTES.md has what it gave.
+
+    Args:
+        labels: (N,) int64, y.
+
+    Returns:
+        (N, n_classes) fp32, or None without args.second_class.
+    """
+    if args.second_class == 0:
+        return None
+    state = np.random.SeedSequence([args.seed, number, 1]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    share = args.second_class * torch.rand(len(labels), 1, generator=generator)
+    steps = torch.randint(1, n_classes, labels.shape, generator=generator)
+    second = (labels + steps) % n_classes
+    return (1 - share) * F.one_hot(labels, n_classes) + share * F.one_hot(second, n_classes)
+
+
 def make_start_images(noise, info, args):
     """What a batch starts from: N(0, 1) noise, which our presets blur and weaken.
 
@@ -576,7 +620,7 @@ def optimise_images(x, draws, stage, target, bounds, args):
         part = draw[3:]  # (n,) of the images; none: the step takes all
         if len(part):
             seen = x.index_select(0, part).contiguous(memory_format=torch.channels_last)
-            seen_target = replace(target, labels=target.labels[part])
+            seen_target = take_part(target, part)
         if stage.scale > 1:
             seen = F.avg_pool2d(seen, stage.scale)
         total, values = synthesis_loss(seen, draw[:3], seen_target, args)
@@ -663,8 +707,11 @@ class Synthesis:
     def synthesise(self, number, opponent):
         """All stages of one batch; its images (N, C, H, W) in normalised units."""
         device = self.run.device
-        labels = self.labels[number].to(device)
-        target = Target(labels, self.watched, opponent)
+        labels = self.labels[number]
+        shares = sample_shares(labels, number, self.info.num_classes, self.args)
+        if shares is not None:
+            shares = shares.to(device)
+        target = Target(labels.to(device), self.watched, opponent, shares)
         bounds = get_pixel_range(self.info, device)
         shape = (len(labels), *self.info.image_shape)
         noise, draws = sample_randomness(number, shape, self.args)

@@ -2,6 +2,7 @@
 
     python results/which.py --data digits
     python results/which.py --data mnist --data-dir DIR
+    python results/which.py --data cifar10 --data-dir DIR --seeds 0
 
 One teacher with BatchNorms, one student. A method has the options of its preset, but for the
 length: about as many seconds for each, on one thread, images included. Each run is a command of a
@@ -24,7 +25,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -72,6 +73,7 @@ class Setting:
         other: the data set of the control `other-data`.
         n_images: images of the controls' folders.
         options: {script, or arm where its steps take longer: options}.
+        presets: {script: its preset}, where that is not the data set's.
     """
 
     teacher: str
@@ -80,6 +82,7 @@ class Setting:
     other: str
     n_images: int
     options: dict
+    presets: dict = field(default_factory=dict)
 
 
 INVERSION = "deepinversion.py"
@@ -130,6 +133,21 @@ SETTINGS = {
             "pre-dfkd-vae": "--epochs 6 --iterations 10",
         },
     ),
+    "cifar10": Setting(
+        teacher="cifar10-resnet20",
+        student="resnet8",
+        budget=1200,
+        other="mnist",
+        n_images=50000,
+        options={
+            INVERSION: "--verifier none --epochs 7",
+            ENSEMBLE: "--steps 400 --epochs 10 --iterations 60 --sample 0",
+            GAME: "--pseudo-batches 150 --evaluations 10",
+            REPLAY: "--epochs 12 --iterations 4",
+            "pre-dfkd-vae": "--epochs 8 --iterations 4",
+        },
+        presets={INVERSION: "cifar10-student"},
+    ),
 }
 
 
@@ -165,10 +183,12 @@ def make_source(name, data, data_dir, seed):
 def make_command(arm, data, data_dir, seed, out):
     """The command of a run, as a list of words."""
     setting = SETTINGS[data]
-    command = [sys.executable, str(ROOT / ARMS[arm].script), "--setting", data, "--seed", str(seed)]
+    script = ARMS[arm].script
+    preset = setting.presets.get(script, data)
+    command = [sys.executable, str(ROOT / script), "--setting", preset, "--seed", str(seed)]
     command += ["--teacher", setting.teacher, "--student", setting.student, "--dataset", data]
     command += ["--device", "cpu", "--data-dir", data_dir, "--out", str(out), "--resume"]
-    options = setting.options.get(arm, setting.options[ARMS[arm].script])
+    options = setting.options.get(arm, setting.options[script])
     command += shlex.split(options)
     command += shlex.split(ARMS[arm].options)
     if ARMS[arm].source:
@@ -326,7 +346,7 @@ def draw_accuracies(table, path):
 
 
 def main(
-    data: Literal["digits", "mnist"],
+    data: Literal["digits", "mnist", "cifar10"],
     arms: tuple[str, ...] = tuple(ARMS),
     seeds: tuple[int, ...] = (0, 1, 2),
     data_dir: str = "data",
@@ -335,7 +355,7 @@ def main(
     """Run the grid of a data set, or what is left of it; of all arms write table and picture.
 
     Args:
-        data: digits or mnist.
+        data: the data set, a key of SETTINGS.
         arms: of the grid; fewer than all are run and printed only.
         seeds: of each arm.
         data_dir: folder of the data sets.

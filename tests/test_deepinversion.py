@@ -170,6 +170,39 @@ def test_terms_and_gradient_are_those_of_the_formulas(competition, fused):
     assert torch.allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_a_second_class_is_beside_each_label_in_random_shares():
+    args = replace(TINY, second_class=0.4)
+    labels = torch.arange(1000) % 10
+    shares = di.sample_shares(labels, 3, 10, args)
+    assert torch.allclose(shares.sum(1), torch.ones(1000))
+    assert ((shares > 0).sum(1) <= 2).all()
+    first = shares.gather(1, labels[:, None]).flatten()
+    assert torch.equal(shares.argmax(1), labels)
+    assert first.min() >= 0.6
+    assert first.mean() == pytest.approx(0.8, abs=0.01)
+    second = shares.scatter(1, labels[:, None], 0).argmax(1)
+    assert torch.bincount((second - labels) % 10, minlength=10)[1:].min() > 80  # each other class
+
+    assert torch.equal(shares, di.sample_shares(labels, 3, 10, args))
+    assert not torch.equal(shares, di.sample_shares(labels, 4, 10, args))
+    assert not torch.equal(shares, di.sample_shares(labels, 3, 10, replace(args, seed=9)))
+    assert di.sample_shares(labels, 3, 10, TINY) is None
+
+
+def test_ce_with_a_second_class_is_that_of_the_shares():
+    args = replace(TINY, second_class=0.5, ce_temperature=2.0)
+    teacher = make_teacher()
+    x = torch.randn(4, 3, 8, 8)
+    labels = torch.tensor([1, 2, 3, 3])
+    watched = di.watch_batchnorms(teacher, x, args, "cpu")
+    shares = di.sample_shares(labels, 0, 10, args)
+    target = di.Target(labels, watched, None, shares)
+    _, terms = di.synthesis_loss(x, torch.zeros(3, dtype=torch.long), target, args)
+    log_p = (teacher(x) / 2).log_softmax(1)
+    expected = -(shares * log_p).sum(1).mean().item()
+    assert terms[di.TERMS.index("ce")].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_a_step_takes_the_images_that_it_drew():
     """The others keep still while Adam's averages of their gradients are 0."""
     args = replace(TINY, step_images=3, iterations=2, iterations_low=0, clip=False)
@@ -191,20 +224,25 @@ def test_a_step_takes_the_images_that_it_drew():
     assert moved.tolist() == sorted(draws[0, 3:].tolist())
 
 
-def test_a_step_of_part_of_the_images_is_a_step_of_a_smaller_batch():
+@pytest.mark.parametrize("second_class", [0.0, 0.5])
+def test_a_step_of_part_of_the_images_is_a_step_of_a_smaller_batch(second_class):
     args = replace(TINY, step_images=4, iterations=1, iterations_low=0, clip=False)
     noise, (draws,) = di.sample_randomness(0, (8, 3, 8, 8), args)
     part = draws[0, 3:]
     watched = di.watch_batchnorms(make_teacher(), noise, args, "cpu")
     labels = torch.arange(8)
+    shares = None
+    if second_class:
+        shares = di.sample_shares(labels, 0, 10, replace(args, second_class=second_class))
     stage = di.Stage(n_steps=1, scale=1, jitter=1, lr=0.1)
 
     x = noise.to(memory_format=torch.channels_last).requires_grad_()
-    target = di.Target(labels, watched, None)
+    target = di.Target(labels, watched, None, shares)
     terms = next(di.optimise_images(x, draws, stage, target, (None, None), args)).clone()
 
     small = noise[part].contiguous(memory_format=torch.channels_last).requires_grad_()
-    target = di.Target(labels[part], watched, None)
+    target = di.take_part(target, part)
+    assert torch.equal(target.labels, labels[part])
     expected = next(di.optimise_images(small, draws[:, :3], stage, target, (None, None), args))
     assert torch.equal(terms.nan_to_num(), expected.nan_to_num())
     torch.testing.assert_close(x[part], small)

@@ -21,7 +21,9 @@ def test_every_command_is_one_that_its_script_takes(tmp_path, monkeypatch, arm, 
     monkeypatch.setattr(sys, "argv", words[1:])
     args = script.parse_args(script.PRESETS, script.choose_preset)
     assert args.seed == 3 and args.resume and args.out == str(tmp_path / "out")
-    assert args.teacher == which.SETTINGS[data].teacher and args.setting == data
+    setting = which.SETTINGS[data]
+    assert args.teacher == setting.teacher
+    assert args.setting == setting.presets.get(which.ARMS[arm].script, data)
 
 
 SCRIPT = """  # the first run of all is broken off after its second row
