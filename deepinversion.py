@@ -1,9 +1,9 @@
 """DeepInversion and Adaptive DeepInversion: images of a network's classes from the network alone.
 
-Yin, Molchanov, Alvarez, Li, Mallya, Hoiem, Jha, Kautz, "Dreaming to Distill: Data-free Knowledge
-Transfer via DeepInversion", CVPR 2020, arXiv:1912.08795. Noise is optimised until a frozen teacher
-assigns the wanted classes and each BatchNorm input has the moments that training stored. With
---student, a student g learns the teacher's answers on a growing pool of such images.
+Yin et al., "Dreaming to Distill: Data-free Knowledge Transfer via DeepInversion", CVPR 2020,
+arXiv:1912.08795. Noise is optimised until a frozen teacher assigns the wanted classes and each
+BatchNorm input has the moments that training stored. With --student, a student g learns the
+teacher's answers on a growing pool of such images.
 
     loss = CE(f(x'), y) + alpha_bn R_feature(x') + alpha_tv_l2 TV2(x') + alpha_tv_l1 TV1(x')
            + alpha_l2 R_l2(x') [ + alpha_competition R_compete(x'), adaptive ]
@@ -13,17 +13,16 @@ Run `python deepinversion.py`, or with `--teacher efficientnet-lite0`; torchrun 
 batches. It writes args.json, metrics.jsonl, images-00000.npz … (a batch each), samples.png,
 result.json; of a student student.pt, curve.png, checkpoint.pt. Metrics: `loss/total` and its terms,
 unweighted, `loss/ce` `loss/bn` `loss/tv_l2` `loss/tv_l1` `loss/l2` `loss/competition`;
-`eval/teacher` percent of views on target; of an epoch `loss/student`, `eval/acc` percent of real
-test images. Measured, 3 seeds, 1 CPU thread: another network agrees on 99.7 ± 0.6 % of 100 images
-(`cifar10`), on 98.3 ± 2.9 % of 20 (`imagenet`); MNIST ResNet-8 -> LeNet-5: 97.60 ± 0.32 %,
-adaptive 97.77 ± 0.14 %. Nothing ran on a GPU.
+`eval/teacher` percent of views that the teacher assigns to their label; of an epoch `loss/student`,
+`eval/acc` percent of real test images. Measured, 3 seeds, 1 CPU thread: another network agrees on
+99.7 ± 0.6 % of 100 images (`cifar10`), on 98.3 ± 2.9 % of 20 (`imagenet`); MNIST ResNet-8 ->
+LeNet-5: 97.60 ± 0.32 %, adaptive 97.77 ± 0.14 %. Nothing ran on a GPU.
 Where we differ from paper (p) and released code (r):
-- we keep the last images; r keeps those of the lowest loss of both stages, often blurred ones;
+- we keep the last images; r those of the lowest loss over both stages, often blurred ones;
 - R_l2 is a mean over images (r, CIFAR: one norm of the batch); low-resolution stages pool the image
   as r does (p enlarges a small one); bf16 on a GPU (p: fp32); the student competes as it is, frozen
   and in eval mode (r: a fixed network that gets gradients);
-- presets without `released` or a number in their name are ours; so are --moments but for l2,
-  --pixel-bn, --ce-temperature (CE of f(x') / 2 for ImageNet), --second-class, --step-images, --mix.
+- presets but for `cifar10-released` and `imagenet-0` to `-2` are ours, so are options so marked.
 """
 
 import math
@@ -86,17 +85,19 @@ class Args(MethodOptions):
     out: str = "runs/deepinversion/default"
     """Output folder."""
     images: str = ""
-    """An earlier run's folder: its images are the student's first pool, in place of new ones."""
+    """Folder of an earlier run. The student's pool starts with its images instead of new ones;
+    --batches-per-epoch still adds some."""
     verifier: str = "auto"
     """Judges the images, never optimised against: as --teacher; none; auto: the data set's."""
     num_images: int = 0
-    """Images to make, or to make before the student learns, in whole batches. 0: one batch; with
-    --student initial_batches, or none with --images."""
+    """Images to make (with --student: before its first update), rounded up to whole batches, as
+    many for each process. 0: one batch; with --student initial_batches, or none with --images."""
     classes: tuple[int, ...] = ()
     """Wanted classes, repeated in turn; empty: all; of ImageNet without a student the 42 that the
     released code shows."""
     log_every: int = 10
-    """Steps between two rows of metrics.jsonl. The host waits for a GPU only there."""
+    """Steps between two rows of metrics.jsonl; a batch's last step has one too. The host waits for
+    a GPU only there and at the end of a batch or an epoch."""
 
     bf16_cpu: bool = False
     """On a CPU with bfloat16 units (AVX512-BF16 or AMX): the teacher's activations in bfloat16.
@@ -131,14 +132,14 @@ class Args(MethodOptions):
     first_bn: float = 10.0
     """Factor on the first BatchNorm's share (released code, ImageNet; 1 in the paper)."""
     pixel_bn: float = 0.0
-    """Weight in R_feature of the pixels, as of a layer with mean 0 and variance 1: what --mean and
-    --std say of the training data where they were computed from it (ours)."""
+    """Weight of the pixels in R_feature, as one more layer with stored mean 0 and variance 1 in
+    each channel (ours). Right only if --mean and --std are those of the training images. 0: off."""
     ce_temperature: float = 1.0
-    """Divides the teacher's logits in CE. Above 1, images go on towards their classes when the
-    teacher is sure of them (ours)."""
+    """Divides the teacher's logits in CE. Above 1, CE keeps a gradient when the teacher is already
+    sure (ours)."""
     second_class: float = 0.0
-    """Largest share of a second class, drawn for each image, in what CE wants: images between
-    classes (ours)."""
+    """Each image gets a random second class, whose share of CE's target is uniform from 0 to this
+    value (ours). 0: the label alone (paper)."""
     alpha_tv_l2: float = 1.5e-2
     """Weight of the l2 total variation (released flag: tv_l2)."""
     alpha_tv_l1: float = 0.0
@@ -167,7 +168,7 @@ class Args(MethodOptions):
     initial_batches: int = 10
     """Batches made before the student's first step; unused with --num-images or --images."""
     batches_per_epoch: int = 2
-    """Batches of images made in each epoch, at even distances."""
+    """Batches of images made in each epoch, evenly spaced over its updates."""
     epochs: int = 20
     """Epochs of the student; it is tested after each."""
     steps_per_epoch: int = 195
@@ -194,7 +195,8 @@ class Args(MethodOptions):
     cut: bool = False
     """Augmentation: give half of a student's images a band of another image (ours, grey images)."""
     mix: bool = False
-    """Augmentation: blend half of a student's images with others, in random shares (mixup)."""
+    """Augmentation: blend half of a student's images with others, in random shares (mixup,
+    arXiv:1710.09412; half of them: ours)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -207,7 +209,7 @@ class Args(MethodOptions):
         check_at_least(0, self, "alpha_bn", "pixel_bn", "alpha_tv_l2", "alpha_tv_l1", "alpha_l2")
         check_at_least(0, self, "alpha_competition", "initial_batches", "batches_per_epoch")
         check_at_least(0, self, "warmup_student", "shift", "start_margin", "lr_low", "step_images")
-        if not 0 <= self.second_class <= 0.5:  # above, the label is no longer the first class
+        if not 0 <= self.second_class <= 0.5:  # above, the second class could outweigh the label
             got = self.second_class
             raise ValueError(f"--second-class: expected a share from 0 to 0.5, got {got}")
         if self.step_images == 1:
@@ -238,7 +240,7 @@ DIGITS = replace(
     MNIST, setting="digits", teacher="digits-resnet8", iterations=40, lr=0.3, alpha_tv_l2=2e-2,
     jitter=1, start_blur=9, start_gain=0.7, start_margin=4, initial_batches=15, epochs=5,
     steps_per_epoch=300)
-RELEASED_IMAGENET = Args(  # the default; the student of section 4.4, its shift is ours
+RELEASED_IMAGENET = Args(  # setting_id 0 of the released code; student of section 4.4, shift ours
     setting="imagenet-0", teacher="resnet50", batch_size=64, iterations=1000, iterations_low=2000,
     lr=0.2, warmup=100, alpha_bn=0.05, alpha_tv_l2=1e-4, alpha_l2=1e-5, jitter=30,
     alpha_competition=0.2, initial_batches=2188, batches_per_epoch=0, epochs=90,
@@ -252,12 +254,12 @@ IMAGENET = replace(  # ours
 PRESETS = {
     "cifar10": CIFAR10,
     "any": replace(  # of networks whose data set we do not know: results/moment_forms.py
-        CIFAR10, setting="any", moments="relative", alpha_bn=1.0, first_bn=1.0),
+        CIFAR10, setting="any", moments="relative", first_bn=1.0),
     "cifar10-long": replace(CIFAR10, setting="cifar10-long", iterations=1200, alpha_bn=3.0),
-    "cifar10-student": replace(  # images that teach, not such that look well: results/NOTES.md
-        CIFAR10, setting="cifar10-student", iterations=100, moments="kl", alpha_bn=10.0,
-        first_bn=1.0, pixel_bn=1.0, ce_temperature=3.0, epochs=18, steps_per_epoch=250,
-        student_batch=128, mix=True),
+    "cifar10-student": replace(  # chosen by what students learn, not by looks: results/NOTES.md
+        CIFAR10, setting="cifar10-student", iterations=50, moments="kl", alpha_bn=10.0,
+        first_bn=1.0, pixel_bn=1.0, ce_temperature=3.0, second_class=0.5, initial_batches=20,
+        epochs=45, steps_per_epoch=500, student_batch=64, mix=True),
     "cifar10-released": RELEASED,
     "mnist": MNIST,
     "digits": DIGITS,
@@ -311,12 +313,12 @@ class Target:
     """(N, K) of sample_shares, the classes that CE wants; None: the labels alone."""
 
 
-def take_part(target, part):
-    """The Target of some images, whose numbers are part (n,)."""
+def select_targets(target, numbers):
+    """The Target of the images with these numbers, (n,)."""
     shares = target.shares
     if shares is not None:
-        shares = shares[part]
-    return replace(target, labels=target.labels[part], shares=shares)
+        shares = shares[numbers]
+    return replace(target, labels=target.labels[numbers], shares=shares)
 
 
 def moment_loss(found, eps, args):
@@ -331,8 +333,8 @@ def moment_loss(found, eps, args):
         kl:        d_l = mean over channels of KL( N(mean_l(x), var_l(x)) ||
                                                    N(running_mean_l, running_var_l) )
 
-    `l2` is the paper's. They are not squared, and the variances are biased. The others are ours.
-    w_l is 1, but first_bn for the layer that runs first.
+    `l2` is the paper's; its norms are not squared. `relative` and `kl` are ours. The variances are
+    biased. w_l is first_bn for the BatchNorm that runs first, pixel_bn for the pixels, else 1.
 
     Args:
         found: [(moments (2, C), running_var (C,)), …] of the layers l as they run, after those of
@@ -346,9 +348,10 @@ def moment_loss(found, eps, args):
     moments = torch.cat([moments for moments, _ in found], 1)  # (2, C of all layers)
     running_var = torch.cat([running_var.float() for _, running_var in found])
     sizes = tuple(len(running_var) for _, running_var in found)
-    weights = [args.first_bn, *[1.0] * (len(found) - 1)]
+    weights = [args.first_bn]
     if args.pixel_bn:
-        weights = [args.pixel_bn, *weights[:-1]]
+        weights = [args.pixel_bn, args.first_bn]
+    weights += [1.0] * (len(found) - len(weights))
     distance = kernels.moment_distance if args.fused else kernels.moment_distance_ref
     return distance(moments, running_var, sizes, tuple(weights), args.moments, eps)
 
@@ -383,8 +386,8 @@ TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 def synthesis_loss(x, move, target, args):
     """The loss of images x (N, C, H, W), eq. 2: CE, and eq. 3, 4 and 8, of the view x'.
 
-        CE = cross-entropy of softmax(f(x') / ce_temperature), which is 1 in the paper, with the
-             labels, or with a second class beside each (sample_shares)
+        CE = - mean_i sum_k q_ik log softmax(f(x'_i) / ce_temperature)_k
+             paper: q one-hot, ce_temperature 1; ours: q of sample_shares
         TV2 = sum_d || x' - shift_d(x') ||_2    over the whole batch
         TV1 = sum_d mean | x' - shift_d(x') |   d: right, down, and both diagonals, by one pixel
         R_l2 = mean over images of || x' ||_2
@@ -396,7 +399,8 @@ def synthesis_loss(x, move, target, args):
 
     Returns:
         () total loss, and (8,) of TERMS, unweighted and detached. `competition` is NaN without an
-        opponent; `teacher` is the percentage of views that the teacher assigns to their labels.
+        opponent; `teacher` is the percentage of views that the teacher assigns to their labels,
+        whatever the second classes.
     """
     device = x.device.type
     dtype = choose_dtype(device, args)
@@ -409,7 +413,7 @@ def synthesis_loss(x, move, target, args):
     eps = target.watched.eps
     if args.pixel_bn:
         found = [measure_pixels(view, args), *found]
-        eps = (1e-5, *eps)
+        eps = (1e-5, *eps)  # BatchNorm's default
     ce_logits = t_logits.float()
     if args.ce_temperature != 1:  # two launches on a GPU, for nothing at 1
         ce_logits = ce_logits / args.ce_temperature
@@ -524,6 +528,17 @@ def compute_cosine(step, n_steps, peak, warmup):
     return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup)))
 
 
+def make_generator(number, args, stream=0):
+    """Random numbers of batch `number`, from --seed and this number alone.
+
+    Args:
+        stream: another one has other numbers, so that an option that draws some more leaves noise
+            and rolls as they are.
+    """
+    state = np.random.SeedSequence([args.seed, number, stream]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
 def sample_randomness(number, shape, args):
     """All that is random in batch `number`; it depends on --seed and this number alone.
 
@@ -532,8 +547,7 @@ def sample_randomness(number, shape, args):
         mirrored or not; one draw a step for the whole batch, as in the released code. With
         --step-images (n_steps, 3 + step_images): then come the images that the step takes.
     """
-    state = np.random.SeedSequence([args.seed, number]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]))
+    generator = make_generator(number, args)
     noise = torch.randn(shape, generator=generator)
     draws = []
     for stage in list_stages(args):
@@ -565,28 +579,28 @@ def sample_shares(labels, number, n_classes, args):
     """
     if args.second_class == 0:
         return None
-    state = np.random.SeedSequence([args.seed, number, 1]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(state[0]))
+    generator = make_generator(number, args, stream=1)
     share = args.second_class * torch.rand(len(labels), 1, generator=generator)
-    steps = torch.randint(1, n_classes, labels.shape, generator=generator)
-    second = (labels + steps) % n_classes
+    offset = torch.randint(1, n_classes, labels.shape, generator=generator)
+    second = (labels + offset) % n_classes
     return (1 - share) * F.one_hot(labels, n_classes) + share * F.one_hot(second, n_classes)
 
 
 def make_start_images(noise, info, args):
-    """What a batch starts from: N(0, 1) noise, which our presets blur and weaken.
+    """What a batch starts from: N(0, 1) noise times start_gain, blurred and with a dark edge.
 
-    For grey images that is knowledge about digits that comes from us and not from the teacher:
-    strokes are some pixels wide (start_blur), stand in the middle (start_margin) and cover less
-    than the dark does (start_gain). The figures of MNIST and digits depend on it. On ImageNet it
-    spares some images from staying noise.
+    For grey images this is knowledge about digits that comes from us and not from the teacher:
+    strokes are some pixels wide (start_blur) and stand in the middle (start_margin). The figures
+    of MNIST and digits depend on it. On ImageNet weak and smooth noise spares some images from
+    staying noise.
     """
     if args.start_blur == 1 and args.start_margin == 0:
         return noise * args.start_gain
     low, high = get_pixel_range(info, "cpu")
     blur = args.start_blur
     margin = args.start_margin
-    x = F.avg_pool2d(noise, blur, 1, blur // 2) * blur * args.start_gain  # deviation about 1 again
+    x = F.avg_pool2d(noise, blur, 1, blur // 2) * blur  # deviation 1 again, but for the edges
+    x = x * args.start_gain
     height, width = x.shape[2:]
     inside = torch.zeros(height, width, dtype=torch.bool)
     inside[margin : height - margin, margin : width - margin] = True
@@ -620,7 +634,7 @@ def optimise_images(x, draws, stage, target, bounds, args):
         part = draw[3:]  # (n,) of the images; none: the step takes all
         if len(part):
             seen = x.index_select(0, part).contiguous(memory_format=torch.channels_last)
-            seen_target = take_part(target, part)
+            seen_target = select_targets(target, part)
         if stage.scale > 1:
             seen = F.avg_pool2d(seen, stage.scale)
         total, values = synthesis_loss(seen, draw[:3], seen_target, args)
@@ -752,7 +766,10 @@ def list_remedies(size, device):
 
 # Files and labels
 def choose_classes(info, args):
-    """The wanted classes, (n,) int64, in a random order if a batch cannot hold them all."""
+    """The wanted classes, (n,) int64, in a random order if a batch cannot hold them all.
+
+    The 42 of ImageNet keep their order: those that viewers name best come first.
+    """
     if not args.classes and info.dataset == "imagenet" and not args.student:
         return torch.tensor(SHOWN_CLASSES)
     wanted = args.classes or range(info.num_classes)
@@ -861,8 +878,8 @@ def restore_student(run, student, optimizer):
 def train_student(student, teacher, synthesis, given, test):
     """Train a student on a pool of images that grows while it learns; a checkpoint an epoch.
 
-    Each epoch makes batches_per_epoch new batches at even distances. The update after a new batch
-    draws from it alone, the others from the whole pool.
+    Each epoch makes batches_per_epoch new batches, evenly spaced over its updates. The update after
+    a new batch draws from it alone, the others from the whole pool.
 
     Args:
         student: in train mode.
@@ -1101,7 +1118,7 @@ def main(args):
         watched = watch_batchnorms(teacher, sample_example(info, device), args, device)
     if watched.reason and rank == 0:
         print(f"teacher: {watched.reason}")
-    hidden = None  # only without a terminal
+    hidden = None  # tqdm hides the bar where there is no terminal
     if rank > 0:
         hidden = True
     bar = tqdm(total=n_steps, disable=hidden, mininterval=0.5)

@@ -612,7 +612,8 @@ def describe_machine(device):
     if device == "cuda":
         device_name = torch.cuda.get_device_name()
     else:
-        device_name = f"{torch.get_num_threads()} CPU threads"
+        n_threads = torch.get_num_threads()
+        device_name = "1 CPU thread" if n_threads == 1 else f"{n_threads} CPU threads"
     commit = ""
     command = ["git", "describe", "--always", "--dirty"]
     with contextlib.suppress(OSError):  # no git on this machine

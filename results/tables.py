@@ -48,8 +48,13 @@ def format_relative(students, teacher):
     return f"{100 * statistics.mean(students) / teacher:.1f} %"
 
 
+def name_device(result):
+    """Where a run was; files of before wrote "1 CPU threads"."""
+    return result["device_name"].replace("1 CPU threads", "1 CPU thread")
+
+
 def format_longest(runs):
-    return f"{max(run['seconds'] for run in runs):.0f} s, {runs[0]['device_name']}"
+    return f"{max(run['seconds'] for run in runs):.0f} s, {name_device(runs[0])}"
 
 
 def format_accuracies(found, name):
@@ -115,7 +120,7 @@ def make_inversion():
                 f"`{first['verifier']}`",
                 format_percent([run["verifier_agreement"] for run in runs], 1),
                 str(len(runs)),
-                f"{seconds:.0f} s, {first['device_name']}",
+                f"{seconds:.0f} s, {name_device(first)}",
                 f"`results/{stem}-seed*.json`",
             ]
         )
@@ -150,7 +155,7 @@ def make_imagenet():
         row += [f"{len(runs)} × {n_images // len(runs)}", f"{10 * seconds:.0f}"]
         rows.append(row)
     head = ["arm", "Lite0, inverted", "Lite1", "Lite2", "seeds × images", "s per 10 images"]
-    where = saved["imagenet"]["runs"][0]["device_name"]
+    where = name_device(saved["imagenet"]["runs"][0])
     return f"{format_table(head, rows)}\n\n{where}, beside other work."
 
 
@@ -338,7 +343,7 @@ def make_roles():
         cost += f"{found[0]['images_measured']:,} measured, reward ± {error:.1f} points"
         costs.append(cost)
     pair = f"`{saved['teacher']}` → `{saved['student']}`, {len(runs)} seeds"
-    where = f"{runs[0]['device_name']}; `results/role-kd-cifar10.json`."
+    where = f"{name_device(runs[0])}; `results/role-kd-cifar10.json`."
     return f"{text}\n\n{pair}; teachers: {', '.join(teachers)}; {'; '.join(costs)}; {where}"
 
 
@@ -406,7 +411,7 @@ def make_ensemble_speed():
         rows.append([*sizes, str(together), str(alone), f"{together / alone:.2f}"])
     head = ["width", "images of a generator", "10 together, ms", "10 × one, ms", "ratio"]
     versions = saved["versions"]
-    where = f"{saved['device_name']}, torch {versions['torch']}, commit {versions['commit']}"
+    where = f"{name_device(saved)}, torch {versions['torch']}, commit {versions['commit']}"
     note = (
         f"One step of `{saved['teacher']}`, medians of 8; {where}; `results/ensemble-speed.json`."
     )
@@ -501,7 +506,7 @@ def make_quantization(dataset="cifar10"):
     note = (
         f"`{first['teacher']}`, float {first['teacher_accuracy']:.2f} % of the first "
         f"{setting['test_images']:,} test images; {first['n_images']} images, {n_steps} updates "
-        f"of {setting['batch_size']}; {claim}. {first['device_name']}, torch "
+        f"of {setting['batch_size']}; {claim}. {name_device(first)}, torch "
         f"{versions['torch']}; `results/quantization-{dataset}-*.json`."
     )
     return f"{format_table(head, rows)}\n\n{note}"
@@ -731,7 +736,7 @@ def make_bf16_steps():
     head += ["bf16 / fp32", "bf16 / bare bf16", "cosine of the gradients"]
     versions = saved["versions"]
     note = (
-        f"{saved['device_name']}, torch {versions['torch']}, commit {versions['commit']}; medians "
+        f"{name_device(saved)}, torch {versions['torch']}, commit {versions['commit']}; medians "
         "of processor time; `results/bf16-cpu.json`."
     )
     return f"{format_table(head, rows)}\n\n{note}"
@@ -834,7 +839,7 @@ def make_which(data):
         rows.append(row)
     head = ["arm", "student, final", "relative to the teacher", "seconds", "seeds", "command"]
     where = f"`{saved['teacher']}` ({saved['teacher_accuracy']:.2f} %) → `{saved['student']}`; "
-    where += f"{arm['device_name']} a run, {saved['jobs']} runs at a time, "
+    where += f"{name_device(arm)} a run, {saved['jobs']} runs at a time, "
     where += f"torch {arm['versions']['torch']}; the dots stand for `{options}`, "
     where += f"with each run's own seed and folder; `results/which-{data}.json`."
     return f"{format_table(head, rows)}\n\n{where}"

@@ -2,13 +2,14 @@
 
     python results/which.py --data digits
     python results/which.py --data mnist --data-dir DIR
-    python results/which.py --data cifar10 --data-dir DIR --seeds 0
+    python results/which.py --data cifar10 --data-dir DIR
 
-One teacher with BatchNorms, one student. A method has the options of its preset, but for the
-length: about as many seconds for each, on one thread, images included. Each run is a command of a
-script, in runs/which/DATA/ARM-seedS; two run at a time. A finished run is not repeated, and one
-that was killed goes on where it was. Writes results/which-DATA.json and results/which-DATA.png:
-accuracy on real test images, which nothing was chosen by, against seconds.
+One teacher with BatchNorms, one student. A method has the options of a preset, but for the length:
+about as many seconds for each, on one thread, images included. How the presets were chosen:
+results/NOTES.md. Each run is a command of a script, in runs/which/DATA/ARM-seedS; two run at a
+time. A finished run is not repeated, and one that was killed goes on where it was. All arms with
+all seeds write results/which-DATA.json and results/which-DATA.png: accuracy on real test images
+against seconds.
 
 Controls, trained by deepinversion.py's loop with as many updates as the arm `deepinversion`; those
 that are given images need less time:
@@ -55,7 +56,7 @@ class Arm:
         script: of the root folder.
         options: of all data sets.
         source: where the images of a control are from, as --images of harness/sources.py; `other`:
-            the Setting's other data set; "": a method, which has no images.
+            the Setting's other data set; "": the arm makes its own.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Setting:
         other: the data set of the control `other-data`.
         n_images: images of the controls' folders.
         options: {script, or arm where its steps take longer: options}.
+        seeds: of the published table.
         presets: {script: its preset}, where that is not the data set's.
     """
 
@@ -82,6 +84,7 @@ class Setting:
     other: str
     n_images: int
     options: dict
+    seeds: tuple = (0, 1, 2)
     presets: dict = field(default_factory=dict)
 
 
@@ -146,6 +149,7 @@ SETTINGS = {
             REPLAY: "--epochs 12 --iterations 4",
             "pre-dfkd-vae": "--epochs 8 --iterations 4",
         },
+        seeds=(0,),
         presets={INVERSION: "cifar10-student"},
     ),
 }
@@ -209,20 +213,24 @@ class Run:
     curve: list
     """[[seconds since the start, percent of real test images], …] so far."""
 
-    def follow(self):
-        """Write down when each accuracy came; return whether the command is still at work.
+    def record_accuracies(self):
+        """Write down when each accuracy came."""
+        seconds = round(time.time() - self.start, 1)
+        accuracies = read_accuracies(self.out)
+        del self.curve[len(accuracies) :]  # points that a continued run will measure again
+        for accuracy in accuracies[len(self.curve) :]:
+            self.curve.append([seconds, accuracy])
+            with open_atomically(self.out.with_suffix(".curve.json")) as file:
+                file.write(json.dumps(self.curve).encode())
+
+    def is_running(self):
+        """Record what is new; whether the command is still at work.
 
         Raises:
             SubprocessError: the command failed.
         """
         code = self.process.poll()  # before the file is read, so that no row is missed
-        seconds = round(time.time() - self.start, 1)
-        accuracies = read_accuracies(self.out)
-        del self.curve[len(accuracies) :]  # rows of before that a continued run has dropped
-        for accuracy in accuracies[len(self.curve) :]:
-            self.curve.append([seconds, accuracy])
-            with open_atomically(self.out.with_suffix(".curve.json")) as file:
-                file.write(json.dumps(self.curve).encode())
+        self.record_accuracies()
         if code:
             log = self.out.with_suffix(".log")
             problem = f"{self.name} ended with {code}; read {log}"
@@ -292,7 +300,7 @@ def run_grid(tasks, data, data_dir, jobs):
                 if run:
                     running.append(run)
             time.sleep(POLL_SECONDS)
-            running = [run for run in running if run.follow()]
+            running = [run for run in running if run.is_running()]
     except subprocess.SubprocessError as error:
         fail(error)
     except KeyboardInterrupt:
@@ -348,7 +356,7 @@ def draw_accuracies(table, path):
 def main(
     data: Literal["digits", "mnist", "cifar10"],
     arms: tuple[str, ...] = tuple(ARMS),
-    seeds: tuple[int, ...] = (0, 1, 2),
+    seeds: tuple[int, ...] = (),
     data_dir: str = "data",
     jobs: int = 2,
 ):
@@ -356,16 +364,18 @@ def main(
 
     Args:
         data: the data set, a key of SETTINGS.
-        arms: of the grid; fewer than all are run and printed only.
-        seeds: of each arm.
+        arms: of the grid.
+        seeds: of each arm; none: those of the table. The table is written of all arms with these
+            seeds only; else the figures are printed.
         data_dir: folder of the data sets.
         jobs: runs at a time, a thread each.
     """
     unknown = set(arms) - set(ARMS)
     if unknown:
         fail(f"--arms: expected some of {', '.join(ARMS)}, got {', '.join(unknown)}")
-    run_grid([(arm, seed) for seed in seeds for arm in arms], data, data_dir, jobs)
     setting = SETTINGS[data]
+    seeds = seeds or setting.seeds
+    run_grid([(arm, seed) for seed in seeds for arm in arms], data, data_dir, jobs)
     _, info = load_trained(setting.teacher, "cpu", data_dir)
     table = {"teacher": setting.teacher, "student": setting.student, "budget": setting.budget}
     table |= {"teacher_accuracy": info.accuracy, "jobs": jobs, "arms": {}}
@@ -374,7 +384,7 @@ def main(
         table["arms"][arm] = described
         mean = np.mean(described["accuracy"])
         print(f"{arm:16} {mean:6.2f} %  {max(described['seconds']):6.0f} s")
-    if set(arms) == set(ARMS):
+    if set(arms) == set(ARMS) and set(seeds) == set(setting.seeds):
         path = ROOT / f"results/which-{data}.json"
         with open_atomically(path) as file:
             file.write(json.dumps(table, indent=1).encode() + b"\n")

@@ -241,7 +241,7 @@ def test_a_step_of_part_of_the_images_is_a_step_of_a_smaller_batch(second_class)
     terms = next(di.optimise_images(x, draws, stage, target, (None, None), args)).clone()
 
     small = noise[part].contiguous(memory_format=torch.channels_last).requires_grad_()
-    target = di.take_part(target, part)
+    target = di.select_targets(target, part)
     assert torch.equal(target.labels, labels[part])
     expected = next(di.optimise_images(small, draws[:, :3], stage, target, (None, None), args))
     assert torch.equal(terms.nan_to_num(), expected.nan_to_num())

@@ -234,7 +234,7 @@ def test_a_cpu_computes_in_fp32_whatever_the_option_says():
 
 def test_a_result_names_device_and_versions(monkeypatch):
     found = describe_machine("cpu")
-    assert found["device"] == "cpu" and "CPU threads" in found["device_name"]
+    assert found["device"] == "cpu" and "CPU thread" in found["device_name"]
     assert set(found["versions"]) == {"torch", "numpy", "triton", "commit"}
     assert found["versions"]["torch"] == str(torch.__version__)
 

@@ -246,6 +246,14 @@ DROPPED = {  # options that are no more, and the value that the scripts always h
     "drop": 10**6,  # no drop: a cosine
 }
 NOT_OF_THE_METHOD = {"name", "fused", "graph", "bf16", "competition"}
+SHORTER_STUDENT = {  # options of the commands of 4,500 updates in results/README.md
+    "iterations",
+    "second_class",
+    "initial_batches",
+    "epochs",
+    "steps_per_epoch",
+    "student_batch",
+}
 CIFAR10_STUDENT = {  # options of its command in results/README.md; no batch competed
     "iterations",
     "initial_batches",
@@ -263,7 +271,10 @@ def describe_student(arm, setting):
         setting = {**setting, "name": "cifar10-student"}  # which got this name after the run
         for name in RunOptions.__dataclass_fields__:
             setting.pop(name, None)
-        return setting, {"student", "verifier", "images", "batches_per_epoch", "setting"}
+        changed = {"student", "verifier", "images", "batches_per_epoch", "setting"}
+        if arm.endswith("4,500 updates of 128"):
+            changed |= SHORTER_STUDENT
+        return setting, changed
     if setting["name"] == "cifar10":
         return setting, CIFAR10_STUDENT
     if arm == "cross-entropy alone":

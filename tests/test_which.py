@@ -56,7 +56,7 @@ result = {"student_accuracy": 90.0, "seconds": 7.0, "device_name": "1 thread", "
 
 @pytest.fixture
 def grid(tmp_path, monkeypatch):
-    """Function that runs two arms and two seeds of digits with the scripts above."""
+    """Function that runs two arms and two seeds of digits with the script above."""
     for name in ("results", "runs"):
         (tmp_path / name).mkdir()
     arms = {name: which.ARMS[name] for name in ("zskt", "noise")}
@@ -65,9 +65,10 @@ def grid(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(which, "ROOT", tmp_path)
     monkeypatch.setattr(which, "ARMS", arms)
+    monkeypatch.setattr(which.SETTINGS["digits"], "seeds", (0, 1))
 
     def run_grid(**options):
-        which.main("digits", **{"arms": tuple(arms), "seeds": (0, 1), **options})
+        which.main("digits", **{"arms": tuple(arms), **options})
 
     return run_grid
 
@@ -109,6 +110,7 @@ def test_a_part_of_a_grid_leaves_the_table_as_it_is(grid, tmp_path, capsys):
     (tmp_path / "broken").touch()
     grid(arms=("zskt",), seeds=(0,))
     assert "zskt              90.00 %       7 s" in capsys.readouterr().out
+    grid(seeds=(0,))
     assert not list((tmp_path / "results").iterdir())
     assert "--arms: expected some of zskt, noise" in refuse(capsys, lambda: grid(arms=("zsk",)))
 
