@@ -1,11 +1,13 @@
 """What a student's BatchNorm moments cost it: they are those of synthetic images.
 
-    python results/real_moments.py --network runs/r8/student.pt --data-dir DIR
+    python results/real_moments.py --networks student=runs/r8/student.pt --data-dir DIR \
+        --out results/real-moments.json
 
 Prints its accuracy on test images as it is, and with the moments of 1,000 real training images,
-which is no data-free figure.
+which is no data-free figure; writes both, if asked.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -17,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import pruning  # noqa: E402
 from harness.data import evaluate, load_dataset, normalise  # noqa: E402
 from harness.load import load_trained  # noqa: E402
-from harness.run import fail, prepare_program  # noqa: E402
+from harness.run import fail, open_atomically, prepare_program  # noqa: E402
 
 
 def measure(network, info, data_dir, n_images=1000):
@@ -35,18 +37,27 @@ def measure(network, info, data_dir, n_images=1000):
     return before, evaluate(network, *test, info)
 
 
-def main(network: str, data_dir: str = "data"):
-    """Print both accuracies.
+def main(networks: tuple[str, ...], data_dir: str = "data", out: str = ""):
+    """Print both accuracies of each network.
 
     Args:
-        network: as --teacher of the scripts: student.pt of a run, or a shipped name.
+        networks: LABEL=NETWORK each; NETWORK as --teacher of the scripts: student.pt of a run, or a
+            shipped name.
         data_dir: folder of the data sets.
+        out: path of a JSON file to write; "": none.
     """
-    student, info = load_trained(network, "cpu", data_dir)
-    if not pruning.find_batchnorms(student):
-        fail(f"--network {network}: no BatchNorm with running moments; pass another")
-    before, after = measure(student, info, data_dir)
-    print(f"{info.name}: {before:.2f} %, with moments of real images {after:.2f} %")
+    found = {}
+    for word in networks:
+        label, _, network = word.partition("=")
+        student, info = load_trained(network, "cpu", data_dir)
+        if not pruning.find_batchnorms(student):
+            fail(f"--networks {word}: no BatchNorm with running moments; pass another")
+        before, after = measure(student, info, data_dir)
+        print(f"{label}: {before:.2f} %, with moments of real images {after:.2f} %")
+        found[label] = {"accuracy": before, "real_moments": after}
+    if out:
+        with open_atomically(Path(out)) as file:
+            file.write(json.dumps(found, indent=1).encode() + b"\n")
 
 
 if __name__ == "__main__":

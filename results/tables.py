@@ -294,6 +294,14 @@ def make_students():
     return format_table([*head, "best less final", "seeds", "longest, device"], rows)
 
 
+def make_real_moments():
+    """What a student has with BatchNorm moments of real images, from results/real_moments.py."""
+    rows = []
+    for label, found in read_json("real-moments.json").items():
+        rows.append([label, f"{found['accuracy']:.2f} %", f"{found['real_moments']:.2f} %"])
+    return format_table(["student", "as it is", "moments of 1,000 real images"], rows)
+
+
 ROLES = {  # what an arm's networks were trained with: teacher, student
     "base": ("base", "base"),
     "teacher": ("its schedule", "base"),
@@ -877,6 +885,7 @@ MAKERS = {
     "which_short": make_which_short,
     "inversion": make_inversion,
     "students": make_students,
+    "real_moments": make_real_moments,
     "imagenet": make_imagenet,
     "moment_grid": make_moment_grid,
     "moment_forms": make_moment_forms,

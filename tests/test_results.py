@@ -165,14 +165,16 @@ def test_figures_of_continual_are_those_of_its_table(name):
     assert len(found) in (0, 3, 6)
 
 
-def test_moments_of_real_images_repair_a_network_that_has_others(capsys):
+def test_moments_of_real_images_repair_a_network_that_has_others(tmp_path, capsys):
     network, info = load_trained("digits-resnet8", "cpu", "data")
     for layer in network.modules():
         if isinstance(layer, torch.nn.BatchNorm2d):
             layer.running_mean += 3 * layer.running_var.sqrt()
     before, after = real_moments.measure(network, info, "data")
     assert before < 50 and after > 95
-    real_moments.main("digits-resnet8")
-    assert "with moments of real images" in capsys.readouterr().out
-    line = refuse(capsys, lambda: real_moments.main("digits-lenet5"))
-    assert "--network digits-lenet5: no BatchNorm with running moments" in line
+    out = tmp_path / "found.json"
+    real_moments.main(("r8=digits-resnet8",), out=str(out))
+    assert "r8: 100.00 %, with moments of real images" in capsys.readouterr().out
+    assert json.loads(out.read_text())["r8"]["accuracy"] == 100.0
+    line = refuse(capsys, lambda: real_moments.main(("l5=digits-lenet5",)))
+    assert "--networks l5=digits-lenet5: no BatchNorm with running moments" in line

@@ -371,7 +371,7 @@ def test_every_published_file_is_compared():
     compared = {file for file, *_ in PUBLISHED}
     tables = {"ensemble-arms-digits.json", "ensemble-arms-mnist.json", "ensemble-speed.json"}
     # of runs that stand in other files, or of no training
-    tables |= {"mte-mnist.json", "architectures.json"}
+    tables |= {"mte-mnist.json", "architectures.json", "real-moments.json"}
     tables |= {"role-kd-cifar10.json"}  # of a small budget, which its command states
     tables |= {"which-digits.json", "which-mnist.json"}  # whose options results/which.py holds
     # runs of results/imagenet.py and results/moment_forms.py, which name the options they change
