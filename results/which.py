@@ -143,11 +143,12 @@ SETTINGS = {
         other="mnist",
         n_images=50000,
         options={
-            INVERSION: "--verifier none --epochs 7",
-            ENSEMBLE: "--steps 400 --epochs 10 --iterations 60 --sample 0",
-            GAME: "--pseudo-batches 150 --evaluations 10",
-            REPLAY: "--epochs 12 --iterations 4",
-            "pre-dfkd-vae": "--epochs 8 --iterations 4",
+            INVERSION: "--verifier none --initial-batches 10 --epochs 13 --steps-per-epoch 250",
+            # narrow generators and small batches: the presets' sizes leave a few hundred updates
+            ENSEMBLE: "--width 32 --steps 280 --epochs 10 --iterations 40 --sample 0",
+            GAME: "--pseudo-batches 140 --evaluations 10",
+            REPLAY: "--width 32 --batch-size 128 --epochs 11 --iterations 20",
+            "pre-dfkd-vae": "--width 32 --batch-size 128 --epochs 11 --iterations 11",
         },
         seeds=(0,),
         presets={INVERSION: "cifar10-student"},
