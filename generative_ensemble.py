@@ -829,9 +829,11 @@ def check_fit(args, teacher, info, world):
         fail("--ensemble: there is nothing to share out; run it without torchrun")
     if args.generators < world:
         fail(f"--generators {args.generators}: fewer than {world} processes; start fewer")
-    if info.image_size % 2**args.stages or args.width < max(1, args.stages):
-        problem = f"{info.image_size} pixels or a width of {args.width} do not divide so often"
-        fail(f"--stages {args.stages}: {problem}")
+    n_halvings = (info.image_size & -info.image_size).bit_length() - 1  # how often 2 divides it
+    most = min(n_halvings, args.width)
+    if args.stages > most:
+        problem = f"{info.image_size} pixels and a width of {args.width} allow {most} at most"
+        fail(f"--stages {args.stages}: {problem}; lower it")
     if args.batch_size < args.generators:
         problem = f"fewer than {args.generators} generators"
         fail(f"--batch-size {args.batch_size}: {problem}; raise it, or lower --generators")
