@@ -568,8 +568,7 @@ def sample_shares(labels, number, n_classes, args):
 
         q = (1 - share) onehot(y) + share onehot(y'),    share ~ U(0, second_class),  y' != y
 
-    Such images lie between classes, and a student learns more from them than from images of which
-    the teacher is sure. Ours; results/NOTES.md has what it gave.
+    Such images lie between classes, as some real ones do. Ours; what it changes: results/NOTES.md.
 
     Args:
         labels: (N,) int64, y.
@@ -1042,7 +1041,7 @@ def shrink(args):
 
 
 def load_checked_teacher(args, device):
-    """The teacher, tried out at each resolution of its stages; it must have BatchNorms."""
+    """The teacher, tried out at each resolution of its stages; it must have what args need."""
     size_multiple = 2 if args.iterations_low else 1
     teacher, info = load_teacher(args, device, size_multiple)
     low_size = info.image_size // 2
@@ -1051,6 +1050,8 @@ def load_checked_teacher(args, device):
         with refuse_misfits(f"--teacher {args.teacher} at {low_size} pixels", advice):
             check_network(teacher, info, device, low_size)
     layers = [m for m in teacher.modules() if isinstance(m, _BatchNorm)]
+    if args.second_class and info.num_classes == 1:
+        fail(f"--second-class {args.second_class}: the network has one class; pass 0")
     if not any(layer.running_mean is not None for layer in layers):
         problem = "no BatchNorm with running moments, which are matched"
         fail(f"--teacher {args.teacher}: {problem}; take another")

@@ -189,6 +189,15 @@ def test_a_second_class_is_beside_each_label_in_random_shares():
     assert di.sample_shares(labels, 3, 10, TINY) is None
 
 
+def test_a_second_class_of_a_network_with_one_is_refused(monkeypatch, capsys):
+    teacher = make_teacher()
+    info = replace(TINY_INFO, num_classes=1)
+    monkeypatch.setattr(di, "load_teacher", lambda *rest: (teacher, info))
+    args = replace(TINY, second_class=0.3, iterations_low=0)
+    line = read_refusal(capsys, di.load_checked_teacher, args, "cpu")
+    assert "--second-class 0.3: the network has one class; pass 0" in line
+
+
 def test_ce_with_a_second_class_is_that_of_the_shares():
     args = replace(TINY, second_class=0.5, ce_temperature=2.0)
     teacher = make_teacher()
