@@ -105,23 +105,29 @@ def store_partial(
 
 @triton.jit
 def _merge_kernel(
-    moments_ptr,  # (2, C) out: mean - shift, variance
-    partial_ptr,  # (3, P, C): count, mean - shift, sum of squared deviations
+    moments_ptr,  # (2, C) out, C of all layers: mean - shift, variance
+    partials_ptr,  # of each layer (3, P, C_l): count, mean - shift, sum of squared deviations
+    table_ptr,  # (programs, 5) int64: list_merges
     n_channels,  # C
-    n_partials,  # P
     BLOCK_PART: tl.constexpr,  # partials merged at once
     BLOCK_C: tl.constexpr,  # channels of a program
 ):
-    offs_c = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < n_channels
-    stride_part = n_partials * n_channels
+    table_ptr += tl.program_id(0).to(tl.int64) * 5
+    begin = tl.load(table_ptr)
+    n_partials = tl.load(table_ptr + 1)
+    n_layer_channels = tl.load(table_ptr + 2)
+    layer_place = tl.load(table_ptr + 3)
+    first_channel = tl.load(table_ptr + 4)
+    offs_c = first_channel + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n_layer_channels
+    stride_part = n_partials * n_layer_channels
 
     count = tl.zeros((BLOCK_C,), tl.float32)
     mean = tl.zeros((BLOCK_C,), tl.float32)
     m2 = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, n_partials, BLOCK_PART):
         parts = start + tl.arange(0, BLOCK_PART).to(tl.int64)
-        offs = partial_ptr + parts[:, None] * n_channels + offs_c[None, :]
+        offs = partials_ptr + begin + parts[:, None] * n_layer_channels + offs_c[None, :]
         mask = (parts < n_partials)[:, None] & mask_c[None, :]
         tile_count, tile_mean, tile_m2 = merge_groups(
             tl.load(offs, mask=mask, other=0.0),
@@ -134,8 +140,9 @@ def _merge_kernel(
         m2 += tile_m2 + delta * delta * count * share
         count += tile_count
 
-    tl.store(moments_ptr + offs_c, mean, mask=mask_c)
-    tl.store(moments_ptr + n_channels + offs_c, m2 / tl.maximum(count, 1.0), mask=mask_c)
+    offs = moments_ptr + layer_place + offs_c
+    tl.store(offs, mean, mask=mask_c)
+    tl.store(offs + n_channels, m2 / tl.maximum(count, 1.0), mask=mask_c)
 
 
 # (up to this many elements of x, elements per tile, warps). Small layers need many programs more
@@ -262,22 +269,52 @@ def _choose_tile(n_elements):
             return tile, num_warps
 
 
-def merge_partials(partial):
-    """Merge (3, P, C), counts, means, sums of squared deviations, to (2, C): mean and variance."""
-    _, n_partials, n_channels = partial.shape
-    moments = torch.empty((2, n_channels), device=partial.device, dtype=torch.float32)
-    block_part = min(triton.next_power_of_2(n_partials), 1024)
-    block_c = min(triton.next_power_of_2(n_channels), 2048 // block_part, 32)
-    with _common.on_device_of(partial):
-        _merge_kernel[(triton.cdiv(n_channels, block_c),)](
-            moments,
-            partial,
-            n_channels,
-            n_partials,
-            BLOCK_PART=block_part,
-            BLOCK_C=block_c,
-            num_warps=4,
-        )
+# Rows of 64 bytes, 8 values a lane. Not yet measured on a GPU.
+_MERGE = {"BLOCK_PART": 64, "BLOCK_C": 16, "num_warps": 4}
+
+
+@functools.cache  # never dropped: a CUDA graph may read the tensor
+def list_merges(shapes, block_c, device):
+    """What each program of _merge_kernel merges, a row (5,) int64 each.
+
+    Where the layer's partials begin, how many they are, the layer's channels, where they begin
+    among those of all layers, and the first of them that this program merges. The tensor is made
+    once: a CUDA graph may not copy it from the host. It is made of python numbers, which
+    torch.compile can follow.
+
+    Args:
+        shapes: of each layer (number of partials, channels).
+        block_c: channels of a program.
+    """
+    rows = []
+    begin = 0
+    place = 0
+    for n_partials, n_channels in shapes:
+        for first_channel in range(0, n_channels, block_c):
+            rows.append([begin, n_partials, n_channels, place, first_channel])
+        begin += 3 * n_partials * n_channels
+        place += n_channels
+    return torch.tensor(rows, device=device)
+
+
+def merge_partials(partials):
+    """Merge the partials of all layers in one launch.
+
+    Args:
+        partials: of each layer (3, P_l, C_l) fp32: counts, means, sums of squared deviations.
+
+    Returns:
+        (2, C) fp32, one layer beside the other: mean and variance.
+    """
+    shapes = tuple(tuple(partial.shape[1:]) for partial in partials)
+    flat = partials[0]
+    if len(partials) > 1:
+        flat = torch.cat([partial.flatten() for partial in partials])
+    n_channels = sum(n for _, n in shapes)
+    moments = torch.empty((2, n_channels), device=flat.device, dtype=torch.float32)
+    table = list_merges(shapes, _MERGE["BLOCK_C"], flat.device)
+    with _common.on_device_of(flat):
+        _merge_kernel[(len(table),)](moments, flat, table, n_channels, **_MERGE)
     return moments
 
 

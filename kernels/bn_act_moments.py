@@ -259,8 +259,7 @@ def _bn_act_moments_bwd_kernel(
     dy_again_ptr,  # shape and strides of dy, added to it; unused unless HAS_DY_AGAIN
     saved_ptr,  # shape of x: y or the residual; unused where SAVED is "nothing"
     affine_ptr,  # (3, C) fp32: running_mean, scale, bias
-    mean_ptr,  # (C,) fp32: mean - running_mean
-    grad_ptr,  # (2, C) fp32: gradient of mean, of var; in each row dense
+    grad_ptr,  # (3, C) fp32: gradient of mean, of var; mean - running_mean; in each row dense
     n_rows,  # positions along the rows
     n_columns,  # C if CHANNELS_INSIDE, else positions along the columns
     n_channels,  # C
@@ -268,7 +267,7 @@ def _bn_act_moments_bwd_kernel(
     size_1,  # sizes of the row dimensions but the outermost
     size_2,
     size_3,
-    stride_grad,  # between the rows of grad: C, or more where all layers' moments were one tensor
+    stride_grad,  # between its rows: C, or more where it is a slice of all layers'
     stride_x0,  # strides of x along the row dimensions
     stride_x1,
     stride_x2,
@@ -320,9 +319,9 @@ def _bn_act_moments_bwd_kernel(
     shift = tl.load(affine_ptr + channels, mask=mask_c, other=0.0)
     scale = tl.load(affine_ptr + n_channels + channels, mask=mask_c, other=0.0)
     bias = tl.load(affine_ptr + 2 * n_channels + channels, mask=mask_c, other=0.0)
-    mean = tl.load(mean_ptr + channels, mask=mask_c, other=0.0)
     a = tl.load(grad_ptr + channels, mask=mask_c, other=0.0) * inverse_n
     b = tl.load(grad_ptr + stride_grad + channels, mask=mask_c, other=0.0) * (2.0 * inverse_n)
+    mean = tl.load(grad_ptr + 2 * stride_grad + channels, mask=mask_c, other=0.0)
 
     for start in range(0, rows_per_program, BLOCK_ROW):
         rows = chunk * rows_per_program + start + tl.arange(0, BLOCK_ROW)
@@ -370,7 +369,7 @@ def fold_constants(weight, bias, running_mean, running_var, eps):
 
 
 def _forward_on_gpu(x, residual, affine, activation):
-    """y and the moments (2, C)."""
+    """y, and its partial moments (3, P, C)."""
     y = torch.empty_like(x)  # dense: in the layout of x, unless that has holes or overlaps
     has_residual = residual is not None
     other = residual if has_residual else x  # x stands in where the kernel reads no residual
@@ -394,12 +393,12 @@ def _forward_on_gpu(x, residual, affine, activation):
             activation,
             **launch.blocks,
         )
-    return y, merge_partials(partial)
+    return y, partial
 
 
 def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, moments, _ = saved_tensors
+    x, saved, affine, *_ = saved_tensors
     if dy_again is not None and dy_again.stride() != dy.stride():
         dy = dy + dy_again
         dy_again = None
@@ -408,8 +407,9 @@ def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
     is_dy_itself = ctx.activation == "none" and not has_again
     needs_residual = ctx.needs_input_grad[1] and not is_dy_itself
     dresidual = torch.empty_like(x) if needs_residual else None
-    # A layer's slice of the gradients of all layers is read where it lies.
-    row_grads = grads if grads.stride(1) == 1 else grads.contiguous()
+    # A layer's slice of the rows of all layers is read where it lies.
+    rows = grads[:, 0]  # (3, C), of _MergeMoments.backward
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
     other = x if saved is None else saved  # x stands in where the kernel reads nothing saved
     strides = (x.stride(), dx.stride(), dy.stride(), other.stride())
     launch = plan(BACKWARD_PROGRAMS, x.shape, *strides)
@@ -424,10 +424,9 @@ def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
             dy_again if has_again else dy,
             other,
             affine,
-            moments,  # the kernel reads its first row
-            row_grads,
+            rows,
             *launch.sizes,
-            row_grads.stride(0),
+            rows.stride(0),
             *x_strides,
             *dx_strides,
             *dy_strides,
@@ -515,38 +514,80 @@ def _choose_saved(activation, residual):
 
 
 class _BNActMoments(torch.autograd.Function):
+    """y, and what merge_moments takes: partial moments (3, P, C), on a CPU the moments (2, C).
+
+    The partial ones do not get their gradient, but what _MergeMoments.backward returns.
+    """
+
     @staticmethod
     def forward(ctx, x, residual, affine, activation, n_uses):
         ctx.set_materialize_grads(False)
         ctx.activation = activation
         if _common.runs_triton(x):
-            y, moments = _forward_on_gpu(x, residual, affine, activation)
+            y, part = _forward_on_gpu(x, residual, affine, activation)
             ctx.saved = _choose_saved(activation, residual)
             saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
-            ctx.save_for_backward(x, saved, affine, moments, None)
+            ctx.save_for_backward(x, saved, affine, None, None)
         else:
-            y, moments, (near_x, near_shift, saved) = _forward_on_cpu(
-                x, residual, affine, activation
-            )
-            ctx.save_for_backward(near_x, saved, affine, moments, near_shift)
+            y, part, (near_x, near_shift, saved) = _forward_on_cpu(x, residual, affine, activation)
+            ctx.save_for_backward(near_x, saved, affine, part, near_shift)
         if n_uses == 2:
-            return y, moments, y.view_as(y)
-        return y, moments
+            return y, part, y.view_as(y)
+        return y, part
 
     @staticmethod
     def backward(ctx, dy, grads, dy_again=None):
         _common.refuse_double_backward("bn_act_moments")
         saved_tensors = ctx.saved_tensors  # read once: gradient checkpointing allows no more
-        x, _, _, moments, _ = saved_tensors
+        x, _, affine, *_ = saved_tensors
+        on_gpu = _common.runs_triton(x)
         if dy is None:
             dy, dy_again = dy_again, None
         if dy is None:
             dy = torch.zeros_like(x)
-        if grads is None:
-            grads = torch.zeros_like(moments)
-        run = _backward_on_gpu if _common.runs_triton(dy) else _backward_on_cpu
+        if grads is None:  # nothing depends on the moments
+            grads = affine.new_zeros(3, 1, x.size(1)) if on_gpu else affine.new_zeros(2, x.size(1))
+        run = _backward_on_gpu if on_gpu else _backward_on_cpu
         dx, dresidual = run(ctx, saved_tensors, dy, dy_again, grads)
         return dx, dresidual, None, None, None
+
+
+class _MergeMoments(torch.autograd.Function):
+    """Moments (2, C of all layers) from the layers' partial ones, in one launch."""
+
+    @staticmethod
+    def forward(ctx, *partials):
+        moments = merge_partials(partials)
+        ctx.shapes = [partial.shape for partial in partials]
+        ctx.save_for_backward(moments)
+        return moments
+
+    @staticmethod
+    def backward(ctx, grads):
+        """In place of its partials' gradient each layer gets what its backward kernel reads.
+
+        These are three rows (3, C): the gradients of mean and variance, and the mean, which the
+        layer did not know yet. Autograd wants a gradient of the partials' shape, so the rows are
+        expanded to it, which moves nothing.
+        """
+        _common.refuse_double_backward("bn_act_moments")
+        (moments,) = ctx.saved_tensors
+        rows = torch.cat((grads, moments[:1]))  # (3, C of all layers)
+        parts = rows.split([shape[2] for shape in ctx.shapes], 1)
+        return tuple(
+            part.unsqueeze(1).expand(shape) for part, shape in zip(parts, ctx.shapes, strict=True)
+        )
+
+
+def merge_moments(parts):
+    """Moments of each layer, a list of (2, C), from what `bn_act_moments_folded` gave for each.
+
+    On a GPU one launch merges those of all layers.
+    """
+    if not parts or not _common.runs_triton(parts[0]):
+        return parts  # the CPU path has no partial ones
+    sizes = [part.size(2) for part in parts]
+    return list(_MergeMoments.apply(*parts).split(sizes, 1))
 
 
 def bn_act_moments(
@@ -610,15 +651,20 @@ def bn_act_moments(
             f"bn_act_moments: expected residual of {expected}, got {got}; match it to x"
         )
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
-    return _BNActMoments.apply(x, residual, affine, activation, 1)
+    y, part = _BNActMoments.apply(x, residual, affine, activation, 1)
+    (moments,) = merge_moments([part])
+    return y, moments
 
 
 def bn_act_moments_folded(x, affine, residual=None, activation="relu", n_uses=1):
     """`bn_act_moments` for constants that `fold_constants` has folded; tensors are not checked.
 
     Args:
-        n_uses: 2: y is returned once more, after the moments, for a second layer that reads it. The
+        n_uses: 2: y is returned once more, at the end, for a second layer that reads it. The
             backward pass then reads both gradients, where autograd would write their sum first.
+
+    Returns:
+        y, and in place of the moments what `merge_moments` makes them of.
     """
     _check_activation(activation)
     return _BNActMoments.apply(x, residual, affine, activation, n_uses)

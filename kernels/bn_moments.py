@@ -210,7 +210,7 @@ def _compute_moments_on_gpu(x, shift):
             *launch.strides[0],
             **launch.blocks,
         )
-    return merge_partials(partial)
+    return merge_partials([partial])
 
 
 def _compute_dx_on_gpu(x, shift, mean, grads):

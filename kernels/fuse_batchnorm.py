@@ -17,6 +17,7 @@ import io
 import operator
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -26,7 +27,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from kernels import _verify
-from kernels.bn_act_moments import bn_act_moments_folded, fold_constants
+from kernels.bn_act_moments import bn_act_moments_folded, fold_constants, merge_moments
 from kernels.bn_moments import bn_moments, bn_moments_ref
 
 BATCHNORMS = _BatchNorm  # with SyncBatchNorm and what users derive
@@ -58,6 +59,20 @@ INPLACE_FUNCTIONS = {operator.iadd, F.relu_, torch.relu_, F.hardtanh_}
 # What the two functions return
 
 
+class Entry(NamedTuple):
+    """What one layer measured."""
+
+    place: int
+    """Orders the layers' moments."""
+    moments: torch.Tensor
+    """(2, C), or what merge_moments makes them of."""
+    running_var: torch.Tensor
+    """(C,)."""
+    eps: float
+    is_part: bool
+    """Whether moments are to be merged."""
+
+
 class Record:
     """The moments that the layers of one network measure while a forward pass runs."""
 
@@ -65,21 +80,28 @@ class Record:
         self.entries = None  # a list while a forward pass runs
         self.eps = ()  # of the layers, in the order of the latest forward pass
 
-    def add(self, place, moments, running_var, eps):
+    def add(self, place, moments, running_var, eps, is_part=False):
+        """Record a layer's moments (2, C), or the part of which merge_moments makes them."""
         # Gradient checkpointing runs layers again in the backward pass: these are not recorded.
         if self.entries is not None:
-            self.entries.append((place, moments, running_var, eps))
+            self.entries.append(Entry(place, moments, running_var, eps, is_part))
 
     def run(self, network, x):
         """The network's output, and [(moments (2, C), running_var (C,)), …] as its layers run."""
         self.entries = []
         try:
             y = network(x)
-            entries = sorted(self.entries, key=lambda entry: entry[0])
+            entries = sorted(self.entries, key=lambda entry: entry.place)
         finally:
             self.entries = None  # nothing may keep the autograd graph of a step that is over
-        self.eps = tuple(eps for _, _, _, eps in entries)
-        return y, [(moments, running_var) for _, moments, running_var, _ in entries]
+        self.eps = tuple(entry.eps for entry in entries)
+        parts = [entry.moments for entry in entries if entry.is_part]
+        merged = iter(merge_moments(parts))
+        found = []
+        for entry in entries:
+            moments = next(merged) if entry.is_part else entry.moments
+            found.append((moments, entry.running_var))
+        return y, found
 
 
 class FusedBatchNorm(nn.Module):
@@ -107,16 +129,16 @@ class FusedBatchNorm(nn.Module):
 
     def forward(self, input, residual=None):
         if residual is None or (residual.shape == input.shape and residual.dtype == input.dtype):
-            y, moments, *again = bn_act_moments_folded(
+            y, part, *again = bn_act_moments_folded(
                 input, self.affine, residual, self.activation, self.n_uses
             )
         else:  # an addition that broadcasts or converts
-            y, moments = bn_act_moments_folded(input, self.affine, None, "none")
+            y, part = bn_act_moments_folded(input, self.affine, None, "none")
             y = y + residual
             if self.activation != "none":
                 y = getattr(F, self.activation)(y)
             again = [y] * (self.n_uses - 1)
-        self.record.add(self.place, moments, self.running_var, self.eps)
+        self.record.add(self.place, part, self.running_var, self.eps, is_part=True)
         return (y, *again) if again else y
 
 

@@ -176,7 +176,7 @@ def _moment_distance_bwd_kernel(
 _META = {"BLOCK": 512, "num_warps": 4}
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache  # never dropped: a CUDA graph may read the tensors
 def _describe_layers(sizes, weights, eps, device):
     """The layers' weights (L,), eps (L,), where each begins (L + 1,); each channel's layer (C,).
 

@@ -210,18 +210,31 @@ def test_programs_that_loop_over_rows(shape, layout, residual, device, monkeypat
     assert_matches_definition(BN_ACT_MOMENTS, args)
 
 
-def test_gradients_of_the_moments_of_two_layers(backend, device):
-    """Those of torch.cat are slices of one tensor: their rows are not side by side."""
-    layers = [make_layer_arguments(device, (3, C, 4, 2)) for C in (3, 5)]
-    cotangent = random_tensor((2, 8), device)
-    gradients = {}
-    for name in ("bn_act_moments", "bn_act_moments_ref"):
+def test_moments_of_two_layers_merged_at_once(backend, device):
+    """Values and gradients are those of each layer alone; rows of a layer do not lie together."""
+    module = importlib.import_module("kernels.bn_act_moments")
+    layers = [make_layer_arguments(device, (3, C, 4, 2)) for C in (3, 37)]
+    cotangent = random_tensor((2, 40), device)
+
+    def run(measure):
         inputs = [args["x"].detach().requires_grad_() for args in layers]
-        moments = []
+        moments = torch.cat(measure(inputs), 1)  # (2, 40)
+        return moments, *torch.autograd.grad(moments, inputs, cotangent)
+
+    def merge(inputs):
+        parts = []
         for args, x in zip(layers, inputs, strict=True):
-            moments.append(getattr(kernels, name)(**{**args, "x": x})[1])
-        gradients[name] = torch.autograd.grad(torch.cat(moments, 1), inputs, cotangent)
-    torch.testing.assert_close(*gradients.values(), rtol=1e-5, atol=1e-6)
+            vectors = [args[name] for name in ("weight", "bias", "running_mean", "running_var")]
+            affine = module.fold_constants(*vectors, args["eps"])
+            parts.append(module.bn_act_moments_folded(x, affine)[1])
+        return module.merge_moments(parts)
+
+    def define(inputs):
+        pairs = zip(layers, inputs, strict=True)
+        return [kernels.bn_act_moments_ref(**{**args, "x": x})[1] for args, x in pairs]
+
+    for merged, defined in zip(run(merge), run(define), strict=True):
+        torch.testing.assert_close(merged, defined, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_activation_is_refused_in_each_form():
@@ -267,7 +280,8 @@ def call_twice(x, affine, residual, activation, n_uses):
     """y for the first reader, y for the second one, and the moments."""
     module = importlib.import_module("kernels.bn_act_moments")
     outputs = module.bn_act_moments_folded(x, affine, residual, activation, n_uses)
-    y, moments, *again = outputs
+    y, part, *again = outputs
+    (moments,) = module.merge_moments([part])
     assert len(again) == n_uses - 1
     return y, again[0] if again else y, moments
 

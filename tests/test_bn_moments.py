@@ -146,19 +146,36 @@ def test_programs_that_loop_over_rows(shape, layout, device, monkeypatch):
 @pytest.mark.parametrize("n_partials", [3, 2500])
 def test_partial_moments_are_merged(n_partials, device):
     """More partials than one program merges at once; some of them are of no values."""
-    channels = importlib.import_module("kernels._channels")
-    generator = torch.Generator().manual_seed(0)
-    count = torch.randint(0, 9, (n_partials, 5), generator=generator).to(device)
-    mean = random_tensor((n_partials, 5), device)
-    m2 = count * random_tensor((n_partials, 5), device, seed=1).square()
-    merged_mean, merged_var = channels.merge_partials(torch.stack((count, mean, m2)))
+    (partial,) = make_partials(device, (n_partials, 5))
+    merged = importlib.import_module("kernels._channels").merge_partials([partial])
+    merged_mean, merged_var = merged.double()
 
-    count, mean, m2 = count.double(), mean.double(), m2.double()
+    count, mean, m2 = partial.double()
     exact_mean = (count * mean).sum(0) / count.sum(0)
     between = count * (mean - exact_mean).square()
     exact_var = (m2 + between).sum(0) / count.sum(0)
-    torch.testing.assert_close(merged_mean.double(), exact_mean, rtol=0, atol=1e-6)
-    torch.testing.assert_close(merged_var.double(), exact_var, rtol=1e-5, atol=0)
+    torch.testing.assert_close(merged_mean, exact_mean, rtol=0, atol=1e-6)
+    torch.testing.assert_close(merged_var, exact_var, rtol=1e-5, atol=0)
+
+
+def make_partials(device, *shapes):
+    """Partial moments (3, P, C) of layers of these shapes (P, C)."""
+    partials = []
+    for seed, shape in enumerate(shapes):
+        generator = torch.Generator().manual_seed(seed)
+        count = torch.randint(0, 9, shape, generator=generator).to(device)
+        mean = random_tensor(shape, device, seed=2 * seed)
+        m2 = count * random_tensor(shape, device, seed=2 * seed + 1).square()
+        partials.append(torch.stack((count, mean, m2)))
+    return partials
+
+
+def test_layers_merged_at_once_are_those_merged_alone(device):
+    """Layers of fewer and of more channels than a program merges, of one and of many partials."""
+    merge_partials = importlib.import_module("kernels._channels").merge_partials
+    partials = make_partials(device, (70, 3), (1, 40), (5, 16), (130, 17))
+    alone = [merge_partials([partial]) for partial in partials]
+    assert torch.equal(merge_partials(partials), torch.cat(alone, 1))
 
 
 # Extremes

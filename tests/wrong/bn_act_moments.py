@@ -38,11 +38,17 @@ MUTANTS = [
         "dx = g * scale + b * (x - mean)",
     ),
     Mutant(
+        "variance in place of the mean",
+        FILE,
+        "torch.cat((grads, moments[:1]))",
+        "torch.cat((grads, moments[1:]))",
+    ),
+    Mutant(
         "rows of the gradient taken as adjacent",
         FILE,
-        "row_grads.stride(0),",
-        "row_grads.size(1),",
-        test="test_gradients_of_the_moments_of_two_layers",
+        " rows.stride(0),",
+        " rows.size(1),",
+        test="test_moments_of_two_layers_merged_at_once",
     ),
     Mutant(
         "lanes without a value enter the moments",
@@ -119,8 +125,8 @@ MUTANTS = [
     Mutant(
         "moments saved in a way that hides their changes",
         FILE,
-        "ctx.save_for_backward(x, saved, affine, moments, None)",
-        "ctx.save_for_backward(x, saved, affine, moments.data, None)",
+        "ctx.save_for_backward(moments)",
+        "ctx.save_for_backward(moments.data)",
         test="test_a_change_in_place_is_noticed_or_does_not_matter",
     ),
     Mutant(

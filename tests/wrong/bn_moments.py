@@ -37,6 +37,13 @@ MUTANTS = [
         "mean += delta * 0.5",
     ),
     Mutant(
+        "partials of a layer read where another's lie",
+        SHARED,
+        "begin += 3 * n_partials * n_channels",
+        "begin += n_partials * n_channels",
+        test="test_layers_merged_at_once_are_those_merged_alone",
+    ),
+    Mutant(
         "masked partials are not neutral",
         SHARED,
         "tl.load(offs + stride_part, mask=mask, other=0.0)",

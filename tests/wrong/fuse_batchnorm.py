@@ -57,7 +57,7 @@ MUTANTS = [
     Mutant(
         "layers in the order of their fused ops",
         FILE,
-        "entries = sorted(self.entries, key=lambda entry: entry[0])",
+        "entries = sorted(self.entries, key=lambda entry: entry.place)",
         "entries = list(self.entries)",
     ),
     Mutant(
