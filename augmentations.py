@@ -10,16 +10,23 @@ Inside an operation an image has one more channel, its alpha: 255, or 0 where a 
 or Cutout left nothing. `apply_policy` paints those places at the end. Operations that the authors'
 code runs in RGB (`look_up`) lose the alpha of what came before, so the order of operations matters.
 
+A policy is 60 integers: probability index (0 to 10) and level (0 to 9) of each of 30 entries, the
+15 operations in their order, twice. A schedule is a list of [number of epochs, policy].
+
     images = apply_policy(images, policy, recipe.fill, generator)  # up to two operations an image
     images = augment_base(images, recipe, generator)  # crop, mirror, fixed cutout
 """
 
 import functools
+import json
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from harness.run import encode_json, fail_in_one_line
 
 # In the order of the 30 entries of a policy. It is the order that a dict of the authors' code has
 # in Python 2.7; their published schedules decode rightly in this order alone.
@@ -43,6 +50,7 @@ OPERATIONS = (
 N_ENTRIES = 2 * len(OPERATIONS)  # each operation twice
 N_PROBABILITIES = 11  # probability indices 0 to 10, in tenths
 N_LEVELS = 10  # levels 0 to 9
+ZERO_POLICY = [0] * (2 * N_ENTRIES)
 NONE = len(OPERATIONS)  # stands for no operation
 
 
@@ -209,7 +217,7 @@ def blend(x, without, levels):
 
     Args:
         x: (N, C + 1, H, W) uint8; its alpha stays.
-        without: (N, C or 1, H or 1, W or 1), the version that lacks something.
+        without: the version that lacks something, broadcastable to the colour channels.
         levels: (N,); at level 5 the factor is 1.
     """
     factors = torch.tensor([level * 1.8 / 10 + 0.1 for level in range(N_LEVELS)])
@@ -275,7 +283,7 @@ def draw_squares(images, half, generator):
 
 
 def cut_out(x, levels, generator):
-    """A clear square of 2 level pixels."""
+    """A clear square, 2 x level pixels wide."""
     color = (*CUTOUT_COLORS[x.shape[1] - 1], 0)
     color = torch.tensor(color, dtype=torch.uint8, device=x.device).view(1, -1, 1, 1)
     return torch.where(draw_squares(x, levels, generator), color, x)
@@ -318,6 +326,79 @@ def apply_operations(x, numbers, levels, generator):
     return changed
 
 
+# Policies and schedules
+def sum_probabilities(policy):
+    """The strength of a policy: the sum of the probabilities of its 30 entries."""
+    return sum(policy[0::2]) / 10
+
+
+def get_policy(schedule, epoch, n_epochs):
+    """The policy of an epoch of n_epochs, each piece of the schedule stretched by the ratio."""
+    length = sum(epochs for epochs, _ in schedule)
+    place = epoch * length // n_epochs
+    for epochs, policy in schedule:
+        if place < epochs:
+            return policy
+        place -= epochs
+    raise AssertionError(f"epoch {epoch} is none of {n_epochs}")
+
+
+def encode_schedules(schedules):
+    """Schedules as bytes of JSON: each policy as 30 of [operation, tenths of probability, level].
+
+    `read_schedules` reads them.
+    """
+    saved = {}
+    for role, schedule in schedules.items():
+        saved[role] = []
+        for epochs, policy in schedule:
+            entries = []
+            for entry in range(N_ENTRIES):
+                name = OPERATIONS[entry % len(OPERATIONS)]
+                entries.append([name, *policy[2 * entry : 2 * entry + 2]])
+            saved[role].append(dict(epochs=epochs, policy=entries))
+    return encode_json(saved)
+
+
+def read_policy(entries):
+    """The 60 integers of 30 of [operation, tenths of probability, level].
+
+    Raises:
+        ValueError: they are none that a search finds.
+    """
+    if len(entries) != N_ENTRIES:
+        raise ValueError(f"expected {N_ENTRIES} entries of a policy, got {len(entries)}")
+    policy = []
+    for entry, (name, tenths, level) in enumerate(entries):
+        expected = OPERATIONS[entry % len(OPERATIONS)]
+        if name != expected:
+            raise ValueError(f"expected {expected} as entry {entry}, got {name}")
+        if tenths not in range(N_PROBABILITIES) or level not in range(N_LEVELS):
+            raise ValueError(f"{name}: expected 0 to 10 and 0 to 9, got {tenths} and {level}")
+        policy += [int(tenths), int(level)]
+    return policy
+
+
+def read_schedules(path, roles):
+    """The schedules of these roles in a schedules.json; refuse what no search of ours wrote.
+
+    Args:
+        path: the file.
+        roles: those that are needed, of teacher and student.
+    """
+    schedules = {}
+    with fail_in_one_line(f"--schedules {path}", "pass schedules.json of a finished run"):
+        saved = json.loads(Path(path).read_text())
+        for role in roles:
+            if role not in saved:
+                raise ValueError(f"it has no schedule of a {role}")
+            pieces = [[piece["epochs"], read_policy(piece["policy"])] for piece in saved[role]]
+            if not pieces or min(epochs for epochs, _ in pieces) < 1:
+                raise ValueError("expected pieces of at least 1 epoch each")
+            schedules[role] = pieces
+    return schedules
+
+
 # A policy on a batch
 def draw_entries(policy, n, generator, device):
     """Which entries of a policy fire for each of n images, in the order of their turn.
@@ -326,7 +407,7 @@ def draw_entries(policy, n, generator, device):
     random order, each firing with its probability, until as many as the count have fired.
 
     Args:
-        policy: 60 integers: probability index and level of each entry.
+        policy: 60 integers.
         n: number of images.
 
     Returns:
@@ -353,8 +434,7 @@ def apply_policy(images, policy, fill, generator):
 
     Args:
         images: (N, C, H, W) uint8, C 1 or 3.
-        policy: 60 integers: probability index (0 to 10) and level (0 to 9) of each of 30 entries,
-            the operations in their order, twice.
+        policy: 60 integers.
         fill: (1, C, 1, 1) uint8: what clear places are painted with.
         generator: source of all chance, on the device of `images`. A policy without a probability
             above 0 draws nothing from it and changes nothing.
@@ -368,7 +448,7 @@ def apply_policy(images, policy, fill, generator):
     levels = torch.tensor(policy[1::2], device=images.device)
     x = torch.cat([images, torch.full_like(images[:, :1], 255)], 1)  # (N, C + 1, H, W)
     for entry in entries.unbind(1):
-        numbers = torch.where(entry < 0, NONE, entry % NONE)
+        numbers = torch.where(entry < 0, NONE, entry % len(OPERATIONS))
         x = apply_operations(x, numbers, levels[entry], generator)
     return torch.where(x[:, -1:] > 0, x[:, :-1], fill)
 
@@ -382,7 +462,7 @@ class Recipe(NamedTuple):
     mirror: bool
     """Whether to mirror each image left to right with probability 1/2."""
     cutout: int
-    """Width in pixels of the square that is cut out of each image; 0: none."""
+    """Width in pixels of the square that is cut out of each image, an even number; 0: none."""
     fill: torch.Tensor
     """(1, C, 1, 1) uint8: what borders, squares and clear places are painted with."""
 

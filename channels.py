@@ -57,8 +57,8 @@ class Channels:
     written: dict[str, torch.Tensor]
     """{layer: (rows of its tensors,) int64, the number of each output channel; -1: it stays}."""
     read: dict[str, torch.Tensor]
-    """{layer: (columns of its weight,) int64, the same of what it reads}. Several columns may
-    have one number: those of a channel's pixels behind a flatten."""
+    """{layer: (columns of its weight,) int64, the number of the channel that each column reads; -1:
+    it stays}. Several columns may have one number: those of a channel's pixels behind a flatten."""
 
 
 class Ties:
@@ -221,8 +221,10 @@ def follow_node(node, operation, known, ties):
 
     for channels in operands:
         ties.keep(channels)
-    if shape is None or len(shape) < 2:
-        return None if shape is None else []
+    if shape is None:
+        return None
+    if len(shape) < 2:
+        return []
     return ties.keep(ties.add(shape[1]))
 
 
@@ -262,18 +264,18 @@ def find_channels(network, info):
         else:
             known[node] = follow_node(node, operation, known, ties)
 
-    numbers = {0: -1}
+    number_of_root = {0: -1}
     for channel in range(len(ties.parents)):
-        numbers.setdefault(ties.find(channel), len(numbers) - 1)
+        number_of_root.setdefault(ties.find(channel), len(number_of_root) - 1)
 
     def number_channels(table):
         rows = {}
         for name, channels in table.items():
-            found = [numbers[ties.find(channel)] for channel in channels]
+            found = [number_of_root[ties.find(channel)] for channel in channels]
             rows[name] = torch.tensor(found, device=device)
         return rows
 
-    channels = Channels(len(numbers) - 1, number_channels(written), number_channels(read))
+    channels = Channels(len(number_of_root) - 1, number_channels(written), number_channels(read))
     if channels.count == 0:
         fail(f"--teacher {info.name}: no channel of it can be removed; take another network")
     return channels
@@ -374,7 +376,8 @@ def leave_one(channels, kept):
 def check_removal(network, channels, info):
     """Refuse a network that does not answer alike with channels masked and with them removed.
 
-    Half of all removable channels go, the odd numbers. Code that holds a number of channels fails.
+    Half of all removable channels go, the odd numbers. A forward with a hard-coded number of
+    channels fails here.
     """
     device = next(network.parameters()).device
     kept = torch.arange(channels.count, device=device) % 2 == 0

@@ -1065,8 +1065,7 @@ def find_given_images(args, info):
     if Path(args.images).resolve() == Path(args.out).resolve():
         problem = "this is --out, whose images a new run deletes"
         fail(f"--images {args.images}: {problem}; pass another --out")
-    paths, _ = check_image_files(args.images, info)
-    return paths
+    return check_image_files(args.images, info)
 
 
 def count_batches(args, world):

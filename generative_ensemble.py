@@ -6,7 +6,7 @@ see the wanted class, and which must have the moments that T stored. A student S
 answers to fresh images of the frozen generators:
 
     L_G = CE(T(x), y) + alpha_bn R(x),   x = G_g(z, y),  z ~ N(0, I),  y a class of generator g
-    L_S = tau^2 KL(softmax(T(x) / tau) || softmax(S(x) / tau)),   tau the temperature
+    L_S = tau^2 KL(softmax(T(x) / tau) || softmax(S(x) / tau)),   tau: --temperature
 
 R is the distance of the moments of T's BatchNorm inputs from the stored ones (`moment_loss`).
 Run `python generative_ensemble.py`. It writes ensemble.pt, student.pt, samples.png (a row per
@@ -19,7 +19,8 @@ all ten 90.65 % (1 seed each). It has not run on a GPU.
 The authors released the generator, but no losses, coefficients and schedules. Ours are:
 - all generators train at once, as the groups of one network, in one pass through the teacher;
 - the moments of the last layers are pooled over all generators (--pool);
-- generators teach in train mode (--bn); no image priors and no depthwise convolutions;
+- generators teach in train mode (--bn); no image priors and no depthwise convolutions; bf16
+  activations on a GPU;
 - the values of `OURS`, chosen on training images (results/NOTES.md), and of `Args`, untested.
 """
 
@@ -65,7 +66,8 @@ from harness.run import (
 class Args(MethodOptions):
     # Run settings
     setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
-    """Preset of the values below; without it the one of the teacher's data set."""
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set, else cifar10;
+    without a teacher digits."""
     teacher: str = "cifar10-resnet20"
     """Shipped name (teachers/index.json), a checkpoint of teacher.py (.pt), or file.py:factory. The
     statistics of its BatchNorms are what is matched."""
@@ -77,7 +79,8 @@ class Args(MethodOptions):
     """A saved ensemble.pt that teaches another student: no generator is trained. The file replaces
     --generators, --latent, --width, --stages and --bn."""
     sample: int = 0
-    """Only write samples.png into --out: about so many images of --ensemble (or of --out's)."""
+    """Train nothing: write samples.png with about so many images of --ensemble, or without it of
+    --out/ensemble.pt. 0: train."""
 
     # Generators
     generators: int = 10
@@ -96,9 +99,9 @@ class Args(MethodOptions):
     which gives 2 at 28 and 32 px and 5 at 224 px."""
     lr_generator: float = 1e-3
     """Adam's initial learning rate of the generators (ours)."""
-    moments: Literal["l2", "squared", "gaussian-kl"] = "l2"
-    """Distance of the moments from the stored ones: norms (as DeepInversion), their squares, or the
-    KL divergence of Gaussians (ours)."""
+    moments: Literal["l2", "relative", "kl"] = "l2"
+    """Distance of a layer's moments from the stored ones, as in deepinversion.py:
+    compute_distance."""
     pool: float = 0.3
     """Share of the BatchNorms, the last ones, whose moments are of all generators' images (under
     torchrun: of all that a process has). The others' are of each generator's images (ours)."""
@@ -120,7 +123,7 @@ class Args(MethodOptions):
     cut: bool = False
     """Give half of the student's images a random band of another image, as CutMix does (ours)."""
     temperature: float = 1.0
-    """T of the student's loss (ours)."""
+    """tau of the student's loss (ours)."""
     optimizer: Literal["sgd", "adam"] = "sgd"
     """The student's: sgd has momentum 0.9 and weight decay 5e-4 (ours)."""
     lr_student: float = 0.1
@@ -154,7 +157,8 @@ OURS = replace(
     lr_student=5e-3,
 )
 PRESETS = {
-    "cifar10": Args(),  # untested: the released widths, all else after related work
+    # untested: the released widths, all else after related work, but for its teacher, a ResNet-34
+    "cifar10": Args(),
     "mnist": replace(OURS, setting="mnist", teacher="mnist-resnet8", steps=4000, epochs=40),
     "digits": replace(
         OURS,
@@ -263,8 +267,8 @@ class Ensemble(nn.Module):
                 nn.init.xavier_uniform_(weight)
         return self
 
-    def sample_noise(self, n):
-        """n inputs for each generator here.
+    def sample_inputs(self, n):
+        """Noise and classes of n images for each generator here.
 
         Returns:
             z: (n, G, latent), standard normal.
@@ -312,17 +316,17 @@ class Ensemble(nn.Module):
         part.load_state_dict(state)
         return part.to(self.dense.device, memory_format=torch.channels_last)
 
-    def freeze(self, bn):
+    def freeze(self, source):
         """Prepare to sample only: no gradients, and no call changes the running moments.
 
         Args:
-            bn: whose moments the BatchNorms use, "batch" or "running".
+            source: whose moments the BatchNorms use, "batch" or "running".
         """
         self.requires_grad_(False)
-        self.train(bn == "batch")
+        self.train(source == "batch")
         for m in self.modules():
             if isinstance(m, nn.BatchNorm2d):
-                m.track_running_stats = bn == "running"  # False in train mode: do not update them
+                m.track_running_stats = source == "running"  # False in train mode: no updates
         return self
 
 
@@ -390,37 +394,25 @@ def inceptionism_loss(logits, labels):
     return F.cross_entropy(logits, labels)
 
 
-def compute_distance(moments, running_var, sizes, args, eps=1e-5):
+def compute_distance(moments, running_var, sizes, args):
     """Sum over layers of d(moments, stored moments), mean over the P parts; 0 for no layers.
 
     d by --moments, where mean, var are the batch's, running_mean, running_var the layer's:
 
-        l2:           ||mean - running_mean||_2 + ||var - running_var||_2
-        squared:      ||mean - running_mean||_2^2 + ||var - running_var||_2^2
-        gaussian-kl:  sum_c KL(N(mean, var) || N(running_mean, running_var))
-                      = 1/2 sum_c (ln(running_var / var)
-                                   + (var + (mean - running_mean)^2) / running_var - 1)
+        l2:        ||mean - running_mean||_2 + ||var - running_var||_2
+        relative:  the same, divided by ||sqrt(running_var)||_2 and ||running_var||_2
+        kl:        mean over channels of KL(N(mean, var) || N(running_mean, running_var)), 1e-5
+                   added to both variances
 
     Args:
         moments, running_var, sizes: of `watch_batchnorm`.
-        eps: what gaussian-kl adds to both variances.
     """
     if not sizes:
         return 0.0
     P = moments.shape[1]
-    if args.moments == "l2":  # all layers' norms in one op
-        moment_distance = kernels.moment_distance if args.fused else kernels.moment_distance_ref
-        moments = moments.flatten(1).contiguous()  # (2, P C)
-        return moment_distance(moments, running_var.repeat(P), sizes * P) / P
-
-    mean_difference, var = moments  # (P, C) each
-    if args.moments == "squared":
-        return (mean_difference.square() + (var - running_var).square()).sum() / P
-
-    var = var + eps
-    running_var = running_var + eps
-    ratios = (var + mean_difference.square()) / running_var
-    return ((running_var / var).log() + ratios - 1).sum() / (2 * P)
+    moment_distance = kernels.moment_distance if args.fused else kernels.moment_distance_ref
+    moments = moments.flatten(1).contiguous()  # (2, P C)
+    return moment_distance(moments, running_var.repeat(P), sizes * P, form=args.moments) / P
 
 
 def moment_loss(moments, running_var, sizes, args):
@@ -446,10 +438,10 @@ def moment_loss(moments, running_var, sizes, args):
 
 
 def distillation_loss(t_logits, s_logits, args):
-    """L_S: T^2 KL(softmax(t_logits / T) || softmax(s_logits / T)), mean over the batch."""
+    """L_S: tau^2 KL(softmax(t_logits / tau) || softmax(s_logits / tau)), mean over the batch."""
     kl_divergence = kernels.kl_divergence if args.fused else kernels.kl_divergence_ref
-    T = args.temperature
-    return T**2 * kl_divergence(t_logits, s_logits, T)
+    tau = args.temperature
+    return tau**2 * kl_divergence(t_logits, s_logits, tau)
 
 
 # Steps
@@ -467,29 +459,30 @@ def generator_step(ensemble, observe, optimizer, args):
         class. Nothing waits for the device.
     """
     with autocast(ensemble.dense.device.type, args.bf16):
-        z, place = ensemble.sample_noise(args.batch_size // args.generators)
+        z, place = ensemble.sample_inputs(args.batch_size // args.generators)
         x, labels = ensemble(z, place)  # (N, C, H, W), (N,)
         logits, moments, running_var, sizes = observe(x)
     ce = inceptionism_loss(logits, labels)
-    bn = moment_loss(moments, running_var, sizes, args)
-    loss = ce + args.alpha_bn * bn
+    bn_loss = moment_loss(moments, running_var, sizes, args)
+    loss = ce + args.alpha_bn * bn_loss
 
-    # ce and own moments are means over the P generators. Times P, each generator gets the gradient
-    # of its own loss, as if it trained alone.
+    # With own moments, ce and they are means over the P generators. Times P, each generator gets
+    # the gradient of its own loss, as if it trained alone. Adam would divide a common factor out,
+    # but for its eps. With --pool 1, P is 1.
     P = moments.shape[1]
     optimizer.zero_grad()
     (P * loss).backward()
     optimizer.step()
 
     hits = (logits.argmax(1) == labels).float().mean()
-    return torch.stack([ce.detach(), bn.detach(), hits])
+    return torch.stack([ce.detach(), bn_loss.detach(), hits])
 
 
 def student_step(student, teacher, ensemble, optimizer, args):
     """One step of the student on L_S, on fresh images of the frozen ensemble; returns L_S ()."""
     with autocast(ensemble.dense.device.type, args.bf16):
         with torch.no_grad():
-            z, place = ensemble.sample_noise(args.student_batch // args.generators)
+            z, place = ensemble.sample_inputs(args.student_batch // args.generators)
             x, _ = ensemble(z, place)  # (N, C, H, W)
             x = augment(x, shift=args.shift, cut=args.cut)
             t_logits = teacher(x)  # (N, K)
@@ -537,10 +530,11 @@ def train_generators(ensemble, teacher, optimizer, run, done):
             if step + 1 not in ends:
                 continue
 
-            ce, bn, hits = (sums / (step + 1 - start)).tolist()
+            ce, bn_loss, hits = (sums / (step + 1 - start)).tolist()
             sums.zero_()
             start = step + 1
-            run.show(bar, {"step": start, "loss/ce": ce, "loss/bn": bn, "eval/hits": 100 * hits})
+            row = {"step": start, "loss/ce": ce, "loss/bn": bn_loss, "eval/hits": 100 * hits}
+            run.show(bar, row)
             run.save_checkpoint(
                 {
                     "step": start,
@@ -596,22 +590,22 @@ def train_student(student, teacher, ensemble, optimizer, test, run, done):
 
 
 # Several processes
-def gather_ensemble(part, owns, rank):
+def gather_ensemble(part, slices_by_rank, rank):
     """The whole ensemble, on every process, out of the parts that the processes hold.
 
     It is the last thing that the processes do together.
 
     Args:
         part: this process's generators.
-        owns: slices of the generators that each process holds.
+        slices_by_rank: slices of the generators that each process holds.
         rank: of this process.
     """
-    if len(owns) == 1:
+    if len(slices_by_rank) == 1:
         return part
 
     device = part.dense.device
     states = []
-    for r, own in enumerate(owns):
+    for r, own in enumerate(slices_by_rank):
         held = part if r == rank else Ensemble(part.sizes, own).to(device)
         state = {name: tensor.contiguous() for name, tensor in held.state_dict().items()}
         for tensor in state.values():
@@ -646,7 +640,7 @@ def sample_classes(ensemble, n_images, n):
     n_each = n_images // n_classes
     kept = [[] for _ in range(n_classes)]
     while min(len(images) for images in kept) < n_each:
-        z, place = ensemble.sample_noise(n)
+        z, place = ensemble.sample_inputs(n)
         images, labels = ensemble(z, place)
         for x, k in zip(images.float().cpu(), labels.tolist(), strict=True):
             if k < n_classes and len(kept[k]) < n_each:
@@ -805,9 +799,9 @@ def load_trained_ensemble(args, info, device):
 
 def build_ensemble(args, info):
     """Fresh generators for the teacher that info describes; each has its share of the classes."""
-    slices = split_evenly(info.num_classes, args.generators)
+    shares = split_evenly(info.num_classes, args.generators)
     sizes = Sizes(
-        groups=[list(range(part.start, part.stop)) for part in slices],
+        groups=[list(range(share.start, share.stop)) for share in shares],
         latent=args.latent,
         width=args.width,
         stages=args.stages,
@@ -869,15 +863,15 @@ def main(args):
         args = shrink(args)
     check_fit(args, teacher, info, world)
     student, student_info = load_student(args.student, info, device)
-    owns = split_evenly(args.generators, world)
+    slices_by_rank = split_evenly(args.generators, world)
     if not args.ensemble:
-        ensemble = build_ensemble(args, info).take_part(owns[rank])
+        ensemble = build_ensemble(args, info).take_part(slices_by_rank[rank])
         ensemble.to(device, memory_format=torch.channels_last)
     generator_optimizer = make_optimizer("adam", ensemble, args.lr_generator)
     student_optimizer = make_optimizer(args.optimizer, student, args.lr_student)
 
     clears = () if args.ensemble else ("ensemble.pt",)
-    run = RunFolder(args, device, may_change=("sample",), clears=clears, rank=rank)
+    run = RunFolder(args, device, clears=clears, rank=rank)
     if rank == 0:
         networks = f"{info.name}, {student_info.name}"
         print(f"{networks}: {args.generators} generators, {device}, fused={args.fused}")
@@ -895,11 +889,11 @@ def main(args):
             restore_optimizer(student_optimizer, saved["optimizer"])
             if not args.ensemble:
                 whole, _, _ = load_ensemble(run.out / "ensemble.pt", device)
-                ensemble = whole.take_part(owns[rank])
+                ensemble = whole.take_part(slices_by_rank[rank])
 
     if not args.ensemble:
         train_generators(ensemble, teacher, generator_optimizer, run, steps_done)
-        ensemble = gather_ensemble(ensemble, owns, rank)
+        ensemble = gather_ensemble(ensemble, slices_by_rank, rank)
         if rank > 0:
             run.finish({"teacher": info.name})  # says that this process's folder is complete
             return

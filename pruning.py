@@ -12,29 +12,29 @@ one (channels.py). Shortcuts of option A pad a fixed number of channels: their s
 Run `python pruning.py`, or with `--teacher cifar10-resnet20 --images DIR`. It writes args.json,
 metrics.jsonl, samples.png, curve.png (accuracy against size), pruned-25.pt … (`load_pruned`),
 checkpoint.pt, result.json. Metrics: `loss/importance`, L; `loss/kl`, of fine-tuning; `weights`,
-percent left; `eval/acc`, percent of real test images. Measured, 3 seeds: CIFAR-10 ResNet-20 of
-85.52 % without 25 % of its weights: 82.24 ± 0.36 %; BatchNorm re-estimated alone 80.32 %, no
-fine-tuning 69.88 %. Nothing ran on a GPU.
+percent left; `eval/acc`, percent of real test images. Measured on 2,500 test images, 3 seeds, one
+CPU thread: CIFAR-10 ResNet-20 of 85.52 % without 25 % of its weights: 82.24 ± 0.36 %; BatchNorm
+re-estimated alone 80.32 %, no fine-tuning 69.88 %. Nothing ran on a GPU.
 
 Where we differ from the papers and the released code of Taylor pruning:
 - no weight learns while channels are removed, so that "no fine-tuning" means none;
 - KL has no gradient before the first removal: there L is the Fisher form, importance_loss;
-- importances of a removal are divided by their mean before the momentum averages them;
+- importances of a removal are divided by their mean before the momentum averages them, and so are
+  saved milliseconds, so that eta has no unit;
 - targets are shares of the weights (theirs: numbers of filters); Adam, few updates, tau² KL.
 """
 
 import json
 import math
-import statistics
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import kernels
@@ -50,11 +50,16 @@ from channels import (
     remove_channels,
     shrink_network,
 )
-from harness.data import evaluate, list_class_names, load_real_images, normalise, predict
+from harness.data import evaluate, normalise
 from harness.images import augment
-from harness.load import NetworkInfo, build_network, choose_preset_by_dataset, load_teacher
+from harness.load import (
+    build_network,
+    choose_preset_by_dataset,
+    describe_info,
+    load_teacher,
+    read_info,
+)
 from harness.networks import sample_example
-from harness.pictures import draw_classes
 from harness.run import (
     RunFolder,
     check_at_least,
@@ -67,7 +72,7 @@ from harness.run import (
     restore_optimizer,
     seed_everything,
 )
-from harness.sources import SourceOptions, load_source_images
+from harness.sources import SourceOptions, load_lesson, report_lesson
 
 MOMENTUM = 0.9  # of importances over removals (released code)
 TIMED_IMAGES = 20  # of a forward pass whose milliseconds are measured
@@ -89,7 +94,8 @@ class Args(SourceOptions):
     criterion: Literal["taylor", "magnitude", "random"] = "taylor"
     """taylor: I_m; magnitude: mean square of the weights that write a channel; random."""
     latency: float = 0.0
-    """eta: what a channel's measured milliseconds count beside its importance (paper Eq. 10)."""
+    """eta: weight of the milliseconds that a channel's removal saves beside its importance (paper
+    Eq. 10), each divided by its mean (ours)."""
     channels_per_removal: int = 8
     """Channels removed at a time (released code: 100 of ResNet-50)."""
     batches_per_removal: int = 4
@@ -122,7 +128,7 @@ class Args(SourceOptions):
             if not 0.01 <= share <= 0.99:
                 raise ValueError(f"--target: expected shares from 0.01 to 0.99, got {share}")
         if len({name_target(share) for share in self.target}) < len(self.target):
-            raise ValueError("--target: expected shares that differ by at least 0.01")
+            raise ValueError("--target: expected shares that differ when rounded to percents")
         check_at_least(1, self, "channels_per_removal", "batches_per_removal")
         check_at_least(1, self, "steps_per_epoch", "batch_size")
         check_at_least(0, self, "epochs", "shift", "latency")
@@ -164,13 +170,14 @@ def shrink(args):
     )
 
 
-def draw_batch(images, info, args):
+def draw_batch(lesson, args):
     """Images drawn with replacement, moved and mirrored at random: (batch_size, C, H, W) fp32."""
+    images = lesson.images
     index = torch.randint(len(images), (args.batch_size,), device=images.device)
-    return augment(normalise(images[index], info), args.shift, args.mirror)
+    return augment(normalise(images[index], lesson.info), args.shift, args.mirror)
 
 
-def kl_divergence(t_logits, s_logits, temperature, args):
+def compute_kl(t_logits, s_logits, temperature, args):
     """KL(P || Q) in nats, a mean over the batch, of P, Q = softmax(logits / temperature): ()."""
     op = kernels.kl_divergence if args.fused else kernels.kl_divergence_ref
     return op(t_logits, s_logits, temperature)
@@ -190,7 +197,7 @@ def importance_loss(t_logits, s_logits, removal, args):
         removal: counted from 0.
     """
     if removal > 0:
-        return kl_divergence(t_logits, s_logits, 1.0, args)
+        return compute_kl(t_logits, s_logits, 1.0, args)
     y = torch.multinomial(t_logits.softmax(1), 1).flatten()  # (N,)
     return F.cross_entropy(s_logits, y)
 
@@ -208,24 +215,26 @@ def differentiate_gates(network, channels):
     derivative = torch.zeros(channels.count, device=next(network.parameters()).device)
     for name, numbers in channels.read.items():
         weight = network.get_submodule(name).weight  # (rows, columns, ...)
+        if weight.grad is None:  # the logits do not depend on this layer
+            continue
         products = (weight.detach() * weight.grad).transpose(0, 1).flatten(1).sum(1)  # (columns,)
         gated = numbers >= 0
         derivative.index_add_(0, numbers[gated], products[gated])
     return derivative
 
 
-def measure_importance(network, teacher, images, info, channels, removal, args):
+def measure_importance(network, lesson, channels, removal, args):
     """I_m, (count,): the sum of (dL/dg_m)² over the mini-batches between two removals.
 
     Returns:
         Importances, and the mean of L.
     """
-    total = torch.zeros(channels.count, device=images.device)
-    loss_sum = torch.zeros((), device=images.device)
+    total = torch.zeros(channels.count, device=lesson.images.device)
+    loss_sum = torch.zeros((), device=lesson.images.device)
     for _ in range(args.batches_per_removal):
-        x = draw_batch(images, info, args)
+        x = draw_batch(lesson, args)
         with torch.no_grad():
-            t_logits = teacher(x)
+            t_logits = lesson.teacher(x)
         loss = importance_loss(t_logits, network(x), removal, args)
         network.zero_grad()
         loss.backward()
@@ -249,14 +258,14 @@ def measure_magnitude(network, channels):
     return squares / n_weights
 
 
-def score_channels(network, teacher, images, info, channels, removal, args):
+def score_channels(network, lesson, channels, removal, args):
     """Scores of all channels by --criterion, (count,), and the mean of L or None."""
     if args.criterion == "taylor":
-        return measure_importance(network, teacher, images, info, channels, removal, args)
+        return measure_importance(network, lesson, channels, removal, args)
     if args.criterion == "magnitude":
-        return measure_magnitude(teacher, channels), None
+        return measure_magnitude(lesson.teacher, channels), None
     generator = torch.Generator().manual_seed(args.seed)
-    return torch.rand(channels.count, generator=generator).to(images.device), None
+    return torch.rand(channels.count, generator=generator).to(lesson.images.device), None
 
 
 def check_targets(teacher, channels, info, args):
@@ -269,17 +278,19 @@ def check_targets(teacher, channels, info, args):
         fail(f"--target {max(args.target)}: {problem}; pass less")
 
 
-def remove_lowest(ranks, kept, choices, teacher, channels, args):
-    """Remove the channels of the lowest ranks, in place, --channels-per-removal of them.
+def remove_lowest(ranks, progress, teacher, channels, args):
+    """Remove the channels of the lowest ranks, --channels-per-removal of them.
 
     Args:
         ranks: (count,), low: goes first.
-        kept: (count,) bool.
-        choices: {target: (count,) bool}; each target gets what is kept when it is reached.
+        progress: "kept", (count,) bool, changes in place; in "choices" each target gets what is
+            kept when it is reached.
 
     Returns:
         Share of the weights that is removed by now.
     """
+    kept = progress["kept"]
+    choices = progress["choices"]
     n_weights = count_parameters(teacher)
     n_before = int(kept.sum())
     share = 0.0
@@ -297,7 +308,7 @@ def remove_lowest(ranks, kept, choices, teacher, channels, args):
 
 
 def begin_progress(channels, device):
-    """What a checkpoint holds from the first removal on: nothing is removed."""
+    """The state before the first removal. Checkpoints hold it as it goes on."""
     return {
         "removal": 0,
         "kept": torch.ones(channels.count, dtype=torch.bool, device=device),
@@ -308,7 +319,7 @@ def begin_progress(channels, device):
 
 
 def restore_progress(saved, channels, device):
-    """The same of a checkpoint. Raise an error where it is none of this network."""
+    """The state of begin_progress in a checkpoint. Raise an error if it is of another network."""
     progress = {name: saved[name] for name in begin_progress(channels, device)}
     for name in ("kept", "importance"):
         progress[name] = progress[name].to(device)
@@ -319,12 +330,12 @@ def restore_progress(saved, channels, device):
     return progress
 
 
-def prune(teacher, info, channels, images, savings, run, progress):
+def prune(lesson, channels, savings, run, progress):
     """Remove channels, a few at a time, until the largest target; a checkpoint after each time.
 
     Args:
-        channels: of the teacher.
-        images: (n, C, H, W) uint8, on the device.
+        lesson: Lesson.
+        channels: of its teacher.
         savings: (count,) milliseconds that each channel's removal saves, or None.
         progress: of begin_progress or restore_progress; "choices" gets every target.
     """
@@ -335,8 +346,8 @@ def prune(teacher, info, channels, images, savings, run, progress):
     for removal in bar:
         if len(choices) == len(args.target):
             break
-        pruned = mask_channels(teacher, channels, kept).requires_grad_(True)
-        scores, loss = score_channels(pruned, teacher, images, info, channels, removal, args)
+        pruned = mask_channels(lesson.teacher, channels, kept).requires_grad_(True)
+        scores, loss = score_channels(pruned, lesson, channels, removal, args)
         scores = scores / scores[kept].mean().clamp(min=1e-30)
         importance = scores
         if removal > 0:
@@ -345,7 +356,7 @@ def prune(teacher, info, channels, images, savings, run, progress):
         ranks = importance
         if savings is not None:  # paper Eq. 10, I_err + eta I_lat; I_lat, what changes, is negative
             ranks = importance - args.latency * savings / savings.mean().clamp(min=1e-30)
-        share = remove_lowest(ranks, kept, choices, teacher, channels, args)
+        share = remove_lowest(ranks, progress, lesson.teacher, channels, args)
 
         row = {"removal": removal + 1, "channels": int(kept.sum()), "weights": 100 * (1 - share)}
         if loss is not None:
@@ -365,6 +376,8 @@ def count_parameters(network):
 def count_flops(network, info):
     """Floating-point operations of one image, as PyTorch counts them: layers alone, an addition
     and a product each."""
+    from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which takes 0.2 s
+
     x = sample_example(info, next(network.parameters()).device)[:1]
     with FlopCounterMode(display=False) as counter:
         network(x)
@@ -389,7 +402,7 @@ def measure_milliseconds(networks, info):
                 torch.cuda.synchronize()
             if turn > 0:  # the first one allocates
                 times[name].append(1000 * (time.perf_counter() - start))
-    return {name: round(statistics.median(of_one), 3) for name, of_one in times.items()}
+    return {name: round(median(of_one), 3) for name, of_one in times.items()}
 
 
 def measure_savings(teacher, info, channels, run):
@@ -437,11 +450,12 @@ def find_batchnorms(network):
     return [layer for layer in layers if layer.running_mean is not None]
 
 
-def pick_batch(images, info, args):
+def pick_batch(lesson, args):
     """The batch of images that BatchNorm is re-estimated on, the same in every call."""
+    images = lesson.images
     generator = torch.Generator().manual_seed(args.seed)
     index = torch.randperm(len(images), generator=generator)[: args.batch_size]
-    x = normalise(images[index.to(images.device)], info)
+    x = normalise(images[index.to(images.device)], lesson.info)
     return x.contiguous(memory_format=torch.channels_last)
 
 
@@ -466,7 +480,7 @@ def compute_rate(step, args):
     return args.lr * (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
-def train_epoch(network, teacher, images, info, optimizer, epoch, args):
+def train_epoch(network, lesson, optimizer, epoch, args):
     """One epoch of fine-tuning; returns the mean of the loss tau² KL(teacher || network).
 
     Args:
@@ -476,14 +490,14 @@ def train_epoch(network, teacher, images, info, optimizer, epoch, args):
     for layer in find_batchnorms(network):
         layer.train(args.statistics == "batch")
     rate = optimizer.param_groups[0]["lr"]
-    loss_sum = torch.zeros((), device=images.device)
+    loss_sum = torch.zeros((), device=lesson.images.device)
     for step in range(epoch * args.steps_per_epoch, (epoch + 1) * args.steps_per_epoch):
         rate.fill_(compute_rate(step, args))
-        x = draw_batch(images, info, args)
+        x = draw_batch(lesson, args)
         with torch.no_grad():
-            t_logits = teacher(x)
+            t_logits = lesson.teacher(x)
         s_logits = network(x)
-        loss = args.temperature**2 * kl_divergence(t_logits, s_logits, args.temperature, args)
+        loss = args.temperature**2 * compute_kl(t_logits, s_logits, args.temperature, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -492,11 +506,12 @@ def train_epoch(network, teacher, images, info, optimizer, epoch, args):
     return loss_sum.item() / args.steps_per_epoch
 
 
-def evaluate_twice(network, batch, test, info):
+def evaluate_twice(network, batch, lesson):
     """Accuracies in percent of a network as it is, and with BatchNorm re-estimated on a batch."""
     reestimated = deepcopy(network)
     reestimate_batchnorm(reestimated, batch)
-    return evaluate(network, *test, info), evaluate(reestimated, *test, info)
+    accuracy = evaluate(network, *lesson.test, lesson.info)
+    return accuracy, evaluate(reestimated, *lesson.test, lesson.info)
 
 
 def begin_student(teacher, channels, kept, args):
@@ -506,35 +521,33 @@ def begin_student(teacher, channels, kept, args):
 
 
 def restore_student(saved, teacher, channels, kept, args):
-    """The same of a checkpoint. Raise an error where it is of another network."""
+    """What begin_student returns, in a checkpoint. Raise an error if it is of another network."""
     network, optimizer, _ = begin_student(teacher, channels, kept, args)
     network.load_state_dict(saved["network"])
     restore_optimizer(optimizer, saved["optimizer"])
     return network, optimizer, saved["arm_epoch"]
 
 
-def tune(name, student, teacher, info, images, test, run, progress):
+def tune(name, begun, lesson, run, progress):
     """Measure a pruned network and fine-tune it, in place; a checkpoint after each epoch.
 
     Args:
         name: of the target, such as 25.
-        student: network, optimiser and epochs done, of begin_student or restore_student.
-        images: (n, C, H, W) uint8, on the device.
-        test: real images and labels, or None.
+        begun: network, optimiser and epochs done, of begin_student or restore_student.
+        lesson: Lesson.
         progress: of all targets so far; its "arms" get this one's accuracies.
     """
     args = run.args
     arms = progress["arms"]
-    network, optimizer, first_epoch = student
-    batch = pick_batch(images, info, args)
+    network, optimizer, first_epoch = begun
+    batch = pick_batch(lesson, args)
     if first_epoch == 0:
         torch.manual_seed(args.seed)  # so that targets do not depend on those before them
         arms[name] = dict.fromkeys(STAGES)
-        if test is not None:
-            pruned, reestimated = evaluate_twice(network, batch, test, info)
-            arms[name]["pruned"] = arms[name]["student"] = pruned
-            arms[name]["reestimated"] = arms[name]["student_reestimated"] = reestimated
-            print(f"{name} %: pruned {pruned:.2f} %, re-estimated {reestimated:.2f} %")
+        if lesson.test is not None:
+            found = evaluate_twice(network, batch, lesson)
+            arms[name] = dict(zip(STAGES, found + found, strict=True))  # the student knows nothing
+            print(f"{name} %: pruned {found[0]:.2f} %, re-estimated {found[1]:.2f} %")
         if args.statistics == "reestimated":
             reestimate_batchnorm(network, batch)
             arms[name]["student"] = arms[name]["reestimated"]  # what --epochs 0 ends with
@@ -542,10 +555,10 @@ def tune(name, student, teacher, info, images, test, run, progress):
     bar = tqdm(range(first_epoch, args.epochs), disable=None, desc=f"{name} %")
     n_before = [name_target(share) for share in args.target].index(name) * args.epochs
     for epoch in bar:
-        loss = train_epoch(network, teacher, images, info, optimizer, epoch, args)
+        loss = train_epoch(network, lesson, optimizer, epoch, args)
         row = {"epoch": n_before + epoch + 1, "target": int(name), "loss/kl": loss}
-        if test is not None:
-            of_student = evaluate_twice(network, batch, test, info)
+        if lesson.test is not None:
+            of_student = evaluate_twice(network, batch, lesson)
             arms[name] |= dict(zip(STAGES[2:], of_student, strict=True))
             row["eval/acc"] = of_student[0]
         run.show(bar, row)
@@ -558,26 +571,26 @@ def tune(name, student, teacher, info, images, test, run, progress):
 # Files
 def save_pruned(network, name, info, channels, run):
     """Write pruned-NAME.pt: the sizes of the layers, the weights, and what they are of."""
-    saved = dict(format=1, arch=info.arch, dataset=info.dataset)
-    for field in ("num_classes", "image_size", "mean", "std"):
-        saved[field] = getattr(info, field)
+    saved = dict(format=1, **describe_info(info))
     saved["channels"] = count_channels(network, channels)
     saved["state_dict"] = network.state_dict()
     with run.write_file(f"pruned-{name}.pt") as file:
         torch.save(saved, file)
 
 
-def load_pruned(path):
+def load_pruned(path, factory=""):
     """The network of a pruned-….pt, in eval mode, and its NetworkInfo.
 
     It is built as the whole network is, of the same classes, and its layers get the saved sizes.
+
+    Args:
+        path: the file.
+        factory: of a network of your own its file.py:factory. The file names it too, but may not
+            choose which code runs.
     """
     saved = read_checkpoint(path)
     with fail_in_one_line(f"{path}: no file of pruning.py", "pass a pruned-….pt"):
-        fields = ("arch", "dataset", "num_classes", "image_size", "mean", "std")
-        info = NetworkInfo(
-            name=str(path), accuracy=None, **{field: saved[field] for field in fields}
-        )
+        info = read_info(saved, path, factory)
         network = build_network(info).requires_grad_(False)
         shrink_network(network, saved["channels"])
         network.load_state_dict(saved["state_dict"])
@@ -624,51 +637,41 @@ def main(args):
     channels = find_channels(teacher, info)
     check_removal(teacher, channels, info)
     check_targets(teacher, channels, info, args)
-    dataset, test = load_real_images(info, args, device)
-    if test is not None and args.test_images:
-        test = tuple(part[: args.test_images] for part in test)
-    images = load_source_images(args, info).to(device)
+    lesson = load_lesson(teacher, info, args, device)
 
     run = RunFolder(args, device, clears=("pruned-*.pt", "latency.json"))
-    print(
-        f"{info.name}: {channels.count} removable channels, {len(images)} images of {args.images}"
-    )
-    with run.write_file("samples.png") as file:
-        labels = predict(teacher, images, info, batch_size=100).cpu()
-        draw_classes(images.cpu(), labels, list_class_names(info.dataset), file)
-    result = dict(teacher=info.name, dataset=dataset, images=args.images, n_images=len(images))
+    images = f"{len(lesson.images)} images of {args.images}"
+    print(f"{info.name}: {channels.count} removable channels, {images}")
+    result = report_lesson(lesson, run)
     result["n_channels"] = channels.count
-    result["teacher_accuracy"] = info.accuracy
-    if test is not None:
-        result["teacher_accuracy"] = evaluate(teacher, *test, info)
     savings = None
     if args.latency:
         savings = measure_savings(teacher, info, channels, run)
 
     # Which channels go.
     progress = begin_progress(channels, device)
-    students = {}
+    begun = {}
     with run.open_checkpoint() as saved:
         if saved is not None:
             progress = restore_progress(saved, channels, device)
         if saved is not None and "arm" in saved:
             kept = progress["choices"][saved["arm"]]
-            students[saved["arm"]] = restore_student(saved, teacher, channels, kept, args)
-    prune(teacher, info, channels, images, savings, run, progress)
+            begun[saved["arm"]] = restore_student(saved, teacher, channels, kept, args)
+    prune(lesson, channels, savings, run, progress)
 
     # Each target by itself.
     arms = progress["arms"]
     networks = {"whole": teacher}
     for share in args.target:
         name = name_target(share)
-        is_finished = name in arms and name not in students
-        if name not in students:
+        is_finished = name in arms and name not in begun
+        if name not in begun:
             kept = progress["choices"][name]
-            students[name] = begin_student(teacher, channels, kept, args)
-        networks[name] = students[name][0]
+            begun[name] = begin_student(teacher, channels, kept, args)
+        networks[name] = begun[name][0]
         if is_finished:  # before --resume
             continue
-        tune(name, students[name], teacher, info, images, test, run, progress)
+        tune(name, begun[name], lesson, run, progress)
         save_pruned(networks[name], name, info, channels, run)
 
     # What came of it.
@@ -677,7 +680,7 @@ def main(args):
     result["parameters"] = {name: count_parameters(of) for name, of in networks.items()}
     result["flops"] = {name: count_flops(of, info) for name, of in networks.items()}
     result["milliseconds"] = measure_milliseconds(networks, info)
-    if test is not None:
+    if lesson.test is not None:
         with run.write_file("curve.png") as file:
             draw_accuracies(arms, result["parameters"], result["teacher_accuracy"], file)
         figures = [f"-{name} %: {arm['student']:.2f} %" for name, arm in arms.items()]

@@ -18,8 +18,8 @@ curve.png, samples.png, metrics.jsonl, result.json, args.json and checkpoint.pt 
 over the epoch; `eval/acc`, percent of the real test images. Measured, one CPU thread: MNIST,
 LeNet-5 to its half, mean over 40 epochs 91.97 ± 2.10 % without memory, 90.32 ± 2.46 % with the VAE
 (3 seeds). It has not run on a GPU. We follow the released code where it differs from the paper
-(--reconstruction) or from the textbook (--divergence, --latent-tuning). Ours: presets `mnist` and
-`digits` (small networks, Adam, no activation term), and that the teacher answers once per batch.
+(--reconstruction), from the textbook's J (--divergence), or seems to have a bug (--latent-tuning).
+Ours: presets `mnist` and `digits`; the teacher answers once a batch; bf16 activations on a GPU.
 """
 
 import math
@@ -57,7 +57,11 @@ from harness.run import (
 class Args(MethodOptions):
     # Run settings
     setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
-    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set, else cifar10;
+    without a teacher digits."""
+    teacher: str = "cifar10-resnet20"
+    """Shipped or ImageNet name, a checkpoint of teacher.py (.pt), or file.py:factory (paper:
+    ResNet-34; `teacher.py --arch resnet34_cifar` trains one)."""
     student: str = "resnet18_cifar"
     """Network to train: a name of harness/networks.py, a shipped name, or file.py:factory."""
     out: str = "runs/pseudo_replay/default"
@@ -126,6 +130,9 @@ class Args(MethodOptions):
         if self.memory != "none" and not 2 <= self.n_memory <= self.batch_size:
             expected = "expected 2 to --batch-size, or --memory none"
             raise ValueError(f"--memory-share: {self.n_memory} images a batch; {expected}")
+        if self.memory == "vae" and self.n_memory_iter > self.n_student_iter:
+            expected = f"expected at most --n-student-iter, {self.n_student_iter}"
+            raise ValueError(f"--n-memory-iter: {expected}, got {self.n_memory_iter}")
 
     @property
     def n_memory(self):
@@ -133,7 +140,7 @@ class Args(MethodOptions):
         return round(self.batch_size * self.memory_share / (1 - self.memory_share))
 
 
-RELEASED = Args()  # as released for CIFAR-100; for all data sets but MNIST and digits
+RELEASED = Args()  # the values as released for CIFAR-100, with a smaller teacher
 OURS = replace(  # how we chose these values: results/NOTES.md
     RELEASED,
     student="lenet5_half",
@@ -341,7 +348,7 @@ def entropy_loss(t_logits):
 
 def activation_loss(features):
     """-mean|f|: low where the teacher's features are large, as they are on real images."""
-    return -features.abs().mean()
+    return -features.float().abs().mean()  # in fp32: autocast would leave it in bf16
 
 
 J_TEMPERATURE = 3.0  # tau of J (released code)
@@ -442,15 +449,20 @@ def latent_loss(z, t_logits, args):
     return loss + (z.var(0) - 1).square().mean() + z.mean(0).square().mean()
 
 
-def infer_images(decoder, teacher, args, leaky=False):
+def sample_noise(n, latent, device):
+    """z ~ N(0, I), (n, latent)."""
+    return torch.randn(n, latent, device=device)
+
+
+def infer_images(decoder, teacher, args, fills_gradients=False):
     """Images of the past, (n_memory, C, H, W) without gradient (algorithm 2 of the paper).
 
     The latents take one step of a fresh Adam down `latent_loss`.
 
     Args:
-        decoder: M; it stays in train or eval mode.
+        decoder: M, in train or eval mode as the caller has set it.
         teacher: network.
-        leaky: whether to leave the gradient of that loss in the decoder's weights, too.
+        fills_gradients: whether the decoder's weights get the gradient of that loss too.
     """
     device = decoder.linear.weight.device
     z = sample_noise(args.n_memory, args.latent, device)  # (n, latent)
@@ -459,7 +471,7 @@ def infer_images(decoder, teacher, args, leaky=False):
         z.requires_grad_()
         with autocast(device.type, args.bf16):
             loss = latent_loss(z, teacher(decoder(z)), args)
-        leaves = [z, *decoder.parameters()] if leaky else [z]
+        leaves = [z, *decoder.parameters()] if fills_gradients else [z]
         loss.backward(inputs=leaves)
         # Adam's first step is the gradient over its size: each latent moves by about LATENT_LR.
         z = z.detach() - LATENT_LR * z.grad / (z.grad.abs() + 1e-8)
@@ -469,9 +481,7 @@ def infer_images(decoder, teacher, args, leaky=False):
 
 
 # One inner iteration
-def sample_noise(n, latent, device):
-    """z ~ N(0, I), (n, latent)."""
-    return torch.randn(n, latent, device=device)
+METRICS = ("loss/generator", "loss/student", "loss/memory")
 
 
 def forward_with_features(teacher, x):
@@ -511,8 +521,8 @@ def train_iteration(networks, optimizers, args, has_past=True):
         has_past: whether the VAE has been trained, or the bank filled, in an earlier iteration.
 
     Returns:
-        (3,): L_G, L_S and L_M (0 without a VAE), each of its last step. Nothing waits for the
-        device.
+        (3,) of METRICS: L_G, L_S and L_M (0 without a VAE), each of its last step. Nothing waits
+        for the device.
     """
     teacher = networks.teacher
     student = networks.student
@@ -562,8 +572,8 @@ def train_iteration(networks, optimizers, args, has_past=True):
                 # `latent_loss` in the decoder's weights, and nothing clears it. The step below
                 # applies it with L_M, so the decoder also learns to make balanced images. (The
                 # same happens where the student replays; the zero_grad above clears that.)
-                leaky = args.latent_tuning == "leaky"
-                own = infer_images(memory.decoder, teacher, args, leaky)  # (n, C, H, W)
+                leaks = args.latent_tuning == "leaky"
+                own = infer_images(memory.decoder, teacher, args, leaks)  # (n, C, H, W)
                 with torch.no_grad(), autocast(device.type, args.bf16):
                     own_t_logits = teacher(own)  # (n, K)
                 vae_x = torch.cat([vae_x, own])  # (N / 2 + n, C, H, W)
@@ -595,10 +605,10 @@ def make_optimizers(networks, args):
     return optimizers
 
 
-def collect_state(networks, optimizers, epochs_done):
-    """What a checkpoint holds."""
+def collect_state(networks, optimizers, epoch):
+    """What a checkpoint holds; epoch: how many are done."""
     return dict(
-        epochs_done=epochs_done,
+        epoch=epoch,
         student=networks.student.state_dict(),
         generator=networks.generator.state_dict(),
         memory=networks.memory.state_dict(),
@@ -632,9 +642,9 @@ def train(networks, info, test, run):
     with run.open_checkpoint() as saved:
         if saved is not None:
             restore_state(networks, optimizers, saved)
-            epochs_done = saved["epochs_done"]
+            epochs_done = saved["epoch"]
 
-    sums = torch.zeros(3, device=run.device)  # of the losses, since the last row
+    sums = torch.zeros(len(METRICS), device=run.device)  # of the losses, since the last row
 
     def iterate():
         sums.add_(train_iteration(networks, optimizers, args))
@@ -650,9 +660,11 @@ def train(networks, info, test, run):
         optimizers["student"].param_groups[0]["lr"].fill_(student_lr)
 
         for i in range(args.iterations):
-            # The VAE is untrained in the very first iteration: it cannot learn from its own images
-            # yet. The bank is empty throughout epoch 0, because an epoch's end fills it.
-            has_past = epoch > 0 or (i > 0 and args.memory != "bank")
+            # As released, the VAE learns from no images of its own in the very first iteration. The
+            # bank is empty throughout epoch 0, because an epoch's end fills it.
+            has_past = epoch > 0
+            if args.memory != "bank" and i > 0:
+                has_past = True
             if has_past:
                 run_step()
             else:
@@ -662,14 +674,11 @@ def train(networks, info, test, run):
         if args.memory == "bank" and epoch % args.bank_every == 0:
             networks.memory.store(epoch // args.bank_every)
 
-        losses = (sums / args.iterations).tolist()
+        row = {"epoch": epoch + 1}
+        row.update(zip(METRICS, (sums / args.iterations).tolist(), strict=True))
+        if args.memory != "vae":
+            del row["loss/memory"]
         sums.zero_()
-        if not all(math.isfinite(loss) for loss in losses):
-            advice = "lower --lr-student or --lr-generator"
-            fail(f"the losses are not finite in epoch {epoch + 1}; {advice}")
-        row = {"step": epoch + 1, "loss/generator": losses[0], "loss/student": losses[1]}
-        if args.memory == "vae":
-            row["loss/memory"] = losses[2]
         if test is not None:
             row["eval/acc"] = evaluate(networks.student, *test, info)
         run.show(bar, row)
@@ -708,12 +717,18 @@ def summarise_accuracies(accuracies):
 
 @torch.no_grad()
 def draw_samples(networks, info, run):
-    """Write samples.png: four rows of ten images of the generator, and four of the memory."""
+    """Write samples.png: four rows of ten images of the generator, and four of the memory.
+
+    Both with running moments. The student gets the memory's images so, but the generator's with
+    those of the batch.
+    """
     args = run.args
+    networks.generator.eval()
+    networks.memory.eval()
     z = sample_noise(80, args.latent, run.device)
-    shown = {"generator": networks.generator.eval()(z[:40])}
+    shown = {"generator": networks.generator(z[:40])}
     if args.memory == "vae":
-        shown["memory"] = networks.memory.decoder.eval()(z[40:])
+        shown["memory"] = networks.memory.decoder(z[40:])
     if args.memory == "bank":
         n_stored = int(networks.memory.n_batches) * args.n_memory
         shown["memory"] = networks.memory.images[: min(n_stored, 40)]

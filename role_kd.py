@@ -7,10 +7,10 @@ then one for the student while it learns from the teacher. Both are then trained
     teacher: CE(t(x), y);    student, --kd soft: 0.7 CE(s(x), y) + 0.3 KL(p_t || p_s) at T = 3
 
 Run `python role_kd.py`: digits, arm `both` beside `base`. It writes student.pt, schedules.json,
-samples.png (ten images under each policy), curve.png (`strength` over a search), metrics.jsonl,
-result.json, args.json, checkpoint.pt. Metrics: `phase`, its number in result.json;
-`eval/validation` and `eval/mean`, percent, of a population's best and of all; `strength`, the sum
-of the probabilities of the best one's policy; `loss/train`, the mean of an epoch.
+samples.png (ten images as they are and under each schedule's last policy), curve.png (`strength`
+over a search), metrics.jsonl, result.json, args.json, checkpoint.pt. Metrics: `phase`, its place in
+result.json's phases, from 0; `eval/validation` and `eval/mean`, percent, of a population's best and
+its mean; `strength`, the sum of the best one's probabilities; `loss/train`, the mean of an epoch.
 Measured, digits, 3 seeds, one CPU thread: LeNet-5 to its half 98.70 ± 0.89 % (base), 98.70 ± 0.58 %
 (both); LeNet-5 to LeNet-5, base: 99.35 ± 0.32 %, W2A2 99.17 ± 0.48 %; CIFAR-10, ResNet-20 to
 ResNet-8, 1,200 images: 40.32 ± 1.12 % (base), 39.72 ± 0.57 % (both).
@@ -18,13 +18,13 @@ Where we differ from the paper and its released code:
 - rounds are synchronous, and the reward is the eval-mode accuracy at a round's end;
 - an exploit copies all state. The released student search copies weights alone, without BatchNorm's
   statistics and Adam's averages: ours is the cleaner choice;
-- --kd: MHGD and KD-SVD, the released setting, are left out: its heads stay random projections;
+- --kd lacks the released MHGD and KD-SVD, whose attention heads the released code never trains;
 - --bits: running moments too start from the teacher's; crops move by -4 to 4 pixels, not to 3;
-- digits and MNIST are painted with black where CIFAR is with its mean, to the nearest grey level.
+- BatchNorms have PyTorch's momentum and eps: 0.1 and 1e-5, not 0.01 and 1e-3;
+- what is cleared becomes black on digits and MNIST, on CIFAR the mean as a grey level.
 """
 
 import copy
-import json
 import math
 import os
 import random
@@ -43,10 +43,14 @@ from augmentations import (
     N_ENTRIES,
     N_LEVELS,
     N_PROBABILITIES,
-    OPERATIONS,
+    ZERO_POLICY,
     Recipe,
     apply_policy,
     augment_base,
+    encode_schedules,
+    get_policy,
+    read_schedules,
+    sum_probabilities,
 )
 from harness.data import (
     CROP_PADDING,
@@ -57,6 +61,7 @@ from harness.data import (
     load_dataset,
     normalise,
 )
+from harness.images import to_uint8
 from harness.load import (
     TEACHER_ADVICE,
     NetworkInfo,
@@ -77,7 +82,6 @@ from harness.run import (
     check_at_least,
     choose_device,
     fail,
-    fail_in_one_line,
     parse_args,
     restore_optimizer,
     seed_everything,
@@ -118,9 +122,11 @@ class Args(RunOptions):
     # Method
     arm: ArmName = "both"
     """Who has an augmentation agent (ARMS). `base` is trained beside each; `all`: all seven, which
-    share one teacher's and one student's search."""
+    share one teacher's and one student's search. The student's learns from the augmented teacher if
+    there is one: with `all` that holds for the arm `student` too."""
     schedules: str = ""
-    """Take the schedules from this file, schedules.json of another run, instead of searching."""
+    """Take the schedules from this file, schedules.json of another run, instead of searching. They
+    are stretched to --epochs."""
     population: int = 8
     """Members of a search (released: 16)."""
     search_epochs: int = 60
@@ -130,7 +136,8 @@ class Args(RunOptions):
     search_images: int = 4000
     """Training images of a search (released)."""
     validation_images: int = 5000
-    """Images, apart from those, whose accuracy is the reward (released: 46,000)."""
+    """Images, none of them among those, on which a member's accuracy is its reward (released:
+    46,000)."""
     train_images: int = 0
     """Training images of the final trainings; 0: all, the validation images too (released)."""
     epochs: int = 60
@@ -147,10 +154,11 @@ class Args(RunOptions):
     kd: Literal["soft", "rkd", "at", "ab"] = "soft"
     """What of the teacher's answers the student learns; see `distillation_loss`."""
     kd_weight: float = 0.4
-    """lambda of rkd, at and ab; x 0.6 at 30, 60 and 80 % of a training (released)."""
+    """lambda of rkd, at and ab, x 0.6 at 30, 60 and 80 % of a training (released); soft: unused."""
     bits: int = 32
     """2 to 8: DoReFa's weights and activations of so many bits, for a student of the teacher's
-    architecture that starts from its weights (released: 2 and 4). 32: full precision."""
+    architecture that starts from its weights (released: 2 and 4). 32: full precision. student.pt
+    holds the weights behind the quantised ones, which other scripts take as they are."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -215,14 +223,6 @@ def shrink(args):
 
 
 # Data
-FILL = {  # grey levels of what an operation leaves clear: the mean colour; black round digits
-    "digits": (0,),
-    "mnist": (0,),
-    "cifar10": (125, 123, 114),
-    "cifar100": (129, 124, 112),
-}
-
-
 class Split(NamedTuple):
     """Real images, and how they are augmented and normalised."""
 
@@ -243,31 +243,39 @@ def load_splits(args, info, device):
     """The images of the searches, of their reward, of the final trainings, and the test images.
 
     The training split is shuffled once, the same for all seeds. Searches train on its first
-    --search-images, the next --validation-images are their reward, and final trainings take all.
+    --search-images, the next --validation-images are their reward, and final trainings take the
+    first --train-images, or all.
 
     Returns:
         {"search": …, "validation": …, "train": …, "test": …}, Splits.
     """
     images, labels = load_dataset(args.dataset, args.data_dir, "train")
-    n_needed = args.search_images + args.validation_images
-    if max(n_needed, args.train_images) > len(images):
+    n_train = args.train_images or len(images)
+    n_smallest = n_train
+    n_needed = 0
+    if list_searches(args):
+        n_smallest = min(args.search_images, n_train)
+        n_needed = args.search_images + args.validation_images
+    if max(n_needed, n_train) > len(images):
         options = "--search-images and --validation-images, --train-images"
         fail(f"{options}: expected at most the {len(images)} training images; lower them")
-    n_train = args.train_images or len(images)
-    if args.batch_size > min(args.search_images, n_train):
+    if args.batch_size > n_smallest:
         fail("--batch-size: expected at most --search-images and --train-images; lower it")
 
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     images = images[order].to(device)
     labels = labels[order].to(device)
-    fill = torch.tensor(FILL[args.dataset], dtype=torch.uint8, device=device).view(1, -1, 1, 1)
+    mean = torch.zeros(1, info.channels, 1, 1, device=device)  # in normalised units
+    fill = to_uint8(mean, info)  # (1, C, 1, 1)
+    if args.dataset in ("digits", "mnist"):
+        fill = torch.zeros_like(fill)
     mirror = args.dataset in MIRRORED
     final = Recipe(CROP_PADDING[args.dataset], mirror, args.cutout, fill)
     plain = final._replace(cutout=0)
 
     test_images, test_labels = load_dataset(args.dataset, args.data_dir, "test")
     search = slice(args.search_images)
-    reward = slice(args.search_images, n_needed)
+    reward = slice(args.search_images, args.search_images + args.validation_images)
     return {
         "search": Split(images[search], labels[search], plain, info),
         "validation": Split(images[reward], labels[reward], plain, info),
@@ -276,9 +284,7 @@ def load_splits(args, info, device):
     }
 
 
-# Policies and schedules. A policy is 60 integers: probability index and level of each of 30
-# entries. A schedule is a list of [number of epochs, policy].
-ZERO_POLICY = [0] * (2 * N_ENTRIES)
+# Policies and schedules: what they are says augmentations.py.
 BASE_SCHEDULE = [[1, ZERO_POLICY]]
 
 
@@ -303,22 +309,6 @@ def explore(policy, chance):
     return changed
 
 
-def sum_probabilities(policy):
-    """The strength of a policy: the sum of the probabilities of its 30 entries."""
-    return sum(policy[0::2]) / 10
-
-
-def get_policy(schedule, epoch, n_epochs):
-    """The policy of an epoch of n_epochs, each piece of the schedule stretched by the ratio."""
-    length = sum(epochs for epochs, _ in schedule)
-    place = epoch * length // n_epochs
-    for epochs, policy in schedule:
-        if place < epochs:
-            return policy
-        place -= epochs
-    raise AssertionError(f"epoch {epoch} is none of {n_epochs}")
-
-
 def shuffle_entries(schedule, chance):
     """A random schedule of matched strength: the same pairs of probability and level at all times.
 
@@ -332,82 +322,22 @@ def shuffle_entries(schedule, chance):
     return shuffled
 
 
-def choose_schedule(kind, schedules, seed):
+def choose_schedule(source, schedules, seed):
     """What a final training takes.
 
     Args:
-        kind: zero: base augmentation alone; else as in ARMS.
+        source: zero: base augmentation alone; else as in ARMS.
         schedules: {"teacher": …, "student": …}, those that have been found.
         seed: of the permutation of `random`.
     """
-    if kind == "zero":
+    if source == "zero":
         return BASE_SCHEDULE
-    if kind == "random":
+    if source == "random":
         return shuffle_entries(schedules["student"], random.Random(seed))
-    if kind == "last":
+    if source == "last":
         _, last_policy = schedules["student"][-1]
         return [[1, last_policy]]
-    return schedules[kind]
-
-
-def encode_schedules(schedules):
-    """Schedules as bytes of JSON: each policy as 30 of [operation, tenths of probability, level].
-
-    `read_schedules` reads them.
-    """
-    saved = {}
-    for role, schedule in schedules.items():
-        saved[role] = []
-        for epochs, policy in schedule:
-            entries = []
-            for entry in range(N_ENTRIES):
-                name = OPERATIONS[entry % len(OPERATIONS)]
-                entries.append([name, *policy[2 * entry : 2 * entry + 2]])
-            saved[role].append(dict(epochs=epochs, policy=entries))
-    return (json.dumps(saved) + "\n").encode()
-
-
-def read_policy(entries):
-    """The 60 integers of 30 of [operation, tenths of probability, level].
-
-    Raises:
-        ValueError: they are none that a search finds.
-    """
-    if len(entries) != N_ENTRIES:
-        raise ValueError(f"expected {N_ENTRIES} entries of a policy, got {len(entries)}")
-    policy = []
-    for entry, (name, tenths, level) in enumerate(entries):
-        if name not in OPERATIONS:
-            raise ValueError(f"unknown operation {name!r}, expected {', '.join(OPERATIONS)}")
-        expected = OPERATIONS[entry % len(OPERATIONS)]
-        if name != expected:
-            raise ValueError(f"expected {expected} as entry {entry}, got {name}")
-        if tenths not in range(N_PROBABILITIES) or level not in range(N_LEVELS):
-            raise ValueError(f"{name}: expected 0 to 10 and 0 to 9, got {tenths} and {level}")
-        policy += [int(tenths), int(level)]
-    return policy
-
-
-def read_schedules(path, roles, n_epochs):
-    """The schedules of these roles in a schedules.json; refuse what no search of ours wrote.
-
-    Args:
-        path: the file.
-        roles: those that are needed, of teacher and student.
-        n_epochs: how long a search is.
-    """
-    schedules = {}
-    with fail_in_one_line(f"--schedules {path}", "pass schedules.json of a run with these options"):
-        saved = json.loads(Path(path).read_text())
-        for role in roles:
-            if role not in saved:
-                raise ValueError(f"it has no schedule of a {role}")
-            pieces = [[piece["epochs"], read_policy(piece["policy"])] for piece in saved[role]]
-            length = sum(epochs for epochs, _ in pieces)
-            if length != n_epochs or min(epochs for epochs, _ in pieces) < 1:
-                raise ValueError(f"expected a schedule of {n_epochs} epochs, got {length}")
-            schedules[role] = pieces
-    return schedules
+    return schedules[source]
 
 
 # Networks of few bits (DoReFa-Net, Zhou et al. 2016, arXiv:1606.06160)
@@ -424,14 +354,14 @@ class RoundToSteps(torch.autograd.Function):
 
 
 def quantize_weight(w, bits):
-    """2 round(tanh(w) / (2 max |tanh(w)|) + 1/2) - 1, rounded to 2^bits - 1 steps: in [-1, 1]."""
+    """2 q - 1, where q is tanh(w) / (2 max |tanh(w)|) + 1/2 rounded to 2^bits levels in [0, 1]."""
     squashed = w.tanh()
     x = squashed / (2 * squashed.abs().max()) + 0.5
     return 2 * RoundToSteps.apply(x, 2**bits - 1) - 1
 
 
 def quantize_activation(a, bits):
-    """clip(a, 0, 1), rounded to 2^bits - 1 steps."""
+    """clip(a, 0, 1), rounded to 2^bits levels."""
     return RoundToSteps.apply(a.clamp(0, 1), 2**bits - 1)
 
 
@@ -506,8 +436,9 @@ def relation_distance(t_logits, s_logits):
     """
     t = F.normalize(t_logits.float(), dim=1)
     s = F.normalize(s_logits.float(), dim=1)
-    distances = F.smooth_l1_loss(pairwise_distances(s), pairwise_distances(t))
-    cosines = F.smooth_l1_loss(triplet_cosines(s), triplet_cosines(t))
+    with torch.autocast(t.device.type, enabled=False):  # products in fp32
+        distances = F.smooth_l1_loss(pairwise_distances(s), pairwise_distances(t))
+        cosines = F.smooth_l1_loss(triplet_cosines(s), triplet_cosines(t))
     return 50 * distances + 100 * cosines
 
 
@@ -533,7 +464,7 @@ def boundary_distance(t_groups, s_groups, connectors):
 
     s: the student's group behind its connector, a 1x1 convolution with BatchNorm. The margin is 1.
     Its authors learn boundaries first and classes then; the released code builds the loss and never
-    minimises it. Here it stands beside CE, hence means: the sums, x 0.003, of both drown CE.
+    minimises it. Here it is added to CE, so it is a mean: their sums, x 0.003, would drown CE.
     """
     distance = 0
     for i, (t, s) in enumerate(zip(t_groups, s_groups, strict=True)):
@@ -580,7 +511,8 @@ class Member:
     policy: list
     """60 integers."""
     lineage: list
-    """The schedule so far: [number of epochs, policy] of each round, of its sources' before."""
+    """The schedule so far, [number of epochs, policy] of each round. A clone begins with that of
+    the member that it was copied from."""
     score: float = 0.0
     """Validation accuracy in percent at the end of the last round."""
 
@@ -600,6 +532,7 @@ class Member:
         self.network.load_state_dict(state["network"])
         self.connectors.load_state_dict(state["connectors"])
         restore_optimizer(self.optimizer, state["optimizer"])
+        self.generator.set_state(state["generator"])
         self.policy = state["policy"]
         self.lineage = state["lineage"]
         self.score = state["score"]
@@ -672,7 +605,9 @@ def exploit(members, chance):
     n = math.ceil(len(members) / 4)
     for loser in ranked[:n]:
         winner = chance.choice(ranked[-n:])
-        loser.set_state(winner.get_state())
+        state = winner.get_state()
+        state["generator"] = loser.generator.get_state()  # a member's chance stays its own
+        loser.set_state(state)
         loser.policy = explore(loser.policy, chance)
 
 
@@ -697,7 +632,6 @@ class Phase:
         self.epoch = state["epoch"]
         for member, member_state in zip(self.members, state["members"], strict=True):
             member.set_state(member_state)
-            member.generator.set_state(member_state["generator"])
 
 
 def search(phase, splits, save, args):
@@ -711,9 +645,10 @@ def search(phase, splits, save, args):
     Returns:
         [[number of epochs, policy], …], the winner's lineage.
     """
-    n_rounds = math.ceil(args.search_epochs / args.interval)
-    for round_number in range(phase.epoch // args.interval, n_rounds):
-        n_epochs = min(args.interval, args.search_epochs - phase.epoch)  # the last may be shorter
+    n_rounds = math.ceil(args.search_epochs / args.interval)  # the last may be shorter
+    first_round = math.ceil(phase.epoch / args.interval)
+    for round_number in range(first_round, n_rounds):
+        n_epochs = min(args.interval, args.search_epochs - phase.epoch)
         for member in phase.members:
             for i in range(n_epochs):
                 progress = (phase.epoch + i) / args.search_epochs
@@ -752,16 +687,21 @@ def list_arms(arm):
     return list(ARMS) if arm == "all" else list(dict.fromkeys(["base", arm]))
 
 
-def list_searches(arms):
+def list_roles(arms):
     """The roles whose schedules these arms need."""
     teachers = {ARMS[arm][0] for arm in arms}
-    kinds = {ARMS[arm][1] for arm in arms}
+    sources = {ARMS[arm][1] for arm in arms}
     roles = []
     if "augmented" in teachers:
         roles.append("teacher")
-    if kinds & {"student", "random", "last"}:
+    if sources & {"student", "random", "last"}:
         roles.append("student")
     return roles
+
+
+def list_searches(args):
+    """The roles whose schedules a run searches."""
+    return [] if args.schedules else list_roles(list_arms(args.arm))
 
 
 def list_phases(args):
@@ -770,12 +710,12 @@ def list_phases(args):
     search-teacher, teacher-base, teacher-augmented, search-student, student-ARM …
     """
     arms = list_arms(args.arm)
-    roles = [] if args.schedules else list_searches(arms)
+    roles = list_searches(args)
     phases = []
     if "teacher" in roles:
         phases.append("search-teacher")
     if not args.weights:
-        phases += [f"teacher-{kind}" for kind in dict.fromkeys(ARMS[arm][0] for arm in arms)]
+        phases += [f"teacher-{version}" for version in dict.fromkeys(ARMS[arm][0] for arm in arms)]
     if "student" in roles:
         phases.append("search-student")
     return [*phases, *(f"student-{arm}" for arm in arms)]
@@ -784,9 +724,10 @@ def list_phases(args):
 def describe_teacher(args):
     """NetworkInfo of the teacher: its architecture, and the data set's classes and pixels."""
     known = dict(dataset=args.dataset, num_classes=N_CLASSES[args.dataset], image_size=32)
-    known |= PIXELS[args.dataset] | dict(accuracy=None)
+    untrained = dict(accuracy=None)
     with refuse_misfits(f"--teacher {args.teacher}", TEACHER_ADVICE):
-        return make_info(args.teacher, describe(args.teacher), known)
+        its_own = describe(args.teacher)
+        return make_info(args.teacher, its_own, known, PIXELS[args.dataset], untrained)
 
 
 def build_teacher(args, info, device, state=None):
@@ -811,36 +752,49 @@ def build_student(args, info, device, state=None):
 
 
 @torch.no_grad()
-def build_connectors(args, info, teacher, student):
+def find_groups(network, info):
+    """The activations whose maps are compared, of two blank images."""
+    x = torch.zeros(2, *info.image_shape, device=next(network.parameters()).device)
+    network.eval()  # a blank batch must not reach the running moments
+    _, groups = forward_with_groups(network, x)
+    return groups
+
+
+def build_connectors(info, teacher, student):
     """1x1 convolutions with BatchNorm from the student's groups to the teacher's (--kd ab)."""
-    x = torch.zeros(2, *info.image_shape, device=next(student.parameters()).device)
-    student.eval()  # a blank batch must not reach the running moments
-    _, t_groups = forward_with_groups(teacher, x)
-    _, s_groups = forward_with_groups(student, x)
-    t_sizes = [a.shape[2:] for a in t_groups]
-    s_sizes = [a.shape[2:] for a in s_groups]
-    if not t_sizes or t_sizes != s_sizes:
-        problem = "the networks have no activations of equal sizes"
-        fail(f"--kd {args.kd}: {problem}; pass --kd soft or rkd, or another --student")
     connectors = []
-    for t, s in zip(t_groups, s_groups, strict=True):
+    groups = zip(find_groups(teacher, info), find_groups(student, info), strict=True)
+    for t, s in groups:
         conv = nn.Conv2d(s.shape[1], t.shape[1], 1, bias=False)
         connectors.append(nn.Sequential(conv, nn.BatchNorm2d(t.shape[1])))
-    return nn.ModuleList(connectors).to(x.device, memory_format=torch.channels_last)
+    return nn.ModuleList(connectors).to(t.device, memory_format=torch.channels_last)
+
+
+def try_networks(args, info, device):
+    """Build both networks once, so that what does not fit fails now; the student's NetworkInfo."""
+    teacher = build_teacher(args, info, device)
+    student, student_info = load_student(args.student, info, device)
+    if args.kd in ("at", "ab"):
+        t_sizes = [a.shape[2:] for a in find_groups(teacher, info)]
+        s_sizes = [a.shape[2:] for a in find_groups(student, info)]
+        if not t_sizes or t_sizes != s_sizes:
+            problem = "the networks have no activations of equal sizes"
+            fail(f"--kd {args.kd}: {problem}; pass --kd soft or rkd, or another --student")
+    return student_info
 
 
 def choose_teacher(name, finished):
     """The phase whose teacher a phase's students learn from; "" of a teacher's own phases."""
-    kind, _, detail = name.partition("-")
-    if kind == "student":
+    job, _, detail = name.partition("-")
+    if job == "student":
         return f"teacher-{ARMS[detail][0]}"
     if name == "search-student":
         return "teacher-augmented" if "teacher-augmented" in finished else "teacher-base"
     return ""
 
 
-def get_schedule_kind(name):
-    """What a final training is augmented with, as in choose_schedule."""
+def name_schedule(name):
+    """What a final training is augmented with: the source of choose_schedule."""
     if name == "teacher-base":
         return "zero"
     if name == "teacher-augmented":
@@ -864,7 +818,7 @@ def start_phase(name, finished, info, args, device):
     members = []
     n_members = args.population if name.startswith("search") else 1
     for i in range(n_members):
-        seed = 1000 * args.seed + i  # the students of all arms begin alike
+        seed = 1000 * args.seed + i  # without --bits the students of all arms begin alike
         torch.manual_seed(seed)
         connectors = nn.ModuleList()
         if teacher is None:
@@ -873,7 +827,7 @@ def start_phase(name, finished, info, args, device):
             first = finished[trained] if args.bits < 32 else None
             network = build_student(args, info, device, first)
             if args.kd == "ab":
-                connectors = build_connectors(args, info, teacher, network)
+                connectors = build_connectors(info, teacher, network)
         members.append(make_member(network, connectors, seed, args))
     return Phase(name, teacher, members)
 
@@ -925,14 +879,18 @@ def check_options(args):
     if args.bits < 32 and args.student != args.teacher:
         problem = f"expected a student that can start from the teacher, got {args.student}"
         fail(f"--bits {args.bits}: {problem}; pass --student {args.teacher}")
+    if args.schedules:
+        own = Path(args.out) / "schedules.json"
+        if Path(args.schedules).resolve() == own.resolve():
+            fail(f"--schedules {args.schedules}: this run would overwrite it; pass another --out")
 
 
 def take_given(args, info, device):
     """What the options hand over in place of phases: {name of a phase: schedule or weights}."""
     given = {}
     if args.schedules:
-        roles = list_searches(list_arms(args.arm))
-        for role, schedule in read_schedules(args.schedules, roles, args.search_epochs).items():
+        roles = list_roles(list_arms(args.arm))
+        for role, schedule in read_schedules(args.schedules, roles).items():
             given[f"search-{role}"] = schedule
     if args.weights:
         overrides = {"num_classes": info.num_classes, "mean": info.mean, "std": info.std}
@@ -958,14 +916,14 @@ def measure_all(finished, split, info, args):
     device = split.images.device
     accuracies = {"teacher": {}, "student": {}}
     for name, state in finished.items():
-        kind, _, detail = name.partition("-")
-        if kind == "teacher":
+        job, _, detail = name.partition("-")
+        if job == "teacher":
             network = build_teacher(args, info, device, state)
-        elif kind == "student":
+        elif job == "student":
             network = build_student(args, info, device, state)
         else:
             continue
-        accuracies[kind][detail] = measure(network, split)
+        accuracies[job][detail] = measure(network, split)
     return accuracies
 
 
@@ -1011,10 +969,7 @@ def main(args):
 
     info = describe_teacher(args)
     splits = load_splits(args, info, device)
-    teacher = build_teacher(args, info, device)
-    student, student_info = load_student(args.student, info, device)
-    if args.kd in ("at", "ab"):
-        build_connectors(args, info, teacher, student)
+    student_info = try_networks(args, info, device)
     finished = take_given(args, info, device)
     phases = list_phases(args)
 
@@ -1047,16 +1002,16 @@ def main(args):
         if name.startswith("search"):
             finished[name] = search(phase, splits, save, args)
         else:
-            kind = get_schedule_kind(name)
-            schedule = choose_schedule(kind, get_schedules(finished), args.seed)
+            source = name_schedule(name)
+            schedule = choose_schedule(source, get_schedules(finished), args.seed)
             finished[name] = train(phase, splits["train"], schedule, save, args)
         phase = None
 
     # The test images are looked at here alone.
     accuracies = measure_all(finished, splits["test"], info, args)
-    for kind, values in accuracies.items():
+    for role, values in accuracies.items():
         for name, accuracy in values.items():
-            print(f"{kind} {name}: {accuracy:.2f} %")
+            print(f"{role} {name}: {accuracy:.2f} %")
 
     schedules = get_schedules(finished)
     strengths = compute_strengths(schedules)
@@ -1070,7 +1025,8 @@ def main(args):
     arm = "both" if args.arm == "all" else args.arm
     accuracy = accuracies["student"][arm]
     student = build_student(args, info, device, finished[f"student-{arm}"])
-    known_accuracy = accuracy if args.bits == 32 else None  # of the network without quantisation
+    # other scripts take student.pt for a network of full precision, whose accuracy this is not
+    known_accuracy = accuracy if args.bits == 32 else None
     run.save_student(student, student_info.arch, info, "role_kd", args.dataset, known_accuracy)
     run.finish(
         dict(

@@ -16,8 +16,8 @@ teacher.pt holds the weights in fp16 (BatchNorm in fp32) and describes itself: n
 channels, image size, mean and std of the normalisation, accuracy of exactly these weights, command.
 
 Metrics: train/loss is the mean cross-entropy of an epoch; train/acc and eval/acc are top-1
-accuracies in percent, of the changed training images and of the test split; lr is the learning
-rate of the next step.
+accuracies in percent, of the augmented training images and of the test split; lr is the learning
+rate of the next step. On a GPU activations are in bfloat16.
 """
 
 import hashlib
@@ -103,13 +103,13 @@ class Args(RunOptions):
     batch_size: int = 128
     """Images a step (DAFL's recipe)."""
     lr: float = 0.2
-    """Peak learning rate (ours: short schedules like more than DAFL's 0.1)."""
+    """Peak learning rate (ours: short schedules need more than DAFL's 0.1)."""
     warmup: float = 0.2
     """Share of all steps over which the learning rate rises; then it falls to zero (ours)."""
     momentum: float = 0.9
     """Nesterov momentum (DAFL's recipe)."""
     weight_decay: float = 5e-4
-    """L2 penalty on all weights (DAFL's recipe)."""
+    """L2 penalty on all parameters (DAFL's recipe)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -132,15 +132,15 @@ class Args(RunOptions):
 
     def check_classes(self):
         """Raise ValueError unless --classes are two or more of the data set's, in rising order."""
-        n_classes = N_CLASSES[self.dataset]
+        got = " ".join(map(str, self.classes))
         is_rising = list(self.classes) == sorted(set(self.classes))
         if len(self.classes) < 2 or not is_rising:
             expected = "expected at least 2 different classes in rising order"
-        elif self.classes[0] < 0 or self.classes[-1] >= n_classes:
-            expected = f"expected classes of {self.dataset}, 0 to {n_classes - 1}"
-        else:
-            return
-        raise ValueError(f"--classes: {expected}, got {' '.join(map(str, self.classes))}")
+            raise ValueError(f"--classes: {expected}, got {got}")
+        last = N_CLASSES[self.dataset] - 1
+        if self.classes[0] < 0 or self.classes[-1] > last:
+            expected = f"expected classes of {self.dataset}, 0 to {last}"
+            raise ValueError(f"--classes: {expected}, got {got}")
 
 
 def shrink(args):
@@ -388,8 +388,9 @@ def evaluate_file(args, device):
     images, labels = load_split(args.dataset, classes, args.data_dir, "test")
     n_classes = len(classes) or N_CLASSES[args.dataset]
     if info.channels != images.shape[1] or info.num_classes != n_classes:
-        fail(f"--evaluate {args.evaluate}: made for {info.dataset}, not for {args.dataset}")
-    print(f"{evaluate(network, images, labels, info):.2f} %")
+        made_for = info.dataset or "other images"
+        fail(f"--evaluate {args.evaluate}: made for {made_for}, not for {args.dataset}")
+    print(f"{evaluate(network, images, labels, info):.2f} % of {args.dataset}")
     if args.export:
         ship(args.evaluate, args.export)
 

@@ -22,7 +22,6 @@ Measured, one CPU thread: zero-shot students of MNIST 0.71 to 0.73, a student of
 - class i is an image's label, as in the released code; in the paper it is the predicted class.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 from tqdm import tqdm
 
 import kernels
@@ -41,9 +39,11 @@ from harness.run import (
     check_at_least,
     choose_device,
     describe_machine,
+    encode_json,
     fail,
     fail_in_one_line,
     open_atomically,
+    parse_args,
 )
 
 
@@ -78,8 +78,18 @@ class Args(TeacherOptions):
         super().__post_init__()
         if not self.students:
             raise ValueError("--students: expected at least 1 checkpoint")
+        if not self.out:
+            raise ValueError("--out: expected a folder, got an empty name")
         check_at_least(1, self, "n_images", "n_steps")
         check_at_least(1e-12, self, "step_size")
+
+
+N_PARALLEL = 1000  # paths that are followed side by side: a step of some 100 MB on a CPU
+
+
+def choose_preset(teacher, dataset):
+    """The name of the one preset."""
+    return "transition_error"
 
 
 @torch.no_grad()
@@ -162,14 +172,14 @@ def draw_transitions(curves, file):
     """A picture of mean curves, each in a band of ± 2 standard errors; one panel a student.
 
     Args:
-        curves: {title: (2, n, n_steps)}.
+        curves: [(title, (2, n, n_steps)), …].
         file: path or file object.
     """
     from matplotlib.figure import Figure
 
     figure = Figure((4 * len(curves), 3), layout="constrained")
     axes = figure.subplots(1, len(curves), squeeze=False)[0]
-    for axis, (title, pair) in zip(axes, curves.items(), strict=True):
+    for axis, (title, pair) in zip(axes, curves, strict=True):
         for name, curve in zip(("student", "teacher"), pair, strict=True):
             mean = curve.mean(0).numpy()  # (n_steps,)
             band = 2 * curve.std(0).numpy() / len(curve) ** 0.5
@@ -213,16 +223,16 @@ def main(args):
     x_labels = labels[order]
 
     rows = {}
-    pictures = {}
+    pictures = []
     for path, student in students.items():
         chosen = choose_images(student, teacher, x, args.n_images)
-        starts, goals = make_paths(x[chosen], x_labels[chosen], info.num_classes)
-        if len(goals) == 0:
+        if len(chosen) == 0:
             problem = "it and the teacher agree on no test image"
             fail(f"--students {path}: {problem}; take a student that has learnt more")
+        starts, goals = make_paths(x[chosen], x_labels[chosen], info.num_classes)
 
         curves = []
-        parts = list(zip(starts.split(1000), goals.split(1000), strict=True))
+        parts = list(zip(starts.split(N_PARALLEL), goals.split(N_PARALLEL), strict=True))
         for part in tqdm(parts, disable=None, desc=path):
             curves.append(follow_paths(student, teacher, *part, args).cpu())
         curves = torch.cat(curves, 1)  # (2, n, n_steps)
@@ -232,7 +242,8 @@ def main(args):
             fail(f"--students {path}: its probabilities are not finite; take another student")
         accuracy = evaluate(student, *test, info)
         rows[path] = dict(mte=error, paths=len(goals), accuracy=accuracy)
-        pictures[f"{Path(path).parent.name}: MTE {error:.3f}"] = curves
+        name = "/".join(Path(path).parts[-3:-1]) or path  # zskt/default
+        pictures.append((f"{name}: MTE {error:.3f}", curves))
         print(f"{path}: mte {error:.4g}, paths {len(goals)}, accuracy {accuracy:.4g}")
 
     table = dict(steps=args.n_steps, step_size=args.step_size)
@@ -241,11 +252,11 @@ def main(args):
     with fail_in_one_line(f"--out {out} cannot be used", "pass another folder"):
         out.mkdir(parents=True, exist_ok=True)
         with open_atomically(out / "mte.json") as file:
-            file.write((json.dumps(table, indent=1) + "\n").encode())
+            file.write(encode_json(table, indent=1))
         with open_atomically(out / "mte.png") as file:
             draw_transitions(pictures, file)
     print(f"wrote mte.json, mte.png into {out}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main(parse_args({"transition_error": Args()}, choose_preset))

@@ -158,7 +158,7 @@ def load_real_images(info, args, device, split="test"):
 
     Args:
         info: NetworkInfo of the teacher.
-        args: MethodOptions; read are dataset (auto: the teacher's own) and data_dir.
+        args: TeacherOptions with data_dir; read are dataset (auto: the teacher's own) and data_dir.
         device: where the images go.
         split: train | test.
 

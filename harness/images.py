@@ -173,14 +173,13 @@ def check_image_files(folder, info):
         info: NetworkInfo of the teacher.
 
     Returns:
-        Paths of the batches, and how many images they hold.
+        Paths of the batches.
     """
     with fail_in_one_line(f"--images {folder}", "pass the --out of a finished run"):
         paths = list_image_files(folder)
     if not paths or not (Path(folder) / "result.json").exists():
         problem = "no images-*.npz or no result.json there"
         fail(f"--images {folder}: {problem}; pass the --out of a finished run")
-    n_images = 0
     for path in paths:
         images, labels = read_images(path)
         shape = tuple(images.shape[1:])
@@ -193,5 +192,4 @@ def check_image_files(folder, info):
             fail(f"--images: {path.name}: expected as many labels as images, and some of both")
         if labels.min() < 0 or labels.max() >= info.num_classes:
             fail(f"--images: {path.name}: expected labels from 0 to {info.num_classes - 1}")
-        n_images += len(images)
-    return paths, n_images
+    return paths

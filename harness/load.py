@@ -66,7 +66,7 @@ EFFICIENTNET_FILES = {
     ),
 }
 
-# What is taken of a network that is not described otherwise: CIFAR-10's.
+# Of a network without a description: CIFAR-10's.
 DEFAULTS = dict(num_classes=10, image_size=32, **PIXELS["cifar10"])
 
 WEIGHT_FILES = (".pth", ".th", ".tar", ".bin", ".ckpt", ".pkl", ".safetensors")
@@ -250,6 +250,9 @@ def describe_checkpoint(path):
         raise Misfit(f"{path} cannot be read: there is no such file", "pass an existing checkpoint")
     known = read_checkpoint(path)
     arch = known.get("arch")
+    if isinstance(arch, str) and is_factory(arch):
+        problem = f"it is of {arch}, and a file may not choose which code runs"
+        raise Misfit(problem, cause="weights")
     names_network = isinstance(arch, str) and arch.isidentifier()  # and never a file
     if not names_network or not isinstance(known.get("dataset", ""), str):
         problem = "not a checkpoint of teacher.py: it does not name its network"
@@ -341,6 +344,33 @@ def make_info(spec, *descriptions):
     )
 
 
+# Files of networks that a script has changed
+DESCRIBED = ("arch", "dataset", "num_classes", "image_size", "mean", "std")
+
+
+def describe_info(info):
+    """What the file of a changed network says of the whole one; read_info reads it."""
+    return {name: getattr(info, name) for name in DESCRIBED}
+
+
+def read_info(saved, path, factory=""):
+    """The NetworkInfo of a file that holds describe_info.
+
+    Args:
+        saved: what the file holds.
+        path: its name.
+        factory: the code that it may run, file.py:factory or package.module:factory, if its network
+            is a user's own.
+
+    Raises:
+        KeyError, ValueError: it is no such file, or its network is of other code.
+    """
+    info = NetworkInfo(name=str(path), accuracy=None, **{name: saved[name] for name in DESCRIBED})
+    if is_factory(info.arch) and info.arch != factory:
+        raise ValueError(f"it would run {info.arch}; pass that as factory if you trust it")
+    return info
+
+
 # Networks of a user's own code
 def read_settings():
     """What a user's code may change for the whole program: gradients on, default dtype, device."""
@@ -348,7 +378,10 @@ def read_settings():
 
 
 def restore_settings(settings):
-    """Set back what `read_settings` returned, if it was changed since."""
+    """Set gradients and dtype back to what `read_settings` returned.
+
+    A default device that has changed becomes PyTorch's own.
+    """
     gradients, dtype, device = settings
     torch.set_grad_enabled(gradients)
     torch.set_default_dtype(dtype)
@@ -366,6 +399,11 @@ def keep_settings():
         restore_settings(settings)
 
 
+def is_installed(file):
+    """Whether a module's file is of an installed package: a .venv may lie in any folder."""
+    return "site-packages" in Path(file).parts
+
+
 @contextlib.contextmanager
 def import_first_from(folders):
     """Context in which imports look into these folders first.
@@ -378,7 +416,8 @@ def import_first_from(folders):
     before = dict(sys.modules)
     for name, module in before.items():
         file = getattr(module, "__file__", None) or ""
-        if Path(file).is_relative_to(ROOT) and not name.startswith("harness"):
+        is_ours = Path(file).is_relative_to(ROOT) and not is_installed(file)
+        if is_ours and not name.startswith("harness") and name != "__main__":
             del sys.modules[name]  # a user's kernels.py or teacher.py is not ours
     sys.path[:0] = folders
     importlib.invalidate_caches()
@@ -389,7 +428,7 @@ def import_first_from(folders):
         sys.path += [folder for folder in folders if folder not in sys.path]
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None) or ""
-            is_new = before.get(name) is not module
+            is_new = before.get(name) is not module and not is_installed(file)
             if is_new and any(Path(file).is_relative_to(folder) for folder in folders):
                 del sys.modules[name]
         sys.modules.update(before)
@@ -429,7 +468,7 @@ def import_file(path):
 def call_factory(factory, num_classes, in_channels, image_size):
     """Call a factory with those of the options that it takes.
 
-    **kwargs are taken to want num_classes, as the builders of torchvision and timm do.
+    One with **kwargs is also given num_classes, as the builders of torchvision and timm want it.
     """
     options = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     parameters = inspect.signature(factory).parameters
@@ -448,7 +487,7 @@ def call_factory(factory, num_classes, in_channels, image_size):
     except TypeError as error:
         if "num_classes" in parameters or "'num_classes'" not in str(error):
             raise
-        del accepted["num_classes"]  # **kwargs go to something that does not know the word
+        del accepted["num_classes"]  # what gets the **kwargs has no such parameter
         return factory(**accepted)
 
 
@@ -573,7 +612,7 @@ def find_logits(output, shape):
             return place
     problem = f"returned a {type(output).__name__} without logits of shape {tuple(shape)}"
     for _, entry in entries:
-        if isinstance(entry, torch.Tensor) and entry.ndim == 2 and len(entry) == len(shape):
+        if isinstance(entry, torch.Tensor) and entry.ndim == 2 and len(entry) == shape[0]:
             got = entry.size(1)
             raise Misfit(f"{problem}, but with {tuple(entry.shape)}", cause="classes", got=got)
     raise Misfit(problem, "return logits alone")
@@ -659,7 +698,8 @@ def load_weights(path, sha256="", url=""):
             raise Misfit(problem, cause="fetch", got=path) from error
     try:
         check_regular(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         problem = f"{path} cannot be read: {error.strerror.lower()}"
         raise Misfit(problem, "pass an existing file of weights") from error
@@ -676,7 +716,7 @@ def read_weights(path):
     try:
         from safetensors.torch import load_file
     except ImportError as error:
-        problem = f"{path} cannot be read without the package of such files"
+        problem = f"{path} cannot be read without the package safetensors"
         raise Misfit(problem, "pip install safetensors") from error
     try:
         return load_file(path)
@@ -686,7 +726,7 @@ def read_weights(path):
 
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of wrappers around a network
-COUNTERS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")  # no weights
+NOT_WEIGHTS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 
 
 def find_state_dicts(saved, depth=4):
@@ -702,7 +742,7 @@ def find_state_dicts(saved, depth=4):
 
 def drop_counters(state):
     """The entries that are weights."""
-    return {k: v for k, v in state.items() if k.rpartition(".")[2] not in COUNTERS}
+    return {k: v for k, v in state.items() if k.rpartition(".")[2] not in NOT_WEIGHTS}
 
 
 def peel_prefixes(state):
@@ -803,7 +843,7 @@ def check_network(network, info, device, image_size=None):
         raise Misfit(f"gives logits of type {logits.dtype}", "let it return real numbers")
     if not logits.isfinite().all():
         raise Misfit("gives logits that are not finite", cause="finite")
-    if logits.shape == (2, info.num_classes) and info.num_classes > 0:
+    if logits.shape == (2, info.num_classes):
         return
     shape = tuple(logits.shape)
     problem = f"gives logits of shape {shape} for 2 images and {info.num_classes} classes"
@@ -867,7 +907,7 @@ def load_trained(spec, device, data_dir, weights="", like=None, overrides=None):
         data_dir: folder of downloaded weights.
         weights: a state dict to load in place of the named one.
         like: NetworkInfo that gives what is not known of this network otherwise.
-        overrides: {name: value} that goes before what is known.
+        overrides: {name: value} that takes precedence over what is known.
 
     Returns:
         (network, NetworkInfo).

@@ -42,12 +42,14 @@ ROOT = Path(__file__).resolve().parent.parent  # where teachers/ lies and git de
 DISK_ADVICE = "free some space, then continue with --resume"
 FINITE_ADVICE = "in another --out, lower the learning rates or weights"
 RAISED = []  # options of the command line whose numbers are above the preset's
-COUNTERS = ("step", "epoch", "epochs_done")  # in a checkpoint: what its run has behind it
+COUNTERS = ("step", "epoch")  # in a checkpoint: what its run has behind it
 WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG)
 PIPE_CODE = 141  # a shell's exit code of a program that wrote into a closed pipe
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt, in malloc.h
 LOCKS = {}  # {path: open file} of the folders that this process holds
-OWN_FOLDERS = [ROOT / name for name in ("harness", "kernels", "bench", "tests")]
+OWN_FOLDERS = ("harness", "kernels", "bench", "tests", "results", "teachers")
+OWN_MODULES = ("augmentations.py", "channels.py", "tasks.py")
+OWN_PATHS = [ROOT / name for name in (*OWN_FOLDERS, *OWN_MODULES)]
 FOREIGN = {}  # {file or module: folders} of the users' own code that networks come from
 
 
@@ -107,7 +109,8 @@ class MethodOptions(TeacherOptions, RunOptions):
     graph: bool = True
     """On a GPU: replay a whole step as one CUDA graph."""
     bf16: bool = True
-    """On a GPU: bfloat16 activations. Moments, images and losses stay fp32."""
+    """On a GPU: bfloat16 activations, and images that a generator has just made. Moments and losses
+    stay fp32."""
 
     def __post_init__(self):
         RunOptions.__post_init__(self)
@@ -131,7 +134,7 @@ def parse_args(presets, choose_preset):
     Args:
         presets: {name: Args}.
         choose_preset: function of (teacher, dataset), strings, "" where the command line has none;
-            it returns the preset's name. --setting NAME goes before.
+            it returns the preset's name. --setting NAME takes precedence.
 
     Returns:
         The Args. A wrong option ends the program with exit code 2.
@@ -139,7 +142,7 @@ def parse_args(presets, choose_preset):
     prepare_program()
     for word in sys.argv:
         if not word.isprintable():  # files of a run hold it as UTF-8, on one line
-            fail(f"{word!r}: expected printable UTF-8 text; pass or rename it without that")
+            fail(f"{word!r}: expected printable UTF-8 text; rename what it names")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--setting", "--teacher", "--dataset"):
         parser.add_argument(option, default="")
@@ -197,20 +200,20 @@ def fail_in_one_line(subject, advice):
 
 
 def find_line(error, folders):
-    """The last line of a user's own code that an error went through, "" if there is none."""
+    """The last line of a user's own code that an error went through; "" if it went through none."""
     script = Path(sys.argv[0]).resolve()
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         is_own = any(path.is_relative_to(folder) for folder in folders)
         is_installed = "site-packages" in path.parts  # a virtual environment may lie in the folder
-        is_ours = path == script or any(path.is_relative_to(folder) for folder in OWN_FOLDERS)
+        is_ours = path == script or any(path.is_relative_to(own) for own in OWN_PATHS)
         if is_own and not is_installed and not is_ours:
             return f"{path.name}, line {frame.lineno}"
     return ""
 
 
 def explain_foreign(error):
-    """What a user's own network did wrong, and what to correct; "" of an error of ours."""
+    """What a user's own network did wrong, and what to correct; "" if the error is not its."""
     for where, folders in FOREIGN.items():
         line = find_line(error, folders)
         if line:
@@ -237,6 +240,8 @@ def refuse_unwritable(path):
     try:
         yield
     except Exception as error:
+        if not isinstance(find_cause(error), (OSError, RuntimeError, MemoryError)):
+            raise  # a bug of ours, not of the disk
         advice = DISK_ADVICE
         if is_out_of_memory(error):
             advice = advise_less_memory()
@@ -267,12 +272,12 @@ def leave_without_stdout(error):
 
 
 def is_out_of_memory(error):
-    """Whether an error says that there is no memory of such a size."""
+    """Whether an error means that memory does not suffice."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    signs = ("allocate memory", "overflow", "bad_alloc", "out of memory")
+    signs = ("allocate memory", "calculation overflowed", "bad_alloc", "out of memory")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
@@ -290,7 +295,7 @@ def report_uncaught(kind, error, trace):
         with contextlib.suppress(OSError):  # the terminal has gone
             print("\ninterrupted; --resume continues from what is finished", file=sys.stderr)
         return
-    # what is written to files is caught there, so that this one is of standard output
+    # errors of files are caught where they are written: this one is of standard output
     if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
         leave_without_stdout(error)
     if is_out_of_memory(error):
@@ -356,6 +361,9 @@ def make_optimizer(kind, network, lr):
             of ResNet-50).
         network: its parameters are optimised.
         lr: initial learning rate.
+
+    Raises:
+        ValueError: there is no such kind.
     """
     device = next(network.parameters()).device
     rate = torch.tensor(lr, device=device)
@@ -366,12 +374,14 @@ def make_optimizer(kind, network, lr):
     if kind == "sgd-imagenet":
         groups = split_by_decay(network, weight_decay=1 / 32768)
         return torch.optim.SGD(groups, rate, momentum=0.875, fused=True)
-    capturable = device.type == "cuda"
-    return torch.optim.Adam(network.parameters(), rate, fused=True, capturable=capturable)
+    if kind == "adam":
+        capturable = device.type == "cuda"
+        return torch.optim.Adam(network.parameters(), rate, fused=True, capturable=capturable)
+    raise ValueError(f"make_optimizer: expected adam, sgd or sgd-imagenet, got {kind!r}")
 
 
 def split_by_decay(network, weight_decay):
-    """Two groups of parameters: all others, with weight decay, and BatchNorm's, without it."""
+    """Two groups of parameters: all but BatchNorm's with weight decay, BatchNorm's without."""
     decayed = []
     others = []
     for module in network.modules():
@@ -442,7 +452,7 @@ def check_regular(path):
 
 
 def check_archive(path):
-    """Raise an error where a path is no file, or a checksum in a zip archive does not fit.
+    """Raise an error if a path is no file, or if a checksum in a zip archive does not fit.
 
     Files of torch.save and .npz files are such archives. Other files pass, such as those that
     PyTorch wrote before version 1.6. torch.load does not look at the checksums itself.
@@ -460,8 +470,18 @@ def check_archive(path):
                 raise ValueError(f"{entry.filename} in it is marked as a folder")
 
 
+def load_checkpoint(path):
+    """What a file of torch.save holds, loaded without running anything in it."""
+    check_archive(path)
+    with (
+        warnings.catch_warnings(action="ignore"),
+        torch.serialization.safe_globals(list_harmless_globals()),
+    ):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path, advice="save a state dict"):
-    """Read a file of torch.save without running anything in it; refuse what is not a dict.
+    """As load_checkpoint; ends the program in one line where that fails or gives no dict.
 
     Args:
         path: the file.
@@ -471,12 +491,7 @@ def read_checkpoint(path, advice="save a state dict"):
     if not path.exists():
         fail(f"{path} cannot be read: there is no such file; pass an existing checkpoint")
     try:
-        check_archive(path)
-        with (
-            warnings.catch_warnings(action="ignore"),
-            torch.serialization.safe_globals(list_harmless_globals()),
-        ):
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_checkpoint(path)
     except Exception as error:
         problem = shorten_error(error)
         stranger = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -555,7 +570,7 @@ def lock_folder(folder):
 
 
 def unlock_folder(folder):
-    """Let other processes have a run's folder."""
+    """Release a run's folder for other processes."""
     path = (folder / "lock").resolve()
     if path in LOCKS:
         path.unlink(missing_ok=True)
@@ -603,8 +618,8 @@ def parse_row(line):
         return None
     if not isinstance(row, dict):
         return None
-    is_whole = all(type(value) in (int, float) for value in row.values())
-    return row if is_whole and not find_not_finite(row) else None
+    is_numeric = all(type(value) in (int, float) for value in row.values())
+    return row if is_numeric and not find_not_finite(row) else None
 
 
 def describe_machine(device):
@@ -635,8 +650,8 @@ def find_triton():
 class RunFolder:
     """One run's folder: args.json, metrics.jsonl, checkpoint.pt, student.pt, result.json, pictures.
 
-    Whenever the run is killed, whole files are there. The last checkpoint but one is kept: should
-    the newest be damaged, --resume takes the one before. result.json appears last: its presence
+    Whenever the run is killed, the files that are there are whole. The checkpoint before the newest
+    is kept too: --resume takes it if the newest is damaged. result.json appears last: its presence
     says that the run is complete. A full disk ends the run in one line. While a run is at work no
     other can use its folder.
 
@@ -668,9 +683,9 @@ class RunFolder:
                 self._continue()
             else:
                 self._clear(clears)
-                self._begin()
+                self._claim()
 
-    def _begin(self):
+    def _claim(self):
         """From here on the folder is this run's: write its options, delete an earlier result."""
         (self.out / "result.json").unlink(missing_ok=True)
         with self.write_file("args.json") as file:
@@ -728,8 +743,8 @@ class RunFolder:
         return rows
 
     def keep_rows(self, rows):
-        """Rewrite metrics.jsonl with these rows alone: it forgets what is done again."""
-        self._begin()
+        """Rewrite metrics.jsonl with these rows alone; rows of work that is done again go."""
+        self._claim()
         self.rows = list(rows)
         with self.write_file("metrics.jsonl") as file:
             file.write(b"".join(encode_json(row) for row in self.rows))
@@ -777,7 +792,7 @@ class RunFolder:
         return [row[name] for row in self.rows if name in row]
 
     def save_seconds(self):
-        """Write down how long the run has taken, so that a continued one counts on."""
+        """Save the run's seconds, to which --resume adds its own."""
         with self.write_file("seconds.txt") as file:
             file.write(f"{time.time() - self.start:.1f}\n".encode())
 
@@ -789,7 +804,7 @@ class RunFolder:
                 finite is kept: the last good checkpoints stay.
         """
         self._refuse_not_finite(state, "the run's state")
-        saved = dict(state=state, n_rows=len(self.rows), rng=self._generator().get_rng_state())
+        saved = dict(state=state, n_rows=len(self.rows), rng=self._random_module().get_rng_state())
         newest, previous = self.checkpoints
         if newest.exists():
             with refuse_unwritable(previous):
@@ -804,7 +819,7 @@ class RunFolder:
         if broken:
             fail(f"not finite: {broken} of {where}; {FINITE_ADVICE}")
 
-    def _generator(self):
+    def _random_module(self):
         return torch.cuda if self.device == "cuda" else torch
 
     @contextlib.contextmanager
@@ -823,14 +838,14 @@ class RunFolder:
         with fail_in_one_line(f"{path}: no checkpoint of this run", advice):
             self._check_saved(saved)
             yield saved["state"]
-            self._generator().set_rng_state(saved["rng"])
+            self._random_module().set_rng_state(saved["rng"])
             self.keep_rows(self.rows[: saved["n_rows"]])
             newest, previous = self.checkpoints
             if path == previous:  # the next one written must not push a damaged one over it
                 newest.unlink(missing_ok=True)
 
     def _check_saved(self, saved):
-        """Raise an error where a checkpoint's numbers are none that a run of this folder wrote."""
+        """Raise an error if a checkpoint's numbers cannot come from a run in this folder."""
         n_rows = saved["n_rows"]
         if type(n_rows) is not int or n_rows < 0:
             raise ValueError(f"expected a number of rows, got {n_rows!r}")
@@ -857,12 +872,18 @@ class RunFolder:
         paths = [path for path in self.checkpoints if path.exists()]
         *newer, last = paths
         for path in newer:
-            with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
-                return path, read_checkpoint(path)
+            try:
+                saved = load_checkpoint(path)
+            except Exception as error:  # of any kind, where a file is damaged
+                if is_out_of_memory(error):
+                    raise
+                saved = None
+            if isinstance(saved, dict):
+                return path, saved
             tqdm.write(f"{path} is damaged: continuing from {last.name}")  # above a bar
         return last, read_checkpoint(last, "begin again in another --out")
 
-    def save_student(self, student, arch, info, method, dataset, accuracy, file="student.pt"):
+    def save_student(self, student, arch, info, method, dataset, accuracy, name="student.pt"):
         """Write student.pt, described as the checkpoints of teacher.py are.
 
         Args:
@@ -871,15 +892,15 @@ class RunFolder:
             info: NetworkInfo of the teacher, whose images and classes it takes.
             method, dataset: names.
             accuracy: percent of real test images, or None.
-            file: another name for student.pt.
+            name: of the file.
         """
         saved = dict(format=1, arch=arch, dataset=dataset, method=method, seed=self.args.seed)
-        for name in ("num_classes", "image_size", "mean", "std", "channels"):
-            saved[name] = getattr(info, name)
+        for key in ("num_classes", "image_size", "mean", "std", "channels"):
+            saved[key] = getattr(info, key)
         saved["accuracy"] = accuracy
         saved["state_dict"] = student.state_dict()
-        with self.write_file(file) as opened:
-            torch.save(saved, opened)
+        with self.write_file(name) as file:
+            torch.save(saved, file)
 
     def finish(self, result):
         """Write result.json, the last file of a run: `result`, options, seconds, seed, machine."""

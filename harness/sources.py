@@ -10,12 +10,21 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from harness.data import N_CLASSES, load_dataset
+from harness.data import (
+    N_CLASSES,
+    evaluate,
+    list_class_names,
+    load_dataset,
+    load_real_images,
+    predict,
+)
 from harness.images import check_image_files, read_images, to_uint8
-from harness.load import is_factory
+from harness.load import NetworkInfo, is_factory
+from harness.pictures import draw_classes
 from harness.run import (
     ROOT,
     RunOptions,
@@ -33,10 +42,11 @@ class SourceOptions(TeacherOptions, RunOptions):
     """The options of every script that takes images of some source."""
 
     images: str = "auto"
-    """Images to learn on: the --out of deepinversion.py; auto: start it once; noise; real: the
-    teacher's training images, without labels; or the name of another data set."""
+    """Images to learn on: auto: deepinversion.py makes them, once; the --out of one of its runs;
+    noise; real: the teacher's training images, without labels; or the name of another data set."""
     num_images: int = 300
-    """Images of auto, noise, real and other data sets; of a folder all are taken."""
+    """Images of auto (rounded up to whole batches of its preset), noise, real and other data sets;
+    of a folder all are taken."""
     test_images: int = 0
     """Real test images that measure the networks, the first ones; 0: all."""
     fused: bool = True
@@ -68,15 +78,15 @@ def load_source_images(args, info, changes=None):
     if args.images == "noise":
         return draw_noise(info, args.num_images)
     if args.images == "real":
-        if info.dataset not in N_CLASSES:
-            fail("--images real: the teacher's data set is not at hand; choose another source")
-        return load_foreign_images(info.dataset, info, args)
+        if N_CLASSES.get(info.dataset) != info.num_classes:  # unknown, or of some classes only
+            fail("--images real: the teacher's own images are not at hand; choose another source")
+        return load_training_images(info.dataset, info, args)
     if args.images in N_CLASSES:
-        return load_foreign_images(args.images, info, args)
+        return load_training_images(args.images, info, args)
     folder = args.images
     if folder == "auto":
         folder = invert_teacher(args, changes)
-    paths, _ = check_image_files(folder, info)
+    paths = check_image_files(folder, info)
     return torch.cat([read_images(path)[0] for path in paths])
 
 
@@ -88,7 +98,7 @@ def draw_noise(info, n):
     return to_uint8(torch.randn(n, *info.image_shape), info)
 
 
-def load_foreign_images(dataset, info, args):
+def load_training_images(dataset, info, args):
     """Training images of a data set in the teacher's number of channels, uint8, in random order."""
     images, _ = load_dataset(dataset, args.data_dir, "train")
     if images.shape[2:] != info.image_shape[1:]:
@@ -108,9 +118,50 @@ def match_channels(images, info):
     return images.contiguous()
 
 
+class Lesson(NamedTuple):
+    """What a network learns from, and what measures it."""
+
+    teacher: torch.nn.Module
+    """Frozen, in eval mode."""
+    info: NetworkInfo
+    """Of the teacher."""
+    images: torch.Tensor
+    """(n, C, H, W) uint8 of --images, on the device."""
+    dataset: str
+    """Of the test images; "none" without them."""
+    test: tuple[torch.Tensor, torch.Tensor] | None
+    """Real images and labels, or None."""
+
+
+def load_lesson(teacher, info, args, device):
+    """A Lesson: the images of --images, which auto first makes, and those that measure."""
+    dataset, test = load_real_images(info, args, device)
+    if test is not None and args.test_images:
+        test = tuple(part[: args.test_images] for part in test)
+    images = load_source_images(args, info).to(device)
+    return Lesson(teacher, info, images, dataset, test)
+
+
+def report_lesson(lesson, run):
+    """Draw samples.png; returns what result.json says of the teacher and the images."""
+    info = lesson.info
+    images = lesson.images
+    with run.write_file("samples.png") as file:
+        labels = predict(lesson.teacher, images, info, batch_size=100).cpu()
+        draw_classes(images.cpu(), labels, list_class_names(info.dataset), file)
+    result = dict(teacher=info.name, dataset=lesson.dataset, images=run.args.images)
+    result["n_images"] = len(images)
+    result["teacher_accuracy"] = info.accuracy
+    if lesson.test is not None:
+        result["teacher_accuracy"] = evaluate(lesson.teacher, *lesson.test, info)
+    return result
+
+
 # Inverted images
 def invert_teacher(args, changes=None):
     """Start deepinversion.py with the teacher's preset, once.
+
+    --seed is not passed on: runs of all seeds share the images.
 
     Args:
         args, changes: as of load_source_images; args.images is not read.
@@ -125,7 +176,8 @@ def invert_teacher(args, changes=None):
         print(f"{folder} holds the images; delete it for new ones")
         return folder
 
-    print(f"deepinversion.py makes {args.num_images} images of {args.teacher}, once, into {folder}")
+    wanted = f"at least {args.num_images} images of {args.teacher}"
+    print(f"deepinversion.py makes {wanted}, once, into {folder}")
     script = ROOT / "deepinversion.py"
     if not script.exists():
         fail(
@@ -136,6 +188,8 @@ def invert_teacher(args, changes=None):
         command += format_option(name, getattr(args, name))
     for name, value in changes.items():
         command += format_option(name, value)
+    if not args.fused:
+        command.append("--no-fused")
     code = subprocess.run(command).returncode
     if code == 2:
         raise SystemExit(2)  # it has said why, in one line
@@ -145,10 +199,11 @@ def invert_teacher(args, changes=None):
 
 
 def name_folder(args, changes):
-    """Where a teacher's images lie, as a Path; a folder for each set of options.
+    """Where a teacher's images lie, as a Path.
 
     runs/deepinversion/NAME-N, with each change in its name. The name of a teacher in a file ends in
-    the first digits of the file's SHA-256: another network there gets other images.
+    the first digits of the file's SHA-256: another network there gets other images. What else may
+    differ, check_inversion refuses.
     """
     words = [name_teacher(args), str(args.num_images)]
     words += [f"{name}={value}" for name, value in changes.items()]

@@ -146,8 +146,8 @@ SETTINGS = {
             INVERSION: "--verifier none --initial-batches 10 --epochs 13 --steps-per-epoch 250",
             # narrow generators and small batches: the presets' sizes leave a few hundred updates
             ENSEMBLE: "--width 32 --steps 280 --epochs 10 --iterations 40 --sample 0",
-            GAME: "--pseudo-batches 140 --evaluations 10",
-            REPLAY: "--width 32 --batch-size 128 --epochs 11 --iterations 20",
+            GAME: "--pseudo-batches 280 --evaluations 10",
+            REPLAY: "--width 32 --batch-size 128 --epochs 13 --iterations 20",
             "pre-dfkd-vae": "--width 32 --batch-size 128 --epochs 11 --iterations 11",
         },
         seeds=(0,),

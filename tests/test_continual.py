@@ -454,8 +454,8 @@ def test_images_are_made_of_each_old_network_anew(tmp_path, monkeypatch):
 
 def test_a_folder_of_images_is_of_the_first_network_only(tmp_path):
     run_folder = type("Run", (), {"args": replace(DIGITS, images="there"), "out": tmp_path})
-    assert continual.describe_old("abd", 1, run_folder).images == "there"
-    later = continual.describe_old("abd", 2, run_folder)
+    assert continual.make_old_args("abd", 1, run_folder).images == "there"
+    later = continual.make_old_args("abd", 2, run_folder)
     assert later.images == "auto" and later.teacher == str(tmp_path / "abd-task1.pt")
 
 
@@ -523,6 +523,10 @@ def test_no_task_id_helps_at_test():
         (dict(teacher="nowhere/teacher.pt"), "--dataset digits --arch resnet8 --classes 0 1 2 3 4"),
         (dict(tasks=("digits:0-4", "mnist:5-9"), data_dir="nowhere"), "check --data-dir"),
         (dict(images="nowhere"), "no images-*.npz or no result.json there"),
+        (
+            dict(teacher="digits-lenet5", tasks=("digits:0-9", "mnist:0-9"), images="auto"),
+            "no BatchNorm with running moments, which inversion matches",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_a_run_begins(options, says, tmp_path, capsys):

@@ -136,7 +136,7 @@ def test_stages_follow_from_the_image_size(size, stages):
     args = ge.fit_sizes(replace(DIGITS, stages=0, generators=30), replace(info, image_size=size))
     assert (args.stages, args.generators) == (stages, 10)  # at most one generator a class
     ensemble = make_ensemble([[0, 1], [2]], width=10, stages=stages, channels=3, image_size=size)
-    x, labels = ensemble(*ensemble.sample_noise(2))
+    x, labels = ensemble(*ensemble.sample_inputs(2))
     assert x.shape == (4, 3, size, size) and labels.shape == (4,)
     assert x.isfinite().all() and x.std() > 0.01
 
@@ -157,7 +157,7 @@ def test_epsilons_are_the_released_ones_and_images_are_scaled_but_not_shifted():
     assert [bn.eps for bn in (*ensemble.bns, ensemble.bn_last)] == [0.8, 0.8, 0.8]
     assert all(bn.momentum == 0.1 for bn in (ensemble.bn0, *ensemble.bns, ensemble.bn_last))
     assert ensemble.bn0.affine and not ensemble.bn_last.affine
-    z, place = ensemble.sample_noise(6)
+    z, place = ensemble.sample_inputs(6)
     factors = torch.arange(1.0, 10.0)
     with torch.no_grad():
         ensemble.bias.normal_()
@@ -184,7 +184,7 @@ def test_an_ensemble_is_its_generators(stages):
     groups = [[3, 1, 4], [5, 9], [2, 6]]
     ensemble = make_ensemble(groups, stages=stages, channels=3)
     generators = separate(ensemble)
-    z, place = ensemble.sample_noise(4)
+    z, place = ensemble.sample_inputs(4)
     x, labels = ensemble(z, place)
     x = x.unflatten(0, (4, 3))
     cotangent = torch.randn_like(x)
@@ -209,7 +209,7 @@ def test_an_ensemble_is_its_generators(stages):
 
 def test_labels_are_drawn_evenly_from_a_generators_classes():
     ensemble = make_ensemble([[0, 1, 2, 3], [4, 5, 6], [7]])
-    _, place = ensemble.sample_noise(4000)
+    _, place = ensemble.sample_inputs(4000)
     counts = [place[:, g].bincount(minlength=4).tolist() for g in range(3)]
     assert all(abs(n - 1000) < 120 for n in counts[0])
     assert all(abs(n - 1333) < 120 for n in counts[1][:3]) and counts[1][3] == 0
@@ -220,9 +220,9 @@ def test_a_part_makes_the_images_that_it_makes_in_the_whole():
     whole = make_ensemble([[0, 1], [2, 3], [4]])
     part = whole.take_part(slice(1, 3))
     torch.manual_seed(1)
-    x, labels = whole(*whole.sample_noise(3))
+    x, labels = whole(*whole.sample_inputs(3))
     torch.manual_seed(1)
-    y, its_labels = part(*part.sample_noise(3))
+    y, its_labels = part(*part.sample_inputs(3))
     x = x.unflatten(0, (3, 3))[:, 1:]
     assert torch.allclose(x, y.unflatten(0, (3, 2)), atol=1e-6)
     assert labels.view(3, 3)[:, 1:].flatten().tolist() == its_labels.tolist()
@@ -231,10 +231,10 @@ def test_a_part_makes_the_images_that_it_makes_in_the_whole():
 @pytest.mark.parametrize("bn", ["batch", "running"])
 def test_a_frozen_ensemble_does_not_change(bn):
     ensemble = make_ensemble([[0, 1], [2]])
-    ensemble(*ensemble.sample_noise(4))
+    ensemble(*ensemble.sample_inputs(4))
     before = {name: tensor.clone() for name, tensor in ensemble.state_dict().items()}
     ensemble.freeze(bn)
-    z, place = ensemble.sample_noise(4)
+    z, place = ensemble.sample_inputs(4)
     x, _ = ensemble(z, place)
     assert not x.requires_grad
     assert all(torch.equal(t, before[name]) for name, t in ensemble.state_dict().items())
@@ -298,8 +298,8 @@ def test_moments_are_those_of_each_generators_images_or_of_all(pool, fused):
     ("form", "expected"),
     [
         pytest.param("l2", 5 + 0 + 2 + 5, id="l2"),
-        pytest.param("squared", 25 + 0 + 4 + 25, id="squared"),
-        pytest.param("gaussian-kl", 9 / 2 + 16 / 2 + (9 - math.log(6)) / 2, id="gaussian-kl"),
+        pytest.param("relative", 5 / math.sqrt(2) + 0 + 2 + 5, id="relative"),
+        pytest.param("kl", (9 / 2 + 16 / 2) / 2 + (9 - math.log(6)) / 2, id="kl"),
     ],
 )
 def test_moment_distances_by_hand(form, expected, fused):
@@ -341,7 +341,8 @@ def test_the_moment_loss_pools_the_last_layers(pool, expected):
 
 
 @pytest.mark.parametrize(
-    ("form", "own"), [("l2", 2.0), ("squared", 2.0), ("gaussian-kl", math.log(5) / 2)]
+    ("form", "own"),
+    [("l2", 2.0), ("relative", 1 / math.sqrt(1.25) + 1 / 1.25), ("kl", math.log(5) / 2)],
 )
 def test_one_class_alone_cannot_have_the_moments_of_all(form, own):
     """Classes as in the data pool to the stored moments, and neither of them has them."""
@@ -414,7 +415,7 @@ def test_generators_that_train_together_are_those_that_train_alone(fused):
     alone = []
     torch.manual_seed(7)
     for _ in range(4):
-        z, place = training.ensemble.sample_noise(4)
+        z, place = training.ensemble.sample_inputs(4)
         losses = []
         for g, inputs in enumerate(list_inputs(training.ensemble, z, place)):
             labels = torch.tensor(PAIRS[g])[place[:, g]]
@@ -439,7 +440,7 @@ def test_pooled_generators_learn_on_one_pooled_batch():
     expected = []
     torch.manual_seed(7)
     for _ in range(3):
-        z, place = training.ensemble.sample_noise(4)
+        z, place = training.ensemble.sample_inputs(4)
         inputs = list_inputs(training.ensemble, z, place)
         images = [one(its) for one, its in zip(generators, inputs, strict=True)]
         x = torch.stack(images, 1).flatten(0, 1)
@@ -455,7 +456,7 @@ def test_pooled_generators_learn_on_one_pooled_batch():
 def test_hits_are_the_share_of_images_on_target():
     training = Training()
     torch.manual_seed(3)
-    x, labels = training.ensemble(*training.ensemble.sample_noise(4))
+    x, labels = training.ensemble(*training.ensemble.sample_inputs(4))
     expected = (training.teacher(x).argmax(1) == labels).float().mean()
     torch.manual_seed(3)
     with ge.watch_batchnorm(training.teacher, 5, training.args) as observe:
@@ -473,7 +474,7 @@ def test_a_student_step_is_distillation():
     loss = training.step_student()
 
     torch.manual_seed(3)
-    x, _ = training.frozen(*training.frozen.sample_noise(4))
+    x, _ = training.frozen(*training.frozen.sample_inputs(4))
     t = training.teacher(x) / 4
     s = plain(x) / 4
     divergence = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1)
@@ -492,7 +493,7 @@ def test_the_student_sees_moved_and_mixed_images(monkeypatch):
     torch.manual_seed(3)
     training.step_student()
     torch.manual_seed(3)
-    x, _ = training.frozen(*training.frozen.sample_noise(4))
+    x, _ = training.frozen(*training.frozen.sample_inputs(4))
     assert torch.equal(seen[0], ge.augment(x, shift=1, cut=True))
 
 

@@ -1,11 +1,14 @@
 """harness/load.py: networks by name, checkpoint and factory, and what does not fit."""
 
 import hashlib
+import importlib
 import json
 import math
 import pickle
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -205,7 +208,7 @@ def test_a_checkpoint_cannot_send_for_other_weights(tmp_path, monkeypatch):
     [
         pytest.param(dict(arch=None), "not a checkpoint of teacher.py", id="no arch"),
         pytest.param(dict(arch=5), "not a checkpoint of teacher.py", id="arch a number"),
-        pytest.param(dict(arch="../evil.py:f"), "not a checkpoint of teacher.py", id="arch a file"),
+        pytest.param(dict(arch="../evil.py:f"), "it is of ../evil.py:f, and a", id="arch a file"),
         pytest.param(dict(arch="resnet-20"), "not a checkpoint of teacher.py", id="arch misspelt"),
         pytest.param(dict(arch="__class__"), "unknown network '__class__'", id="arch unknown"),
         pytest.param(dict(dataset=["cifar10"]), "not a checkpoint of teacher.py", id="data a list"),
@@ -447,6 +450,26 @@ def test_a_users_own_network_is_loaded_with_its_weights(nets, tmp_path):
     assert torch.allclose(teacher(x), network.eval()(x), atol=1e-6)
     assert (info.arch, info.dataset, info.accuracy) == (nets("factory"), "", None)
     assert (info.num_classes, info.image_size, info.mean) == (7, 16, (0.5,) * 3)
+
+
+def test_packages_stay_where_the_environment_lies_in_the_repository(nets, tmp_path, monkeypatch):
+    """Ours of other names than harness make room for a user's; what is installed does not."""
+    site = tmp_path / ".venv/lib/site-packages"
+    modules = {"installed": site / "installed.py", "kernels": tmp_path / "kernels/__init__.py"}
+    for name, path in modules.items():
+        module = types.ModuleType(name)
+        module.__file__ = str(path)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(load, "ROOT", tmp_path)
+    site.mkdir(parents=True)
+    (site / "fetched.py").write_text("")
+    monkeypatch.syspath_prepend(site)
+    installed = sys.modules["installed"]
+    with load.import_first_from([tmp_path]):
+        assert sys.modules["installed"] is installed
+        assert "kernels" not in sys.modules
+        fetched = importlib.import_module("fetched")
+    assert sys.modules.pop("fetched") is fetched  # not forgotten: some cannot be imported twice
 
 
 def test_a_factory_gets_the_options_that_it_takes(nets):

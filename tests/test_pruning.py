@@ -24,6 +24,7 @@ from channels import (
 from harness.data import evaluate, load_dataset
 from harness.load import NetworkInfo, load_teacher
 from harness.networks import NETWORKS, ResNet, sample_example
+from harness.sources import Lesson
 from kernels import _common
 
 DIGITS = replace(
@@ -393,7 +394,8 @@ def test_importance_sums_squares_over_mini_batches(monkeypatch):
     channels = channels_part.Channels(2, {}, {})
     args = replace(DIGITS, batches_per_removal=2)
     network = pruning.deepcopy(teacher).requires_grad_(True)
-    found, loss = pruning.measure_importance(network, teacher, images, info, channels, 1, args)
+    lesson = Lesson(teacher, info, images, "none", None)
+    found, loss = pruning.measure_importance(network, lesson, channels, 1, args)
     assert found.tolist() == [10.0, 4.0]
     assert loss == pytest.approx(0, abs=1e-5)  # KL of equal networks
 
@@ -414,11 +416,10 @@ def test_magnitude_is_a_mean_over_the_weights_that_write_a_channel():
 
 
 def remove(scores, network, channels, target, per_removal):
-    kept = torch.ones(channels.count, dtype=torch.bool)
-    choices = {}
+    progress = pruning.begin_progress(channels, "cpu")
     args = replace(DIGITS, target=target, channels_per_removal=per_removal)
-    share = pruning.remove_lowest(scores, kept, choices, network, channels, args)
-    return kept, choices, share
+    share = pruning.remove_lowest(scores, progress, network, channels, args)
+    return progress["kept"], progress["choices"], share
 
 
 def test_the_lowest_go_first():
@@ -509,7 +510,8 @@ def test_statistics_move_in_train_mode_alone(mode, moves):
     before = {name: x.clone() for name, x in network.state_dict().items()}
     args = replace(DIGITS, statistics=mode)
     optimizer = pruning.make_optimizer("adam", network, args.lr)
-    pruning.train_epoch(network, teacher, images, info, optimizer, 0, args)
+    lesson = Lesson(teacher, info, images, "none", None)
+    pruning.train_epoch(network, lesson, optimizer, 0, args)
     for name, x in network.state_dict().items():
         if name.endswith(("running_mean", "running_var")):
             assert torch.equal(x, before[name]) != moves, name
@@ -550,7 +552,7 @@ def test_targets_out_of_range_are_refused(target):
 
 
 def test_targets_of_one_name_are_refused():
-    with pytest.raises(ValueError, match="shares that differ by at least 0.01"):
+    with pytest.raises(ValueError, match="shares that differ when rounded to percents"):
         replace(DIGITS, target=(0.251, 0.25))
 
 
@@ -709,13 +711,15 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Conv2d(1, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU())
         self.fc = nn.Linear(8 * 8 * 8, num_classes)
+        self.projection = nn.Linear(8 * 8 * 8, 4)
 
     def forward(self, x):
-        return {"logits": self.fc(self.body(x).flatten(1))}
+        features = self.body(x).flatten(1)
+        return {"logits": self.fc(features), "projection": self.projection(features)}
 """
 
 
-def test_a_users_network_is_pruned_and_loaded_again(tmp_path):
+def test_a_users_network_is_pruned_and_loaded_again(tmp_path, capsys):
     (tmp_path / "net.py").write_text(USERS_NETWORK)
     namespace = {}
     exec(USERS_NETWORK, namespace)
@@ -723,9 +727,12 @@ def test_a_users_network_is_pruned_and_loaded_again(tmp_path):
     teacher = f"{tmp_path / 'net.py'}:Net"
     options = dict(teacher=teacher, weights=str(tmp_path / "w.pth"), mean=(0.3,), std=(0.3,))
     result = run(tmp_path / "run", **options, images="digits", dataset="digits", target=(0.5,))
-    network, info = pruning.load_pruned(tmp_path / "run/pruned-50.pt")
+    path = tmp_path / "run/pruned-50.pt"
+    network, info = pruning.load_pruned(path, teacher)
     images, labels = load_test_images()
     assert evaluate(network, images, labels, info) == result["student_accuracy"]["50"]
+    line = read_refusal(capsys, pruning.load_pruned, path)
+    assert f"it would run {teacher}; pass that as factory if you trust it" in line
 
 
 def test_a_file_of_something_else_is_no_pruned_network(tmp_path, capsys):

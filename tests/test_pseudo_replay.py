@@ -466,7 +466,7 @@ def test_the_student_of_a_run_learns(tmp_path, memory):
     result = run(tmp_path, memory=memory, **options)
     rows = rows_of(tmp_path)
     accuracies = [row["eval/acc"] for row in rows]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     assert max(accuracies) > 20  # chance is 10
     assert rows[-1]["loss/student"] < rows[0]["loss/student"]
     assert ("loss/memory" in rows[0]) == (memory == "vae")
@@ -488,7 +488,7 @@ def test_an_interrupted_run_resumes_with_its_memory(tmp_path, monkeypatch, memor
 
     def interrupt(self, bar, row):
         show(self, bar, row)
-        if row["step"] == 3:  # its row is written, its checkpoint is not
+        if row["epoch"] == 3:  # its row is written, its checkpoint is not
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -539,7 +539,7 @@ def test_losses_that_are_not_finite_end_the_run(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(tmp_path, lr_student=1e9)
     line = capsys.readouterr().err
-    assert "not finite in epoch" in line and "lower --lr-student" in line
+    assert "not finite: loss/" in line and "lower the learning rates" in line
 
 
 # Options and statistics
@@ -556,6 +556,11 @@ def test_losses_that_are_not_finite_end_the_run(tmp_path, capsys):
 def test_a_share_that_leaves_too_few_images_of_a_kind_is_refused(options, says):
     with pytest.raises(ValueError, match=says):
         make_args(**options)
+
+
+def test_more_steps_of_the_memory_than_of_the_student_are_refused():
+    with pytest.raises(ValueError, match="--n-memory-iter: expected at most --n-student-iter, 2"):
+        make_args(memory="vae", n_student_iter=2, n_memory_iter=3)
 
 
 def test_a_run_without_memory_needs_no_share():

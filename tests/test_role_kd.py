@@ -266,14 +266,14 @@ def test_base_augmentation_moves_mirrors_and_cuts():
 
 def test_explored_integers_stay_in_their_ranges():
     chance = random.Random(0)
-    policy = role_kd.ZERO_POLICY
+    policy = augmentations.ZERO_POLICY
     seen = [set(), set()]
     for _ in range(300):
         policy = role_kd.explore(policy, chance)
         seen[0].update(policy[0::2])
         seen[1].update(policy[1::2])
     assert seen == [set(range(11)), set(range(10))]
-    assert role_kd.ZERO_POLICY == [0] * 60
+    assert augmentations.ZERO_POLICY == [0] * 60
 
 
 def test_an_integer_is_explored_with_the_released_probabilities():
@@ -293,14 +293,14 @@ def test_an_integer_is_explored_with_the_released_probabilities():
 
 def test_a_schedule_is_stretched_by_the_ratio():
     schedule = [[1, "a"], [2, "b"], [1, "c"]]
-    assert [role_kd.get_policy(schedule, i, 4) for i in range(4)] == list("abbc")
-    assert [role_kd.get_policy(schedule, i, 8) for i in range(8)] == list("aabbbbcc")
-    assert [role_kd.get_policy(schedule, i, 2) for i in range(2)] == list("ab")
+    assert [augmentations.get_policy(schedule, i, 4) for i in range(4)] == list("abbc")
+    assert [augmentations.get_policy(schedule, i, 8) for i in range(8)] == list("aabbbbcc")
+    assert [augmentations.get_policy(schedule, i, 2) for i in range(2)] == list("ab")
 
 
 def test_a_random_schedule_has_the_strength_of_its_model():
     chance = random.Random(0)
-    first = role_kd.explore(role_kd.ZERO_POLICY, chance)
+    first = role_kd.explore(augmentations.ZERO_POLICY, chance)
     schedule = [[2, first], [3, role_kd.explore(first, chance)]]
     shuffled = role_kd.shuffle_entries(schedule, random.Random(1))
 
@@ -318,10 +318,11 @@ def test_a_random_schedule_has_the_strength_of_its_model():
 
 
 def test_arms_take_their_schedules():
-    schedules = {"teacher": [[2, FULL]], "student": [[1, role_kd.ZERO_POLICY], [1, [3, 3] * 30]]}
+    student_schedule = [[1, augmentations.ZERO_POLICY], [1, [3, 3] * 30]]
+    schedules = {"teacher": [[2, FULL]], "student": student_schedule}
 
     def choose(name):
-        return role_kd.choose_schedule(role_kd.get_schedule_kind(name), schedules, 0)
+        return role_kd.choose_schedule(role_kd.name_schedule(name), schedules, 0)
 
     for name in ("teacher-base", "student-base", "student-teacher"):
         assert choose(name) == role_kd.BASE_SCHEDULE
@@ -334,16 +335,16 @@ def test_arms_take_their_schedules():
 
 
 def test_schedules_are_read_as_they_were_written(tmp_path):
-    schedules = {"teacher": [[2, FULL], [1, role_kd.ZERO_POLICY]]}
-    (tmp_path / "s.json").write_bytes(role_kd.encode_schedules(schedules))
-    assert role_kd.read_schedules(tmp_path / "s.json", ["teacher"], 3) == schedules
+    schedules = {"teacher": [[2, FULL], [1, augmentations.ZERO_POLICY]]}
+    (tmp_path / "s.json").write_bytes(augmentations.encode_schedules(schedules))
+    assert augmentations.read_schedules(tmp_path / "s.json", ["teacher"]) == schedules
 
 
 @pytest.mark.parametrize(
     "old, new, says",
     [
-        ('"epochs": 3', '"epochs": 4', "expected a schedule of 3 epochs, got 4"),
-        ('"Rotate"', '"Twirl"', "unknown operation 'Twirl', expected Rotate, "),
+        ('"epochs": 3', '"epochs": 0', "expected pieces of at least 1 epoch each"),
+        ('"Rotate"', '"Twirl"', "expected Rotate as entry 0, got Twirl"),
         ('"Rotate"', '"Invert"', "expected Rotate as entry 0, got Invert"),
         ("10", "11", "Rotate: expected 0 to 10 and 0 to 9, got 11 and 5"),
         ('"teacher"', '"pupil"', "it has no schedule of a teacher"),
@@ -351,9 +352,9 @@ def test_schedules_are_read_as_they_were_written(tmp_path):
     ],
 )
 def test_schedules_of_no_search_are_refused(tmp_path, capsys, old, new, says):
-    text = role_kd.encode_schedules({"teacher": [[3, FULL]]}).decode()
+    text = augmentations.encode_schedules({"teacher": [[3, FULL]]}).decode()
     (tmp_path / "s.json").write_text(text.replace(old, new, 1))
-    line = read_refusal(capsys, role_kd.read_schedules, tmp_path / "s.json", ["teacher"], 3)
+    line = read_refusal(capsys, augmentations.read_schedules, tmp_path / "s.json", ["teacher"])
     assert says in line
 
 
@@ -381,13 +382,13 @@ def test_a_clone_scores_as_its_source_and_then_goes_its_own_way():
     role_kd.exploit(phase.members, random.Random(0))
     for i in (0, 1, 2):  # all others go on as they were
         assert phase.members[i].score == before[i]["score"]
-        assert phase.members[i].policy == role_kd.ZERO_POLICY
+        assert phase.members[i].policy == augmentations.ZERO_POLICY
     for i in (3, 4):
         clone = phase.members[i]
         j = [member.score for member in sources].index(clone.score)
         assert role_kd.measure(clone.network, splits["validation"]) == true_scores[j]
-        assert clone.policy != role_kd.ZERO_POLICY
-        assert clone.lineage == [[1, role_kd.ZERO_POLICY]]
+        assert clone.policy != augmentations.ZERO_POLICY
+        assert clone.lineage == [[1, augmentations.ZERO_POLICY]]
         state = clone.optimizer.state_dict()["state"]
         for key, value in sources[j].optimizer.state_dict()["state"].items():
             assert torch.equal(state[key]["exp_avg_sq"], value["exp_avg_sq"])
@@ -416,6 +417,11 @@ def test_a_schedule_is_the_winners_lineage_and_as_long_as_the_search(interval):
     best = max(member.score for member in phase.members)
     assert best in [m.score for m in phase.members if m.lineage == schedule]
     assert rows[-1]["eval/validation"] == best
+
+    # killed after its last round, a search has nothing left to do
+    n_rows = len(rows)
+    assert role_kd.search(phase, splits, lambda phase, row: rows.append(row), args) == schedule
+    assert len(rows) == n_rows and sum(epochs for epochs, _ in schedule) == 5
 
 
 def test_the_learning_rate_falls_at_the_released_marks():
@@ -641,7 +647,7 @@ def test_a_trained_teacher_leaves_stage_one_out(tmp_path):
         (dict(weights="w.pt"), "--weights: leaves no teacher to augment for --arm both"),
         (dict(bits=2), "--bits 2: expected a student that can start from the teacher"),
         (dict(search_images=1000), "expected at most the 1437 training images"),
-        (dict(search_epochs=9, schedules="s.json"), "expected a schedule of 9 epochs, got 3"),
+        (dict(schedules="schedules.json", out="."), "this run would overwrite it; pass another"),
         (dict(schedules="nowhere.json"), "--schedules nowhere.json: FileNotFoundError"),
         (dict(kd="at", student="resnet8"), "no activations of equal sizes; pass --kd soft or rkd"),
         (dict(teacher="resnet99"), "--teacher resnet99: unknown network"),
@@ -652,7 +658,7 @@ def test_a_trained_teacher_leaves_stage_one_out(tmp_path):
 def test_what_does_not_go_together_is_refused(tmp_path, monkeypatch, capsys, options, says):
     monkeypatch.chdir(tmp_path)
     schedules = {role: [[3, FULL]] for role in ("teacher", "student")}
-    (tmp_path / "s.json").write_bytes(role_kd.encode_schedules(schedules))
+    (tmp_path / "s.json").write_bytes(augmentations.encode_schedules(schedules))
     args = replace(TINY, validation_images=500, **options)
     assert says in read_refusal(capsys, role_kd.main, args)
     assert [path.name for path in tmp_path.iterdir()] == ["s.json"]

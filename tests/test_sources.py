@@ -17,8 +17,8 @@ from harness.load import load_teacher
 from harness.sources import (
     draw_noise,
     invert_teacher,
-    load_foreign_images,
     load_source_images,
+    load_training_images,
     name_teacher,
 )
 
@@ -39,12 +39,12 @@ def test_grey_images_are_repeated_for_a_teacher_of_colours():
     _, info = load_teacher(DIGITS, "cpu")
     info.mean = (0.5, 0.4, 0.3)
     info.std = (0.2, 0.2, 0.2)
-    images = load_foreign_images("digits", info, DIGITS)
+    images = load_training_images("digits", info, DIGITS)
     assert images.shape == (60, 3, 32, 32) and images.dtype == torch.uint8
     assert torch.equal(images[:, 0], images[:, 2])
     info.image_size = 28
     with pytest.raises(SystemExit):
-        load_foreign_images("digits", info, DIGITS)
+        load_training_images("digits", info, DIGITS)
 
 
 def test_deepinversion_is_started_once_with_the_teachers_options(tmp_path, monkeypatch, capsys):

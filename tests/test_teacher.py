@@ -522,7 +522,7 @@ def test_a_teacher_is_measured_and_exported_later(tmp_path, monkeypatch, capsys,
     capsys.readouterr()
     teacher.main(Args(evaluate=str(path), export="later", device="cpu"))
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"{result['accuracy']:.2f} %"
+    assert lines[0] == f"{result['accuracy']:.2f} % of digits"
     assert (tmp_path / "teachers/later.pt").read_bytes() == path.read_bytes()
 
     train_briefly(tmp_path / "run", export="at-once")
@@ -558,7 +558,7 @@ def test_a_network_of_some_classes_says_which_and_is_measured_on_them(
     assert (saved["classes"], saved["num_classes"]) == ((2, 5, 9), 3)
     capsys.readouterr()
     teacher.main(Args(evaluate=str(path), device="cpu"))
-    assert capsys.readouterr().out == f"{saved['accuracy']:.2f} %\n"
+    assert capsys.readouterr().out == f"{saved['accuracy']:.2f} % of digits\n"
 
     network, info = load_trained(str(path), "cpu", "")
     images, labels = load_dataset("digits", "", "test")

@@ -325,7 +325,7 @@ def test_a_last_line_that_a_kill_cut_short_is_dropped(tmp_path, rest):
         ({"state": [1]}, "its state is no dict"),
         ({"state": {"epoch": -3}}, "epoch: expected a whole number of at least 0, got -3"),
         ({"state": {"epoch": 3.0}}, "epoch: expected a whole number of at least 0, got 3.0"),
-        ({"state": {"epochs_done": "3"}}, "epochs_done: expected a whole number"),
+        ({"state": {"step": "3"}}, "step: expected a whole number"),
         ({"state": {"epoch": 7}}, "epoch is 7, in metrics.jsonl 3"),
         ({"state": {"epoch": 3, "w": torch.tensor([torch.nan])}}, "w is not finite"),
         ({"state": {"epoch": 3, "lr": float("inf")}}, "lr is not finite"),
