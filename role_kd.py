@@ -284,7 +284,7 @@ def load_splits(args, info, device):
     }
 
 
-# Policies and schedules: what they are says augmentations.py.
+# Policies and schedules: see augmentations.py
 BASE_SCHEDULE = [[1, ZERO_POLICY]]
 
 

@@ -240,8 +240,9 @@ def refuse_unwritable(path):
     try:
         yield
     except Exception as error:
-        if not isinstance(find_cause(error), (OSError, RuntimeError, MemoryError)):
-            raise  # a bug of ours, not of the disk
+        # numbers that JSON lacks are a ValueError; anything else is a bug of ours
+        if not isinstance(find_cause(error), (OSError, RuntimeError, MemoryError, ValueError)):
+            raise
         advice = DISK_ADVICE
         if is_out_of_memory(error):
             advice = advise_less_memory()

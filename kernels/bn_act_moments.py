@@ -586,8 +586,10 @@ def merge_moments(parts):
     """
     if not parts or not _common.runs_triton(parts[0]):
         return parts  # the CPU path has no partial ones
-    sizes = [part.size(2) for part in parts]
-    return list(_MergeMoments.apply(*parts).split(sizes, 1))
+    moments = _MergeMoments.apply(*parts)  # (2, C of all layers)
+    if len(parts) == 1:
+        return [moments]
+    return list(moments.split([part.size(2) for part in parts], 1))
 
 
 def bn_act_moments(

@@ -148,7 +148,7 @@ SETTINGS = {
             ENSEMBLE: "--width 32 --steps 280 --epochs 10 --iterations 40 --sample 0",
             GAME: "--pseudo-batches 280 --evaluations 10",
             REPLAY: "--width 32 --batch-size 128 --epochs 13 --iterations 20",
-            "pre-dfkd-vae": "--width 32 --batch-size 128 --epochs 11 --iterations 11",
+            "pre-dfkd-vae": "--width 32 --batch-size 128 --epochs 11 --iterations 16",
         },
         seeds=(0,),
         presets={INVERSION: "cifar10-student"},
