@@ -861,9 +861,13 @@ def make_which_mnist():
     return make_which("mnist")
 
 
+def make_which_cifar10():
+    return make_which("cifar10")
+
+
 def make_which_short():
     """README's table: the student's accuracy by method and data set."""
-    sets = {"digits": "digits", "mnist": "MNIST"}
+    sets = {"digits": "digits", "mnist": "MNIST", "cifar10": "CIFAR-10"}
     saved = [read_json(f"which-{name}.json") for name in sets]
     rows = []
     for arm in sort_arms(saved[0]):
@@ -882,6 +886,7 @@ MAKERS = {
     "teachers": make_teachers,
     "which_digits": make_which_digits,
     "which_mnist": make_which_mnist,
+    "which_cifar10": make_which_cifar10,
     "which_short": make_which_short,
     "inversion": make_inversion,
     "students": make_students,

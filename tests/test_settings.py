@@ -373,7 +373,8 @@ def test_every_published_file_is_compared():
     # of runs that stand in other files, or of no training
     tables |= {"mte-mnist.json", "architectures.json", "real-moments.json"}
     tables |= {"role-kd-cifar10.json"}  # of a small budget, which its command states
-    tables |= {"which-digits.json", "which-mnist.json"}  # whose options results/which.py holds
+    # whose options results/which.py holds
+    tables |= {"which-digits.json", "which-mnist.json", "which-cifar10.json"}
     # runs of results/imagenet.py and results/moment_forms.py, which name the options they change
     tables |= {"imagenet.json", "moment-forms.json"}
     tables |= {"bf16-cpu.json"}  # runs of the default, with --bf16-cpu and without
