@@ -77,7 +77,8 @@ class Args(MethodOptions):
     n_student_iter: int = 10
     """Student steps of an inner iteration, after one generator step (released code: kd_iter)."""
     n_memory_iter: int = 4
-    """VAE steps of an inner iteration: one after each of its first student steps (released)."""
+    """VAE steps of an inner iteration: one after each of its first student steps (released), so
+    never more than those."""
     batch_size: int = 1024
     """Novel images of a step (released code); the VAE learns from the first half of them."""
     memory_share: float = 1 / 9
@@ -130,9 +131,6 @@ class Args(MethodOptions):
         if self.memory != "none" and not 2 <= self.n_memory <= self.batch_size:
             expected = "expected 2 to --batch-size, or --memory none"
             raise ValueError(f"--memory-share: {self.n_memory} images a batch; {expected}")
-        if self.memory == "vae" and self.n_memory_iter > self.n_student_iter:
-            expected = f"expected at most --n-student-iter, {self.n_student_iter}"
-            raise ValueError(f"--n-memory-iter: {expected}, got {self.n_memory_iter}")
 
     @property
     def n_memory(self):

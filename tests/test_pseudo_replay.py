@@ -558,11 +558,6 @@ def test_a_share_that_leaves_too_few_images_of_a_kind_is_refused(options, says):
         make_args(**options)
 
 
-def test_more_steps_of_the_memory_than_of_the_student_are_refused():
-    with pytest.raises(ValueError, match="--n-memory-iter: expected at most --n-student-iter, 2"):
-        make_args(memory="vae", n_student_iter=2, n_memory_iter=3)
-
-
 def test_a_run_without_memory_needs_no_share():
     assert make_args(memory="none", memory_share=0.0).n_memory == 0
 
