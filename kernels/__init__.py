@@ -21,6 +21,10 @@ from kernels.jittered_view import jittered_view, jittered_view_ref
 from kernels.js_divergence import js_divergence, js_divergence_ref, js_released
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref
 from kernels.moment_distance import moment_distance, moment_distance_ref
+from kernels.pointwise_bn_act_moments import (
+    pointwise_bn_act_moments,
+    pointwise_bn_act_moments_ref,
+)
 from kernels.total_variation import total_variation, total_variation_ref
 
 __all__ = [
@@ -50,6 +54,8 @@ __all__ = [
     "kl_divergence_ref",
     "moment_distance",
     "moment_distance_ref",
+    "pointwise_bn_act_moments",
+    "pointwise_bn_act_moments_ref",
     "quantization_grid",
     "total_variation",
     "total_variation_ref",

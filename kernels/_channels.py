@@ -40,6 +40,19 @@ def compute_row_offsets(
 
 
 @triton.jit
+def mask_channels(
+    offs_c,  # channels
+    n_channels,
+    ALIGN: tl.constexpr,  # a number that divides n_channels; 1 for unknown
+):
+    """offs_c < n_channels. It is the same for ALIGN neighbours, so they may be loaded at once."""
+    mask = offs_c < n_channels
+    if ALIGN > 1:
+        mask = tl.max_constancy(mask, ALIGN)
+    return mask
+
+
+@triton.jit
 def locate_program(
     n_columns,  # C if the columns are channels, else positions along the columns
     BLOCK_COL: tl.constexpr,  # columns of a tile
@@ -326,10 +339,15 @@ def check_channels(op, x, **vectors):
         raise ValueError(
             f"{op}: expected x of shape (N, C, *spatial), 2-D to 5-D, got {got}; reshape it"
         )
+    check_vectors(op, x.size(1), **vectors)
+
+
+def check_vectors(op, n_channels, **vectors):
+    """Raise unless each vector has one value per channel."""
     for name, vector in vectors.items():
         shape = None if vector is None else tuple(vector.shape)
-        if shape != (x.size(1),):
+        if shape != (n_channels,):
             raise ValueError(
-                f"{op}: expected {name} of shape ({x.size(1)},), got {shape}; "
+                f"{op}: expected {name} of shape ({n_channels},), got {shape}; "
                 "pass one value per channel"
             )

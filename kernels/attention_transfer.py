@@ -32,6 +32,7 @@ import math
 import torch
 
 from kernels import _common
+from kernels._channels import mask_channels
 from kernels._common import tl, triton
 
 
@@ -78,15 +79,6 @@ def _position_offsets(
 
 
 @triton.jit
-def _channel_mask(offs_c, C, ALIGN: tl.constexpr):
-    """offs_c < C. It is the same for each ALIGN channels, so that they may be loaded at once."""
-    mask = offs_c < C
-    if ALIGN > 1:
-        mask = tl.max_constancy(mask, ALIGN)
-    return mask
-
-
-@triton.jit
 def _attention_map_fwd_kernel(
     m_ptr,  # (N, H W) fp32 out: mean of squares
     x_ptr,  # (N, C, H, W) activation
@@ -116,7 +108,7 @@ def _attention_map_fwd_kernel(
     acc = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for start in range(0, C, BLOCK_C):
         offs_c = start + tl.arange(0, BLOCK_C).to(tl.int64)
-        mask = mask_p[:, None] & _channel_mask(offs_c, C, ALIGN)[None, :]
+        mask = mask_p[:, None] & mask_channels(offs_c, C, ALIGN)[None, :]
         x = tl.load(x_ptrs + offs_c[None, :] * stride_xc, mask=mask, other=0.0).to(tl.float32)
         acc += x * x
     tl.store(m_ptr + image * n_positions + offs_p, tl.sum(acc, 1) * inv_c, mask=mask_p)
@@ -203,7 +195,7 @@ def _attention_map_bwd_dx_kernel(
     offs_p = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_c = channel_tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_p = offs_p < n_positions
-    mask = mask_p[:, None] & _channel_mask(offs_c, C, ALIGN)[None, :]
+    mask = mask_p[:, None] & mask_channels(offs_c, C, ALIGN)[None, :]
 
     dm = tl.load(dm_ptr + image * n_positions + offs_p, mask=mask_p, other=0.0)
     if grad_ptr is not None:

@@ -102,12 +102,18 @@ def bn_act_moments_ref(
     return y.to(x.dtype), torch.stack((mean - running_mean.detach(), var))
 
 
-def _check_activation(activation):
+def _check_activation(activation, op="bn_act_moments"):
     if activation not in ACTIVATIONS:
         choices = ", ".join(ACTIVATIONS)
-        raise ValueError(
-            f"bn_act_moments: expected activation in {choices}, got {activation!r}; choose one"
-        )
+        raise ValueError(f"{op}: expected activation in {choices}, got {activation!r}; choose one")
+
+
+def _check_residual(op, residual, shape, dtype):
+    """Raise unless the residual is None or of this shape and dtype."""
+    if residual is not None and (residual.shape != shape or residual.dtype != dtype):
+        expected = f"{tuple(shape)} {dtype}"
+        got = f"{tuple(residual.shape)} {residual.dtype}"
+        raise ValueError(f"{op}: expected residual of {expected}, got {got}; match it to x")
 
 
 @triton.jit
@@ -513,6 +519,19 @@ def _choose_saved(activation, residual):
     return "y" if activation == "relu" else "residual"
 
 
+def _fill_gradients(dy, grads, dy_again, x, affine):
+    """The gradients that a backward pass gets, with zeros in place of those that nothing gave."""
+    if dy is None:
+        dy, dy_again = dy_again, None
+    if dy is None:
+        dy = torch.zeros_like(x)
+    if grads is None:  # nothing depends on the moments
+        n_channels = x.size(1)
+        shape = (3, 1, n_channels) if _common.runs_triton(x) else (2, n_channels)
+        grads = affine.new_zeros(shape)
+    return dy, grads, dy_again
+
+
 class _BNActMoments(torch.autograd.Function):
     """y, and what merge_moments takes: partial moments (3, P, C), on a CPU the moments (2, C).
 
@@ -540,14 +559,8 @@ class _BNActMoments(torch.autograd.Function):
         _common.refuse_double_backward("bn_act_moments")
         saved_tensors = ctx.saved_tensors  # read once: gradient checkpointing allows no more
         x, _, affine, *_ = saved_tensors
-        on_gpu = _common.runs_triton(x)
-        if dy is None:
-            dy, dy_again = dy_again, None
-        if dy is None:
-            dy = torch.zeros_like(x)
-        if grads is None:  # nothing depends on the moments
-            grads = affine.new_zeros(3, 1, x.size(1)) if on_gpu else affine.new_zeros(2, x.size(1))
-        run = _backward_on_gpu if on_gpu else _backward_on_cpu
+        dy, grads, dy_again = _fill_gradients(dy, grads, dy_again, x, affine)
+        run = _backward_on_gpu if _common.runs_triton(x) else _backward_on_cpu
         dx, dresidual = run(ctx, saved_tensors, dy, dy_again, grads)
         return dx, dresidual, None, None, None
 
@@ -556,7 +569,8 @@ class _MergeMoments(torch.autograd.Function):
     """Moments (2, C of all layers) from the layers' partial ones, in one launch."""
 
     @staticmethod
-    def forward(ctx, *partials):
+    def forward(ctx, op, *partials):
+        ctx.op = op
         moments = merge_partials(partials)
         ctx.shapes = [partial.shape for partial in partials]
         ctx.save_for_backward(moments)
@@ -570,23 +584,24 @@ class _MergeMoments(torch.autograd.Function):
         layer did not know yet. Autograd wants a gradient of the partials' shape, so the rows are
         expanded to it, which moves nothing.
         """
-        _common.refuse_double_backward("bn_act_moments")
+        _common.refuse_double_backward(ctx.op)
         (moments,) = ctx.saved_tensors
         rows = torch.cat((grads, moments[:1]))  # (3, C of all layers)
         parts = rows.split([shape[2] for shape in ctx.shapes], 1)
-        return tuple(
+        expanded = [
             part.unsqueeze(1).expand(shape) for part, shape in zip(parts, ctx.shapes, strict=True)
-        )
+        ]
+        return None, *expanded
 
 
-def merge_moments(parts):
+def merge_moments(parts, op="bn_act_moments"):
     """Moments of each layer, a list of (2, C), from what `bn_act_moments_folded` gave for each.
 
-    On a GPU one launch merges those of all layers.
+    On a GPU one launch merges those of all layers. op: the name that errors say.
     """
     if not parts or not _common.runs_triton(parts[0]):
         return parts  # the CPU path has no partial ones
-    moments = _MergeMoments.apply(*parts)  # (2, C of all layers)
+    moments = _MergeMoments.apply(op, *parts)  # (2, C of all layers)
     if len(parts) == 1:
         return [moments]
     return list(moments.split([part.size(2) for part in parts], 1))
@@ -646,12 +661,7 @@ def bn_act_moments(
     )
     _common.check_float("bn_act_moments", x=x, residual=residual)
     _check_activation(activation)
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        expected = f"{tuple(x.shape)} {x.dtype}"
-        got = f"{tuple(residual.shape)} {residual.dtype}"
-        raise ValueError(
-            f"bn_act_moments: expected residual of {expected}, got {got}; match it to x"
-        )
+    _check_residual("bn_act_moments", residual, x.shape, x.dtype)
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
     y, part = _BNActMoments.apply(x, residual, affine, activation, 1)
     (moments,) = merge_moments([part])

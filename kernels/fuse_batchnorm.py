@@ -3,7 +3,8 @@
 `fuse_batchnorm` replaces each BatchNorm, with the addition and the activation after it, by one call
 of `bn_act_moments`. A conventional inversion step does the same in three places: the layer in eval
 mode, the activation, and a hook that measures the layer's input. Fused are BatchNorm -> activation,
-BatchNorm -> addition -> activation, and BatchNorm alone.
+BatchNorm -> addition -> activation, and BatchNorm alone. On a GPU a 1 x 1 convolution before them
+is part of the same call, `pointwise_bn_act_moments`.
 
 A rebuilt network may differ from the one that it was made of: torch.fx drops `torch.no_grad()`,
 and a copied module may still call the original. With an example batch `fuse_batchnorm` compares
@@ -26,9 +27,10 @@ from torch import fx
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from kernels import _verify
+from kernels import _common, _verify
 from kernels.bn_act_moments import bn_act_moments_folded, fold_constants, merge_moments
 from kernels.bn_moments import bn_moments, bn_moments_ref
+from kernels.pointwise_bn_act_moments import pointwise_bn_act_moments_folded
 
 BATCHNORMS = _BatchNorm  # with SyncBatchNorm and what users derive
 # The classes that compute what their name says. A derived one may do more, and is only measured.
@@ -140,6 +142,46 @@ class FusedBatchNorm(nn.Module):
             again = [y] * (self.n_uses - 1)
         self.record.add(self.place, part, self.running_var, self.eps, is_part=True)
         return (y, *again) if again else y
+
+
+class FusedPointwise(FusedBatchNorm):
+    """A frozen 1 x 1 convolution, and the BatchNorm and activation after it.
+
+    Args:
+        conv: the convolution, of stride 1, one group, without padding and bias. The other
+            arguments are those of FusedBatchNorm.
+    """
+
+    def __init__(self, conv, *args):
+        super().__init__(*args)
+        self.conv = conv
+
+    def forward(self, input, residual=None):
+        if not self.can_fuse(input, residual):
+            return super().forward(self.conv(input), residual)
+        y, part, *again = pointwise_bn_act_moments_folded(
+            input, self.conv.weight, self.affine, residual, self.activation, self.n_uses
+        )
+        self.record.add(self.place, part, self.running_var, self.eps, is_part=True)
+        return (y, *again) if again else y
+
+    def can_fuse(self, input, residual):
+        """Whether one kernel computes what the two layers would, in the same dtype.
+
+        There is none for CPUs. It treats the weight as a constant, and it does not convert.
+        """
+        weight = self.conv.weight
+        if not _common.runs_triton(input) or input.dim() != 4 or input.dtype != weight.dtype:
+            return False
+        if weight.requires_grad and torch.is_grad_enabled():
+            return False
+        device = input.device.type
+        if torch.is_autocast_enabled(device) and input.dtype != torch.get_autocast_dtype(device):
+            return False
+        if residual is None:
+            return True
+        shape = (len(input), len(weight), *input.shape[2:])
+        return residual.shape == shape and residual.dtype == input.dtype
 
 
 class MeasuredBatchNorm(nn.Module):
@@ -524,8 +566,14 @@ def _rebuild_by_tracing(model, layers):
             continue
         if _is_plain(layer):
             addition, end, activation = _find_followers(traced, node)
-            fused = FusedBatchNorm(layer, activation, record, number)
-            _replace_nodes(traced, f"fused_{number}", fused, node, addition, end)
+            convolution = _find_pointwise(traced, node)
+            if convolution is None:
+                fused = FusedBatchNorm(layer, activation, record, number)
+            else:
+                conv = traced.get_submodule(convolution.target)
+                fused = FusedPointwise(conv, layer, activation, record, number)
+            replaced = (end, addition, node, convolution)
+            _replace_nodes(traced, f"fused_{number}", fused, replaced)
         else:
             node.target = f"measured_{number}"
             traced.add_module(node.target, MeasuredBatchNorm(layer, record, number))
@@ -587,10 +635,37 @@ def _find_followers(traced, node):
     return None, None, "none"
 
 
-def _replace_nodes(traced, name, fused, node, addition, end):
-    """Put a FusedBatchNorm in place of a BatchNorm's node and its followers."""
+def _find_pointwise(traced, node):
+    """The node of a 1 x 1 convolution whose output a BatchNorm's node alone reads, or None."""
+    convolution = _get_input(node)
+    if convolution.op != "call_module" or _find_only_user(convolution) is not node:
+        return None
+    conv = traced.get_submodule(convolution.target)
+    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+        return None
+    is_pointwise = set(conv.kernel_size + conv.stride) == {1} and conv.groups == 1
+    if not is_pointwise or conv.padding not in ((0, 0), "valid", "same") or conv.bias is not None:
+        return None
+    # It will run where the BatchNorm's followers do. Its input is the same there: autograd keeps it
+    # for the convolution, and refuses what changes it in place.
+    return convolution
+
+
+def _get_input(node):
+    """The first argument of a module's node."""
+    return node.args[0] if node.args else node.kwargs["input"]
+
+
+def _replace_nodes(traced, name, fused, replaced):
+    """Put a FusedBatchNorm in place of a BatchNorm's node, its followers and its convolution.
+
+    Args:
+        replaced: the nodes of activation, addition, BatchNorm and convolution, each but that of the
+            BatchNorm may be None.
+    """
+    end, addition, node, convolution = replaced
     traced.add_module(name, fused)
-    inputs = [node.args[0] if node.args else node.kwargs["input"]]
+    inputs = [_get_input(node if convolution is None else convolution)]
     if addition is not None:
         left, right = addition.args
         residual = right if left is node else left
@@ -601,9 +676,9 @@ def _replace_nodes(traced, name, fused, node, addition, end):
     with traced.graph.inserting_after(last):
         replacement = traced.graph.call_module(name, tuple(inputs))
     last.replace_all_uses_with(replacement)
-    for replaced in (end, addition, node):
-        if replaced is not None:
-            traced.graph.erase_node(replaced)
+    for old in replaced:
+        if old is not None:
+            traced.graph.erase_node(old)
 
 
 def _fork_outputs(traced):
@@ -616,7 +691,7 @@ def _fork_outputs(traced):
             continue
         layer = traced.get_submodule(node.target)
         readers = list(node.users)
-        if type(layer) is not FusedBatchNorm or len(readers) != 2:
+        if not isinstance(layer, FusedBatchNorm) or len(readers) != 2:
             continue
         if any(_is_inplace(traced, reader) for reader in readers):
             continue

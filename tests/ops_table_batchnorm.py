@@ -59,6 +59,41 @@ def avoid_kink(residual, args):
     return torch.where(is_near, residual + 0.2 * (1 + y.abs()), residual)
 
 
+def make_pointwise_arguments(
+    device,
+    shape,
+    n_inputs,
+    residual=None,
+    activation="relu",
+    gain=1.0,
+    eps=1e-5,
+    layout="channels_last",
+    weight_layout="contiguous",
+    dtype=torch.float32,
+):
+    """In half precision x and the weight are -1, 0 and 1: the convolution's output is exact."""
+    N, C, H, W = shape
+    x = make_x(device, (N, n_inputs, H, W))
+    conv_weight = random_tensor((C, n_inputs, 1, 1), device, seed=4)
+    if dtype == torch.float32:
+        conv_weight = conv_weight / n_inputs**0.5
+    else:
+        x = x.round().clamp(-1, 1)
+        conv_weight = conv_weight.round().clamp(-1, 1)
+    z = F.conv2d(x, conv_weight)
+    options = dict(gain=gain, eps=eps, dtype=dtype)
+    args = make_layer_arguments(device, shape, residual, activation, **options)
+    if residual is not None and dtype != torch.float32:
+        other = avoid_kink(random_tensor(shape, device, seed=3), {**args, "x": z})
+        args["residual"] = lay_out(other.to(dtype), residual)
+    args["x"] = lay_out(x.to(dtype), layout)
+    return {
+        "x": args.pop("x"),
+        "conv_weight": lay_out(conv_weight.to(dtype), weight_layout),
+        **args,
+    }
+
+
 def make_distances(device, sizes, weights=None, form="l2", eps=None):
     moments = random_tensor((2, sum(sizes)), device)
     moments[1] = moments[1].abs()
@@ -312,6 +347,108 @@ BN_ACT_MOMENTS = Op(
     keeps_layout=False,  # the residual's gradient has the layout of y, not its own
 )
 
+POINTWISE_BN_ACT_MOMENTS = Op(
+    name="pointwise_bn_act_moments",
+    file="pointwise_bn_act_moments",
+    make=make_pointwise_arguments,
+    differentiable=("x", "residual"),
+    results=("y", "moments"),
+    like_x=("y",),
+    small={"shape": SMALL, "n_inputs": 6, "residual": "contiguous"},
+    cases={
+        "one-value": {"shape": (1, 1, 1, 1), "n_inputs": 1},
+        "odd": {"shape": (2, 3, 5, 7), "n_inputs": 5},
+        "odd-contiguous": {"shape": (2, 3, 5, 7), "n_inputs": 5, "layout": "contiguous"},
+        "power-of-two-fp16": {"shape": (4, 16, 4, 4), "n_inputs": 8, "dtype": HALF},
+        "blocks": {"shape": (2, 64, 8, 8), "n_inputs": 128},
+        "blocks-1": {"shape": (1, 63, 7, 9), "n_inputs": 127},
+        "blocks+1": {"shape": (1, 65, 3, 43), "n_inputs": 129},
+        "channel-blocks+1-bf16": {"shape": (1, 65, 3, 11), "n_inputs": 33, "dtype": BFLOAT},
+        "expands-residual-bf16": {
+            "shape": (4, 64, 4, 4),
+            "n_inputs": 16,
+            "residual": "channels_last",
+            "dtype": BFLOAT,
+        },
+        "reduces-fp16": {"shape": (4, 16, 4, 4), "n_inputs": 64, "dtype": HALF},
+        "weight-transposed": {
+            "shape": (2, 6, 4, 5),
+            "n_inputs": 9,
+            "weight_layout": "transposed",
+        },
+        "sliced": {"shape": (4, 3, 4, 5), "n_inputs": 6, "layout": "sliced"},
+        "sliced-channels_last": {
+            "shape": (4, 3, 4, 5),
+            "n_inputs": 6,
+            "layout": "sliced-channels_last",
+        },
+        "offset-fp16": {"shape": (3, 4, 5, 3), "n_inputs": 8, "layout": "offset", "dtype": HALF},
+        "expanded": {"shape": (4, 3, 4, 5), "n_inputs": 6, "layout": "expanded"},
+        "residual": {"shape": (2, 8, 5, 7), "n_inputs": 5, "residual": "channels_last"},
+        "residual-mixed-layouts": {"shape": (4, 6, 4, 5), "n_inputs": 3, "residual": "contiguous"},
+        "residual-sliced": {"shape": (4, 3, 4, 5), "n_inputs": 6, "residual": "sliced"},
+        "none": {"shape": (2, 8, 5, 7), "n_inputs": 5, "activation": "none"},
+        "none-residual": {
+            "shape": (2, 8, 5, 7),
+            "n_inputs": 5,
+            "activation": "none",
+            "residual": "channels_last",
+        },
+        "relu6": {"shape": (2, 8, 5, 7), "n_inputs": 5, "activation": "relu6", "gain": 4.0},
+        "silu-residual": {
+            "shape": (2, 8, 5, 7),
+            "n_inputs": 5,
+            "activation": "silu",
+            "residual": "channels_last",
+        },
+        "hardswish-bf16": {
+            "shape": (2, 8, 5, 7),
+            "n_inputs": 5,
+            "activation": "hardswish",
+            "gain": 0.3,
+            "dtype": BFLOAT,
+        },
+        "large-eps": {"shape": (2, 8, 5, 7), "n_inputs": 5, "eps": 0.5},
+    },
+    gradcheck={
+        "channels_last": {"shape": TINY, "n_inputs": 3, "residual": "channels_last"},
+        "contiguous": {"shape": TINY, "n_inputs": 3, "layout": "contiguous"},
+    },
+    refused={
+        "3-D": ({"x": torch.ones(2, 6, 5)}, ValueError, r"OP: .* \(N, K, H, W\), got \(2, 6, 5\)"),
+        "conv_weight-2-D": (
+            {"conv_weight": torch.ones(4, 6)},
+            ValueError,
+            r"conv_weight of \(C, 6, 1, 1\) .*float32, got \(4, 6\) .*; match it to x",
+        ),
+        "conv_weight-3x3": ({"conv_weight": torch.ones(4, 6, 3, 3)}, ValueError, "conv_weight of"),
+        "conv_weight-groups": (
+            {"conv_weight": torch.ones(4, 3, 1, 1)},
+            ValueError,
+            r"got \(4, 3, 1, 1\)",
+        ),
+        "conv_weight-dtype": (
+            {"conv_weight": torch.ones(4, 6, 1, 1, dtype=HALF)},
+            ValueError,
+            "got .* torch.float16; match it to x",
+        ),
+        "bias-short": ({"bias": ONES[:2]}, ValueError, r"OP: .*bias of shape \(4,\), got \(2,\)"),
+        "weight-none": ({"weight": None}, ValueError, r"weight of shape \(4,\), got None"),
+        "residual-shape": (
+            {"residual": torch.ones(3, 6, 5, 2)},
+            ValueError,
+            r"residual of \(3, 4, 5, 2\) .*, got \(3, 6, 5, 2\) .*; match it to x",
+        ),
+        "activation": ({"activation": "gelu"}, ValueError, "OP: expected activation in none, relu"),
+        "devices": (
+            {"conv_weight": torch.ones(4, 6, 1, 1, device="meta")},
+            ValueError,
+            "one device",
+        ),
+    },
+    keeps_layout=False,  # the gradients are dense
+)
+
 MOMENTS = torch.ones(2, 9)
 
 MOMENT_DISTANCE = Op(
@@ -368,4 +505,10 @@ MOMENT_DISTANCE = Op(
     },
 )
 
-OPS = [BN_MOMENTS, BN_MOMENT_LOSS, BN_ACT_MOMENTS, MOMENT_DISTANCE]
+OPS = [
+    BN_MOMENTS,
+    BN_MOMENT_LOSS,
+    BN_ACT_MOMENTS,
+    POINTWISE_BN_ACT_MOMENTS,
+    MOMENT_DISTANCE,
+]

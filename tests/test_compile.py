@@ -92,6 +92,27 @@ def run_batchnorm_ops():
         kernels.bn_act_moments(x, *vectors, **options)[0].sum().backward()
 
 
+def run_pointwise_ops():
+    import kernels
+
+    for shape, n_inputs, dtype, memory_format, has_residual, activation in (
+        ((64, 256, 56, 56), 64, BFLOAT, NHWC, True, "relu"),
+        ((64, 64, 56, 56), 256, BFLOAT, NHWC, False, "relu"),
+        ((64, 2048, 7, 7), 512, torch.float16, NHWC, True, "relu"),
+        ((64, 96, 112, 112), 16, BFLOAT, NHWC, False, "relu6"),
+        ((64, 24, 56, 56), 96, BFLOAT, NHWC, True, "none"),
+        ((64, 240, 28, 28), 40, BFLOAT, NHWC, False, "silu"),
+        ((16, 64, 32, 32), 64, torch.float32, NCHW, False, "hardswish"),
+    ):
+        x = images((shape[0], n_inputs, *shape[2:]), dtype, memory_format)
+        conv_weight = torch.ones(shape[1], n_inputs, 1, 1, dtype=dtype)
+        residual = images(shape, dtype, memory_format) if has_residual else None
+        vectors = [torch.ones(shape[1])] * 4
+        options = {"residual": residual, "activation": activation}
+        y, moments = kernels.pointwise_bn_act_moments(x, conv_weight, *vectors, **options)
+        torch.autograd.backward((y, moments), (torch.ones_like(y), torch.ones_like(moments)))
+
+
 def run_image_ops():
     import kernels
 
@@ -181,6 +202,7 @@ def run_ops():
     The numbers mean nothing, as no kernel runs.
     """
     run_batchnorm_ops()
+    run_pointwise_ops()
     run_image_ops()
     run_divergences()
     run_attention_ops()

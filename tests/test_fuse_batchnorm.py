@@ -1,6 +1,7 @@
 """fuse_batchnorm and hook_batchnorm: outputs, moment loss and image gradient are the plain ones."""
 
 import copy
+import importlib
 import itertools
 import re
 import warnings
@@ -188,6 +189,102 @@ def test_what_follows_a_batchnorm_is_fused_with_it(make, left):
     names = [getattr(node.target, "__name__", node.target) for node in graph.nodes]
     rest = [name for name in names if not re.search("x|output|conv|linear|mean|fused", name)]
     assert rest == left
+
+
+class Pointwise(nn.Module):
+    """A bottleneck block, and 1 x 1 convolutions of which only the first two are fused."""
+
+    def __init__(self):
+        super().__init__()
+        self.reduce = nn.Conv2d(3, 4, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(4)
+        self.expand = nn.Conv2d(4, 6, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(6)
+        self.shortcut = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(6)
+        self.others = nn.ModuleList(
+            [
+                nn.Conv2d(6, 6, 1),  # a bias
+                nn.Conv2d(6, 6, 1, bias=False, groups=2),
+                nn.Conv2d(6, 6, 1, bias=False, padding=1),
+                nn.Conv2d(6, 6, 1, bias=False, stride=2),
+                nn.Conv2d(6, 6, 1, bias=False),  # two layers read its output
+            ]
+        )
+        self.norms = nn.ModuleList([nn.BatchNorm2d(6) for _ in self.others])
+
+    def forward(self, x):
+        y = F.relu6(self.bn1(self.reduce(x)))
+        x = F.relu(self.bn2(self.expand(y)) + self.bn3(self.shortcut(x)))
+        *others, (conv, norm) = zip(self.others, self.norms, strict=True)
+        for other_conv, other_norm in others:
+            x = F.relu(other_norm(other_conv(x)))
+        z = conv(x)
+        return norm(z) + z
+
+
+@pytest.mark.parametrize("runs_kernels", [False, True], ids=["torch", "triton"])
+def test_pointwise_convolutions_are_fused_where_nothing_else_happens(runs_kernels, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", runs_kernels)
+    module = importlib.import_module("kernels.fuse_batchnorm")
+    network = make_foreign(Pointwise)
+    x = torch.randn(2, 3, 4, 4)
+    fused = kernels.fuse_batchnorm(network, x)
+    assert (fused.kind, fused.reason) == ("fused", "")
+    layers = [layer for layer in fused.modules() if type(layer) is module.FusedPointwise]
+    assert [layer.conv for layer in layers] == [network.reduce, network.expand]
+
+    calls = []
+    run = module.pointwise_bn_act_moments_folded
+
+    def record(*args):
+        calls.append(args[1])
+        return run(*args)
+
+    monkeypatch.setattr(module, "pointwise_bn_act_moments_folded", record)
+    assert_same_as_plain(fused, network, x)
+    assert len(calls) == (2 if runs_kernels else 0)
+
+
+def test_a_pointwise_convolution_is_fused_only_in_its_own_dtype(monkeypatch):
+    """Under autocast a weight in fp32 is converted, which the kernel does not do."""
+    monkeypatch.setattr("kernels._common.INTERPRET", True)
+    fused = kernels.fuse_batchnorm(make_foreign(Pointwise))
+    layer = next(layer for layer in fused.modules() if hasattr(layer, "can_fuse"))
+    x = torch.randn(2, 3, 4, 4)
+    assert layer.can_fuse(x, None)
+    assert layer.can_fuse(x, torch.randn(2, 4, 4, 4))
+    assert not layer.can_fuse(x, torch.randn(1, 4, 4, 4))
+    assert not layer.can_fuse(x, torch.randn(2, 4, 4, 4).bfloat16())
+    assert not layer.can_fuse(x.bfloat16(), None)
+    assert not layer.can_fuse(x[0], None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not layer.can_fuse(x, None)
+    layer.conv.requires_grad_()
+    assert not layer.can_fuse(x, None)
+    layer.conv.requires_grad_(False).to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.can_fuse(x.bfloat16(), None)
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    assert not layer.can_fuse(x.bfloat16(), None)
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre"])
+def test_a_pointwise_convolution_with_a_hook_still_calls_it(kind, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", True)
+    network = make_foreign(Pointwise)
+    calls = []
+
+    def record(*args):
+        calls.append(args)
+
+    if kind == "forward":
+        network.expand.register_forward_hook(record)
+    else:
+        network.expand.register_forward_pre_hook(record)
+    fused = kernels.fuse_batchnorm(network)
+    fused(torch.randn(2, 3, 4, 4))
+    assert len(calls) == 1
 
 
 class TwoReaders(nn.Module):

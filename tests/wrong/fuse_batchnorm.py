@@ -9,8 +9,8 @@ MUTANTS = [
     Mutant(
         "an activation is lost",
         FILE,
-        "FusedBatchNorm(layer, activation, record, number)",
-        'FusedBatchNorm(layer, "none", record, number)',
+        "fused = FusedBatchNorm(layer, activation, record, number)",
+        'fused = FusedBatchNorm(layer, "none", record, number)',
     ),
     Mutant(
         "the activation after an addition that broadcasts is lost",
@@ -23,6 +23,42 @@ MUTANTS = [
         FILE,
         "if not is_sum or len(node.args) != 2 or node.kwargs:",
         "if not is_sum or len(node.args) != 2:",
+    ),
+    Mutant(
+        "a 1 x 1 convolution of two groups is fused",
+        FILE,
+        " and conv.groups == 1",
+        "",
+    ),
+    Mutant(
+        "the bias of a 1 x 1 convolution is lost",
+        FILE,
+        " or conv.bias is not None",
+        "",
+    ),
+    Mutant(
+        "a 1 x 1 convolution with hooks is fused",
+        FILE,
+        " or conv._forward_hooks or conv._forward_pre_hooks",
+        "",
+    ),
+    Mutant(
+        "a weight of another dtype goes into the kernel",
+        FILE,
+        " or input.dtype != weight.dtype",
+        "",
+    ),
+    Mutant(
+        "fp32 goes into the kernel under autocast",
+        FILE,
+        "if torch.is_autocast_enabled(device) and",
+        "if False and",
+    ),
+    Mutant(
+        "a weight that learns goes into the kernel",
+        FILE,
+        "if weight.requires_grad and torch.is_grad_enabled():",
+        "if False:",
     ),
     Mutant(
         "every method is taken for a ReLU",
