@@ -25,6 +25,7 @@ Where we differ from paper (p) and released code (r):
 - presets but for `cifar10-released` and `imagenet-0` to `-2` are ours, so are options so marked.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -383,6 +384,12 @@ def competition_loss(t_logits, s_logits, args):
     return 1 - js_divergence(t_logits, s_logits, args.temperature)
 
 
+@functools.cache  # made once: in a CUDA graph no number may come from the host
+def make_constant(numbers, device):
+    """An fp32 tensor of a python number, or of a tuple of them."""
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
 # "competition" is NaN without an opponent
 TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 
@@ -443,11 +450,13 @@ def synthesis_loss(x, move, target, args):
         terms["competition"] = competition_loss(t_logits, s_logits, args)
 
     # a term of weight 0 is only reported: its gradient would cost time
-    total = sum(weights[name] * term for name, term in terms.items() if weights[name])
+    names = [name for name in terms if weights[name]]
+    alphas = make_constant(tuple(weights[name] for name in names), x.device)
+    total = (alphas * torch.stack([terms[name] for name in names])).sum()
 
     terms["total"] = total
     terms["teacher"] = (t_logits.argmax(1) == target.labels).float().mean() * 100
-    missing = torch.full_like(total, torch.nan)
+    missing = make_constant(math.nan, x.device)
     values = torch.stack([terms.get(name, missing) for name in TERMS])
     return total, values.detach()
 

@@ -646,13 +646,13 @@ def test_running_variances_are_joined_once_for_each_order_of_layers(monkeypatch)
     assert watched(x)[1].running_var is first
 
 
-@pytest.mark.parametrize("watch", [kernels.fuse_batchnorm, kernels.hook_batchnorm])
+@pytest.mark.parametrize("function", ["fuse_batchnorm", "hook_batchnorm"])
 @pytest.mark.filterwarnings("ignore:fuse_batchnorm")
-def test_running_variances_are_joined_again_where_they_changed(watch, monkeypatch):
+def test_running_variances_are_joined_again_where_they_changed(function, monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", False)
     network = ThreeNorms().eval()
     x = torch.randn(2, 4, 3, 3)
-    watched = watch(network)
+    watched = getattr(kernels, function)(network)
     before = watched(x)[1].running_var
     assert watched(x)[1].running_var is before
     network.norms[2].running_var.mul_(3)
