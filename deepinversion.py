@@ -384,10 +384,10 @@ def competition_loss(t_logits, s_logits, args):
     return 1 - js_divergence(t_logits, s_logits, args.temperature)
 
 
-@functools.cache  # made once: in a CUDA graph no number may come from the host
-def make_constant(numbers, device):
-    """An fp32 tensor of a python number, or of a tuple of them."""
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
+@functools.cache  # made once, so that a step does not fill them in again
+def make_constants(numbers, device):
+    """A tuple of n python numbers as a tensor (n,) fp32; nothing is copied from the host."""
+    return torch.stack([torch.full((), float(number), device=device) for number in numbers])
 
 
 # "competition" is NaN without an opponent
@@ -451,12 +451,12 @@ def synthesis_loss(x, move, target, args):
 
     # a term of weight 0 is only reported: its gradient would cost time
     names = [name for name in terms if weights[name]]
-    alphas = make_constant(tuple(weights[name] for name in names), x.device)
+    alphas = make_constants(tuple(weights[name] for name in names), x.device)  # (n,)
     total = (alphas * torch.stack([terms[name] for name in names])).sum()
 
     terms["total"] = total
     terms["teacher"] = (t_logits.argmax(1) == target.labels).float().mean() * 100
-    missing = make_constant(math.nan, x.device)
+    (missing,) = make_constants((math.nan,), x.device)
     values = torch.stack([terms.get(name, missing) for name in TERMS])
     return total, values.detach()
 

@@ -132,14 +132,20 @@ class Record:
 
     def join_running_vars(self):
         """running_var (C,) of all layers, joined once for layers that run in the same order."""
+        if torch.compiler.is_compiling():  # it cannot read versions
+            return _join_running_vars(self.running_vars)
         versions = tuple(running_var._version for running_var in self.running_vars)
         key = self.running_vars, versions  # a tensor is equal to itself alone
         if key not in self.joined:
             with torch.inference_mode(False):  # a later call may save it for a backward pass
-                joined = torch.cat([running_var.detach() for running_var in self.running_vars])
-                dtype = torch.promote_types(joined.dtype, torch.float32)
-                self.joined[key] = joined.to(dtype)
+                self.joined[key] = _join_running_vars(self.running_vars)
         return self.joined[key]
+
+
+def _join_running_vars(running_vars):
+    """(C,) of all layers, in fp32 or float64."""
+    joined = torch.cat([running_var.detach() for running_var in running_vars])
+    return joined.to(torch.promote_types(joined.dtype, torch.float32))
 
 
 def _join_moments(entries):

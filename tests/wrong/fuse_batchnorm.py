@@ -153,7 +153,7 @@ MUTANTS = [
     Mutant(
         "the check does not count BatchNorms",
         VERIFY,
-        'return f"of {len(theirs.found)} BatchNorms it measures {len(ours.found)}"',
+        'return f"of {len(theirs.layers)} BatchNorms it measures {len(ours.layers)}"',
         'return ""',
     ),
     Mutant(
