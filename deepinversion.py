@@ -25,6 +25,7 @@ Where we differ from paper (p) and released code (r):
 - presets but for `cifar10-released` and `imagenet-0` to `-2` are ours, so are options so marked.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -306,7 +307,7 @@ class Target:
     labels: torch.Tensor
     """(N,) int64, the wanted classes y."""
     watched: Callable
-    """The teacher as watch_batchnorms returns it: view -> logits, moments of BatchNorm inputs."""
+    """The teacher as watch_batchnorms returns it: view -> logits, kernels.LayerMoments."""
     opponent: nn.Module | None
     """The student that the images compete with, frozen and in eval mode; None: no competition."""
     shares: torch.Tensor | None = None
@@ -321,7 +322,7 @@ def select_targets(target, numbers):
     return replace(target, labels=target.labels[numbers], shares=shares)
 
 
-def moment_loss(found, eps, args):
+def moment_loss(found, args):
     """R_feature, eq. 4: how far a batch's moments are from those that the teacher stored.
 
     The stored ones stand for the training data's expectations (eq. 5 and 6).
@@ -337,30 +338,34 @@ def moment_loss(found, eps, args):
     biased. w_l is first_bn for the BatchNorm that runs first, pixel_bn for the pixels, else 1.
 
     Args:
-        found: [(moments (2, C), running_var (C,)), …] of the layers l as they run, after those of
-            the pixels if args.pixel_bn. Row 0 of the moments is mean_l - running_mean_l already,
-            row 1 is var_l.
-        eps: of each layer, which `kl` adds to both variances.
+        found: kernels.LayerMoments of the layers l as they run, after the pixels if args.pixel_bn.
+            Row 0 of its moments is mean_l - running_mean_l already, row 1 is var_l; `kl` adds its
+            eps to both variances.
 
     Returns:
         () fp32.
     """
-    moments = torch.cat([moments for moments, _ in found], 1)  # (2, C of all layers)
-    running_var = torch.cat([running_var.float() for _, running_var in found])
-    sizes = tuple(len(running_var) for _, running_var in found)
     weights = [args.first_bn]
     if args.pixel_bn:
         weights = [args.pixel_bn, args.first_bn]
-    weights += [1.0] * (len(found) - len(weights))
+    weights += [1.0] * (len(found.sizes) - len(weights))
     distance = kernels.moment_distance if args.fused else kernels.moment_distance_ref
-    return distance(moments, running_var, sizes, tuple(weights), args.moments, eps)
+    return distance(
+        found.moments, found.running_var, found.sizes, tuple(weights), args.moments, found.eps
+    )
 
 
-def measure_pixels(view, args):
-    """Moments (2, C) and wanted variance (C,) of the pixels (N, C, H, W), for moment_loss."""
+def put_pixels_first(view, found, args):
+    """LayerMoments of the pixels (N, C, H, W), as of one more layer, and of the layers found."""
     bn_moments = kernels.bn_moments if args.fused else kernels.bn_moments_ref
-    moments = torch.stack(bn_moments(view))  # less the wanted mean, 0
-    return moments, torch.ones_like(moments[1])
+    moments = torch.stack(bn_moments(view))  # (2, C), less the wanted mean, 0
+    wanted_var = torch.ones_like(moments[1])
+    return kernels.LayerMoments(
+        torch.cat((moments, found.moments), 1),
+        torch.cat((wanted_var, found.running_var)),
+        (len(wanted_var), *found.sizes),
+        (1e-5, *found.eps),  # BatchNorm's default
+    )
 
 
 def competition_loss(t_logits, s_logits, args):
@@ -377,6 +382,12 @@ def competition_loss(t_logits, s_logits, args):
         return 1 - divergence.clamp(0, 1)
     js_divergence = kernels.js_divergence if args.fused else kernels.js_divergence_ref
     return 1 - js_divergence(t_logits, s_logits, args.temperature)
+
+
+@functools.cache  # made once, so that a step does not fill them in again
+def make_constants(numbers, device):
+    """A tuple of n python numbers as a tensor (n,) fp32; nothing is copied from the host."""
+    return torch.stack([torch.full((), float(number), device=device) for number in numbers])
 
 
 # "competition" is NaN without an opponent
@@ -410,10 +421,8 @@ def synthesis_loss(x, move, target, args):
     half_precision = torch.autocast(device, torch.bfloat16, is_half, cache_enabled=False)
     with half_precision:
         t_logits, found = target.watched(view)  # (N, K)
-    eps = target.watched.eps
     if args.pixel_bn:
-        found = [measure_pixels(view, args), *found]
-        eps = (1e-5, *eps)  # BatchNorm's default
+        found = put_pixels_first(view, found, args)
     ce_logits = t_logits.float()
     if args.ce_temperature != 1:  # two launches on a GPU, for nothing at 1
         ce_logits = ce_logits / args.ce_temperature
@@ -422,7 +431,7 @@ def synthesis_loss(x, move, target, args):
         wanted = target.shares  # (N, K)
     terms = {
         "ce": F.cross_entropy(ce_logits, wanted),
-        "bn": moment_loss(found, eps, args),
+        "bn": moment_loss(found, args),
         "tv_l1": tv_l1,
         "tv_l2": tv_l2,
         "l2": l2,
@@ -441,11 +450,13 @@ def synthesis_loss(x, move, target, args):
         terms["competition"] = competition_loss(t_logits, s_logits, args)
 
     # a term of weight 0 is only reported: its gradient would cost time
-    total = sum(weights[name] * term for name, term in terms.items() if weights[name])
+    names = [name for name in terms if weights[name]]
+    alphas = make_constants(tuple(weights[name] for name in names), x.device)  # (n,)
+    total = (alphas * torch.stack([terms[name] for name in names])).sum()
 
     terms["total"] = total
     terms["teacher"] = (t_logits.argmax(1) == target.labels).float().mean() * 100
-    missing = torch.full_like(total, torch.nan)
+    (missing,) = make_constants((math.nan,), x.device)
     values = torch.stack([terms.get(name, missing) for name in TERMS])
     return total, values.detach()
 
@@ -468,7 +479,7 @@ def choose_dtype(device, args):
 
 
 def watch_batchnorms(teacher, example, args, device):
-    """The frozen teacher as steps call it: view -> logits (N, K), [(moments, running_var), …].
+    """The frozen teacher as steps call it: view -> logits (N, K), kernels.LayerMoments.
 
     The moments are those of its BatchNorms' inputs, as moment_loss takes them. With args.fused the
     example decides how they are measured, and the attribute `reason` says what is not fused. What

@@ -358,11 +358,9 @@ def watch_batchnorm(teacher, n_generators, args, example=None):
         return mean.view(P, -1), var.view(P, -1)
 
     def observe(x):
-        logits, layers = watched(x)
-        moments = torch.cat([moments.view(2, P, -1) for moments, _ in layers], 2)
-        running_var = torch.cat([running_var for _, running_var in layers])
-        sizes = tuple(len(running_var) for _, running_var in layers)
-        return logits.float(), moments, running_var, sizes
+        logits, found = watched(x)
+        moments = found.moments.view(2, P, -1)  # fused layers have (2, C)
+        return logits.float(), moments, found.running_var, found.sizes
 
     if args.fused and P == 1:  # measured in the pass of BatchNorm, addition and activation
         with warnings.catch_warnings():

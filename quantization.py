@@ -229,19 +229,17 @@ def measure_similarity(lesson, args, batch_size=100):
         if args.low_pass:
             x = filter_low_pass(x, args.low_pass)
         _, found = hooked(x)
-        moments = torch.cat([moments for moments, _ in found], 1).double()  # (2, C of all layers)
-        means.append(moments[0])
-        variances.append(moments[1])
+        mean, var = found.moments.double()  # (C,) each, of all layers
+        means.append(mean)
+        variances.append(var)
     hooked.close()
     means = torch.stack(means)  # (batches, C): mean - running_mean
     var = torch.stack(variances).mean(0) + means.var(0, unbiased=False)
     moments = torch.stack((means.mean(0), var)).float()
-    running_var = torch.cat([running_var.float() for _, running_var in found])
-    sizes = tuple(len(running_var) for _, running_var in found)
     distance = kernels.moment_distance_ref(
-        moments, running_var, sizes, (1.0,) * len(sizes), "kl", hooked.eps
+        moments, found.running_var, found.sizes, form="kl", eps=found.eps
     )
-    return round(distance.item() / len(sizes), 6)
+    return round(distance.item() / len(found.sizes), 6)
 
 
 # The quantized network

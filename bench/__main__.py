@@ -48,6 +48,7 @@ class Args:
         "",
         "bn_moment_loss",
         "bn_act_moments",
+        "pointwise_bn_act_moments",
         "moment_distance",
         "total_variation",
         "jittered_view",

@@ -62,6 +62,34 @@ ATTENTION = (
     ("attention_transfer",),
     {"_TILES": TILES, "_CHANNEL_BLOCK": [32, 64, 128, 256]},
 )
+POINTWISE = (
+    ("pointwise_bn_act_moments",),
+    {
+        "_FORWARD": [
+            dict(BLOCK_M=m, BLOCK_C=c, BLOCK_K=k, num_warps=warps, num_stages=stages)
+            for m, c, k, warps, stages in (
+                (128, 64, 32, 4, 3),
+                (128, 64, 64, 8, 2),
+                (128, 64, 64, 8, 3),
+                (128, 128, 32, 8, 3),
+                (64, 64, 32, 4, 3),
+                (64, 64, 64, 8, 3),
+                (64, 128, 32, 8, 3),
+            )
+        ],
+        "_BACKWARD": [
+            dict(BLOCK_M=m, BLOCK_K=k, BLOCK_C=c, num_warps=warps, num_stages=stages)
+            for m, k, c, warps, stages in (
+                (64, 64, 32, 4, 3),
+                (64, 128, 32, 4, 3),
+                (64, 128, 64, 8, 2),
+                (64, 256, 32, 8, 2),
+                (128, 128, 32, 8, 2),
+                (128, 64, 32, 8, 3),
+            )
+        ],
+    },
+)
 DISTANCE = (
     ("moment_distance",),
     {"_META": [dict(BLOCK=b, num_warps=w) for b in (256, 512, 1024) for w in (1, 4, 8)]},
@@ -77,6 +105,7 @@ CHANNEL_BLOCKS = (
 SWEEPS = {
     "bn_moment_loss": CHANNELS,
     "bn_act_moments": CHANNELS,
+    "pointwise_bn_act_moments": POINTWISE,
     "moment_distance": DISTANCE,
     "total_variation": IMAGES,
     "jittered_view": IMAGES,
@@ -269,6 +298,74 @@ def make_activation_cases(device, dtype, smoke):
         yield make_bn_act_case(x, None, make_affine(shape[0], device), activation)
 
 
+def call_pointwise(op, x, conv_weight, residual, *affine):
+    return op(x, conv_weight, *affine, residual=residual)
+
+
+def make_pointwise_case(shape, n_inputs, has_residual, device, dtype):
+    """A row of pointwise_bn_act_moments.
+
+    x and the convolution's weight are -1, 0 and 1, and residuals are whole numbers, so the
+    convolution's output is exact in bfloat16 too. Running means lie half-way between numbers, so
+    no element is near the ReLU's kink.
+    """
+    N, C, H, W = shape
+
+    def make_integers(*size):
+        return torch.randint(-1, 2, size, device=device).to(dtype)
+
+    x = make_integers(N, n_inputs, H, W).contiguous(memory_format=torch.channels_last)
+    conv_weight = make_integers(C, n_inputs, 1, 1)
+    one = torch.ones(C, device=device)
+    running_mean = torch.randint(-8, 8, (C,), device=device) + 0.5
+    affine = one, 0 * one, running_mean, one
+    residual = None
+    passes = (2, 4)  # over the output
+    if has_residual:
+        residual = make_integers(*shape).contiguous(memory_format=torch.channels_last)
+        residual.requires_grad_()
+        passes = (3, 7)
+
+    name = f"{name_shape(x)} to {C}"
+    if has_residual:
+        name += " + residual"
+    n = math.prod(shape)
+    output = n * x.element_size()
+    product = 2 * n * n_inputs
+    forward, both = PLAIN_FLOPS
+    return Case(
+        "pointwise_bn_act_moments",
+        name,
+        "channels_last",
+        (x.requires_grad_(), conv_weight, residual, *affine),
+        (x.nbytes + passes[0] * output, 2 * x.nbytes + passes[1] * output),
+        (product + forward * n, 2 * product + both * n),
+        partial(call_pointwise, kernels.pointwise_bn_act_moments),
+        partial(call_pointwise, kernels.pointwise_bn_act_moments_ref),
+    )
+
+
+# 1 x 1 convolutions of ResNet-50 and of EfficientNet-Lite0: inputs, output (C, H, W), and whether a
+# residual is added.
+POINTWISE_LAYERS = (
+    (64, (256, 56, 56), True),
+    (256, (64, 56, 56), False),
+    (256, (1024, 14, 14), True),
+    (2048, (512, 7, 7), False),  # where the product takes longer than the bytes
+    (24, (144, 56, 56), False),
+    (144, (24, 56, 56), True),
+)
+
+
+def make_pointwise_cases(device, dtype, smoke):
+    batch_size = 64 if device == "cuda" else 4
+    for n_inputs, shape, has_residual in POINTWISE_LAYERS:
+        if smoke:
+            shape = (6, 5, 5)
+            n_inputs = 4
+        yield make_pointwise_case((batch_size, *shape), n_inputs, has_residual, device, dtype)
+
+
 def call_distance(op, sizes, moments, running_var):
     return op(moments, running_var, sizes)
 
@@ -441,6 +538,7 @@ def make_cases(device, smoke=False):
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     yield from make_batchnorm_cases(device, dtype, smoke)
     yield from make_activation_cases(device, dtype, smoke)
+    yield from make_pointwise_cases(device, dtype, smoke)
     yield from make_distance_cases(device, smoke)
     yield from make_image_cases(device, smoke)
     yield from make_divergence_cases(device, smoke)

@@ -8,6 +8,7 @@ Columns of one synthesis step, all with the same network, images and terms of th
   BatchNorm with a mean and the variance of a permuted copy, total variation by slices, clipping
   channel by channel, the loss read in each step; `conventional amp` is the same under autocast;
 - ours: the step of deepinversion.py; `ours without …`: with one fused op replaced by its reference;
+  `ours without fused convolutions` (GPU): 1 x 1 convolutions by cuDNN, then `bn_act_moments`;
 - tuned: the same frozen step in plain PyTorch, without fused ops and graph; `tuned compile` with
   torch.compile on its loss, `tuned compile graph` in a CUDA graph besides.
 
@@ -16,7 +17,8 @@ that is the check of its result.
 
 Minimal bytes of a step: for each convolution and linear layer its input, output and weight read or
 written once each way; for each fused BatchNorm the 5 passes of `bn_act_moments`, 8 with a residual,
-and 1 more where two layers read its output.
+and 1 more where two layers read its output. A 1 x 1 convolution in one kernel with its BatchNorm
+saves 3 passes: its output is not read forwards, the output's gradient neither written nor read.
 """
 
 import contextlib
@@ -42,7 +44,7 @@ from bench.timing import (
 from harness.load import list_imagenet, list_packaged
 from harness.networks import NETWORKS
 from harness.run import shorten_error
-from kernels.fuse_batchnorm import FusedBatchNorm
+from kernels.fuse_batchnorm import FusedBatchNorm, FusedPointwise
 
 # all terms of the loss on
 ALL_TERMS = replace(
@@ -162,7 +164,8 @@ def make_ours(name, device, noise, labels, args=ALL_TERMS, without="", compiled=
 
     Args:
         args: deepinversion.Args.
-        without: an op that is replaced by its reference, or "batchnorm": by hooks.
+        without: an op that is replaced by its reference; "batchnorm": by hooks; "pointwise": 1 x 1
+            convolutions run apart from their BatchNorms.
         compiled: whether torch.compile gets the loss.
     """
     teacher = make_frozen_teacher(name, device)
@@ -184,7 +187,10 @@ def make_ours(name, device, noise, labels, args=ALL_TERMS, without="", compiled=
         with stack() as patches:
             if compiled:
                 patches.enter_context(patch.object(deepinversion, "synthesis_loss", loss))
-            if without and without != "batchnorm":
+            if without == "pointwise":
+                no = patch.object(FusedPointwise, "can_fuse", return_value=False)
+                patches.enter_context(no)
+            elif without and without != "batchnorm":
                 reference = getattr(kernels, f"{without}_ref")
                 patches.enter_context(patch.object(kernels, without, reference))
             return next(steps)
@@ -200,6 +206,8 @@ def list_columns(options):
     if device == "cuda":
         columns["conventional amp"] = partial(make_conventional, amp=True)
     columns["ours"] = make_ours
+    if device == "cuda":  # a CPU has no other way
+        columns["ours without fused convolutions"] = partial(make_ours, without="pointwise")
     if options.ablations:
         columns["ours without fused BatchNorm"] = partial(make_ours, without="batchnorm")
         columns["ours without moment_distance"] = partial(make_ours, without="moment_distance")
@@ -225,14 +233,19 @@ def count_bytes(network, x):
         if isinstance(module, FusedBatchNorm):
             passes = 8 if len(tensors) == 3 else 5
             passes += module.n_uses - 1
-            n_values.append(passes * tensors[0].numel())
+            if isinstance(module, FusedPointwise):
+                passes -= 1  # the convolution's two are among them
+                n_values.append(2 * (tensors[0].numel() + module.conv.weight.numel()))
+            n_values.append(passes * output.numel())
         else:
             n_values.append(2 * (sum(t.numel() for t in tensors) + module.weight.numel()))
 
     fused = kernels.fuse_batchnorm(network)
+    pointwise = {layer.conv for layer in fused.modules() if isinstance(layer, FusedPointwise)}
     hooks = []
     for module in fused.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear, FusedBatchNorm)):
+        is_layer = isinstance(module, (nn.Conv2d, nn.Linear, FusedBatchNorm))
+        if is_layer and module not in pointwise:
             hooks.append(module.register_forward_hook(count))
     with torch.no_grad():
         fused(x)

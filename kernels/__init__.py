@@ -16,7 +16,7 @@ from kernels.fake_quantize import (
     fake_quantize_ref,
     quantization_grid,
 )
-from kernels.fuse_batchnorm import fuse_batchnorm, hook_batchnorm
+from kernels.fuse_batchnorm import LayerMoments, fuse_batchnorm, hook_batchnorm
 from kernels.jittered_view import jittered_view, jittered_view_ref
 from kernels.js_divergence import js_divergence, js_divergence_ref, js_released
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref
@@ -29,6 +29,7 @@ from kernels.total_variation import total_variation, total_variation_ref
 
 __all__ = [
     "CapturedStep",
+    "LayerMoments",
     "attention_map",
     "attention_map_ref",
     "attention_transfer",

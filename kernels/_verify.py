@@ -34,8 +34,10 @@ class Results(NamedTuple):
 
     outputs: list
     """The tensors that the network returns."""
-    found: list
-    """[(moments (2, C), running_var (C,)), …]."""
+    layers: list
+    """[(moments (2, C_l), running_var (C_l,)), …] as the layers l ran."""
+    addresses: list
+    """Of the layers' running variances: which layers ran."""
     has_gradient: list
     """Whether autograd reaches the images, of each output and of each layer's moments."""
     gradient: torch.Tensor | None
@@ -130,7 +132,7 @@ def run_twice(watched, model, example):
     """Results of two passes over the example; the model's state is put back.
 
     Args:
-        watched: called with images, it returns an output and [(moments, running_var), …].
+        watched: Fused or Hooked.
         model: the user's network, whose state `watched` may change.
         example: images (N, C, H, W).
     """
@@ -149,14 +151,15 @@ def _run_once(watched, model, example, differentiate):
     x = example.detach().clone().requires_grad_()
     y, found = watched(x.clone())  # a network may change its input in place, but not a leaf
     outputs = [value for value in tree_leaves(y) if torch.is_tensor(value)]
+    layers = found.split()
     gradient = None
     if differentiate:
-        gradient = _differentiate(_add_output_loss(outputs) + _add_moment_loss(found), x)
-    values = [*outputs, *(moments for moments, _ in found)]
+        gradient = _differentiate(_add_output_loss(outputs) + _add_moment_loss(layers), x)
     return Results(
         [output.detach() for output in outputs],
-        [(moments.detach(), running_var) for moments, running_var in found],
-        [value.requires_grad for value in values],
+        [(moments.detach(), running_var) for moments, running_var in layers],
+        [running_var.data_ptr() for running_var in watched.record.running_vars],
+        [*(output.requires_grad for output in outputs), *watched.record.has_gradient],
         gradient,
         _read_attributes(model),
     )
@@ -176,14 +179,14 @@ def _add_output_loss(outputs):
     return loss
 
 
-def _add_moment_loss(found):
+def _add_moment_loss(layers):
     """How far the moments are from the stored ones, relative to their scale; a mean over layers."""
     loss = 0.0
-    for moments, running_var in found:
+    for moments, running_var in layers:
         mean_scale, var_scale = _measure_scales(moments.detach(), running_var)
         mean_distance = moments[0].norm() / mean_scale
         var_distance = (moments[1] - running_var).norm() / var_scale
-        loss = loss + (mean_distance + var_distance) / len(found)
+        loss = loss + (mean_distance + var_distance) / len(layers)
     return loss
 
 
@@ -257,11 +260,11 @@ def _describe_pass(ours, theirs):
         if not error <= TOLERANCE:  # NaN is an error too
             return f"its output differs by {error:.2%}"
 
-    if len(ours.found) != len(theirs.found):
-        return f"of {len(theirs.found)} BatchNorms it measures {len(ours.found)}"
-    for (ours_m, ours_var), (theirs_m, theirs_var) in zip(ours.found, theirs.found, strict=True):
-        if ours_var.data_ptr() != theirs_var.data_ptr():
-            return "its BatchNorms run in another order"
+    if len(ours.layers) != len(theirs.layers):
+        return f"of {len(theirs.layers)} BatchNorms it measures {len(ours.layers)}"
+    if ours.addresses != theirs.addresses:
+        return "its BatchNorms run in another order"
+    for (ours_m, _), (theirs_m, theirs_var) in zip(ours.layers, theirs.layers, strict=True):
         if not _measure_moment_error(ours_m, theirs_m, theirs_var) <= TOLERANCE:
             return "the moments of its BatchNorms differ"
 

@@ -595,16 +595,13 @@ class _MergeMoments(torch.autograd.Function):
 
 
 def merge_moments(parts, op="bn_act_moments"):
-    """Moments of each layer, a list of (2, C), from what `bn_act_moments_folded` gave for each.
+    """Moments (2, C of all layers) from what `bn_act_moments_folded` gave for each, at least one.
 
     On a GPU one launch merges those of all layers. op: the name that errors say.
     """
-    if not parts or not _common.runs_triton(parts[0]):
-        return parts  # the CPU path has no partial ones
-    moments = _MergeMoments.apply(op, *parts)  # (2, C of all layers)
-    if len(parts) == 1:
-        return [moments]
-    return list(moments.split([part.size(2) for part in parts], 1))
+    if not _common.runs_triton(parts[0]):
+        return torch.cat(parts, 1)  # the CPU path has no partial ones
+    return _MergeMoments.apply(op, *parts)
 
 
 def bn_act_moments(
@@ -664,8 +661,7 @@ def bn_act_moments(
     _check_residual("bn_act_moments", residual, x.shape, x.dtype)
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
     y, part = _BNActMoments.apply(x, residual, affine, activation, 1)
-    (moments,) = merge_moments([part])
-    return y, moments
+    return y, merge_moments([part])
 
 
 def bn_act_moments_folded(x, affine, residual=None, activation="relu", n_uses=1):

@@ -61,15 +61,37 @@ INPLACE_FUNCTIONS = {operator.iadd, F.relu_, torch.relu_, F.hardtanh_}
 # What the two functions return
 
 
+class LayerMoments(NamedTuple):
+    """Batch moments of the inputs of all BatchNorms, one layer beside the other as they ran.
+
+    The fields are arguments of `moment_distance`. Float64 networks have float64 in place of fp32.
+    """
+
+    moments: torch.Tensor
+    """(2, C) fp32, C channels in all: mean less running mean, biased variance."""
+    running_var: torch.Tensor
+    """(C,) fp32, a constant: the same tensor in all calls in which the same layers run."""
+    sizes: tuple[int, ...]
+    """Channels of each layer, which add up to C. A layer that ran twice is there twice."""
+    eps: tuple[float, ...]
+    """eps of each layer."""
+
+    def split(self):
+        """[(moments (2, C_l), running_var (C_l,)), …] of the layers l."""
+        moments = self.moments.split(self.sizes, -1)
+        running_vars = self.running_var.split(self.sizes)
+        return list(zip(moments, running_vars, strict=True))
+
+
 class Entry(NamedTuple):
     """What one layer measured."""
 
     place: int
     """Orders the layers' moments."""
     moments: torch.Tensor
-    """(2, C), or what merge_moments makes them of."""
+    """(2, C_l), or what merge_moments makes them of."""
     running_var: torch.Tensor
-    """(C,)."""
+    """(C_l,)."""
     eps: float
     is_part: bool
     """Whether moments are to be merged."""
@@ -80,30 +102,69 @@ class Record:
 
     def __init__(self):
         self.entries = None  # a list while a forward pass runs
-        self.eps = ()  # of the layers, in the order of the latest forward pass
+        # of the layers, in the order of the latest forward pass
+        self.running_vars = ()
+        self.has_gradient = ()
+        # {running_vars and their versions: joined}; kept, because CUDA graphs may read any of them
+        self.joined = {}
 
     def add(self, place, moments, running_var, eps, is_part=False):
-        """Record a layer's moments (2, C), or the part of which merge_moments makes them."""
+        """Record a layer's moments (2, C_l), or the part of which merge_moments makes them."""
         # Gradient checkpointing runs layers again in the backward pass: these are not recorded.
         if self.entries is not None:
             self.entries.append(Entry(place, moments, running_var, eps, is_part))
 
     def run(self, network, x):
-        """The network's output, and [(moments (2, C), running_var (C,)), …] as its layers run."""
+        """The network's output, and LayerMoments of the layers that ran."""
         self.entries = []
         try:
             y = network(x)
             entries = sorted(self.entries, key=lambda entry: entry.place)
         finally:
             self.entries = None  # nothing may keep the autograd graph of a step that is over
-        self.eps = tuple(entry.eps for entry in entries)
-        parts = [entry.moments for entry in entries if entry.is_part]
-        merged = iter(merge_moments(parts))
-        found = []
-        for entry in entries:
-            moments = next(merged) if entry.is_part else entry.moments
-            found.append((moments, entry.running_var))
-        return y, found
+        self.running_vars = tuple(entry.running_var for entry in entries)
+        self.has_gradient = tuple(entry.moments.requires_grad for entry in entries)
+        if not entries:
+            return y, LayerMoments(torch.zeros(2, 0), torch.zeros(0), (), ())
+        moments = _join_moments(entries)
+        running_var = self.join_running_vars()
+        sizes = tuple(len(running_var) for running_var in self.running_vars)
+        eps = tuple(entry.eps for entry in entries)
+        return y, LayerMoments(moments, running_var, sizes, eps)
+
+    def join_running_vars(self):
+        """running_var (C,) of all layers, joined once for layers that run in the same order."""
+        if torch.compiler.is_compiling():  # it cannot read versions
+            return _join_running_vars(self.running_vars)
+        versions = tuple(running_var._version for running_var in self.running_vars)
+        key = self.running_vars, versions  # a tensor is equal to itself alone
+        if key not in self.joined:
+            with torch.inference_mode(False):  # a later call may save it for a backward pass
+                self.joined[key] = _join_running_vars(self.running_vars)
+        return self.joined[key]
+
+
+def _join_running_vars(running_vars):
+    """(C,) of all layers, in fp32 or float64."""
+    joined = torch.cat([running_var.detach() for running_var in running_vars])
+    return joined.to(torch.promote_types(joined.dtype, torch.float32))
+
+
+def _join_moments(entries):
+    """Moments (2, C) of all layers, in the order of their entries."""
+    parts = [entry.moments for entry in entries if entry.is_part]
+    if not parts:
+        return torch.cat([entry.moments for entry in entries], -1)
+    merged = merge_moments(parts)  # (2, channels of these layers)
+    if len(parts) == len(entries):
+        return merged
+
+    merged_layers = iter(merged.split([part.shape[-1] for part in parts], 1))
+    layers = []
+    for entry in entries:
+        moments = next(merged_layers) if entry.is_part else entry.moments
+        layers.append(moments)
+    return torch.cat(layers, 1)
 
 
 class FusedBatchNorm(nn.Module):
@@ -230,13 +291,8 @@ class Fused(nn.Module):
         self.reason = reason
 
     def forward(self, x):
-        """The network's output, and [(moments (2, C), running_var (C,)), …] as its layers run."""
+        """The network's output, and LayerMoments."""
         return self.record.run(self.network, x)
-
-    @property
-    def eps(self):
-        """eps of the layers, a tuple in the order of the moments of the latest call."""
-        return self.record.eps
 
     def close(self):
         """Do nothing: no hooks lie on the original. `Hooked` has some to remove."""
@@ -292,11 +348,6 @@ class Hooked:
             nodes |= {parent for parent, _ in node.next_functions} - seen - {None}
         return has_graph
 
-    @property
-    def eps(self):
-        """eps of the layers, a tuple in the order of the moments of the latest call."""
-        return self.record.eps
-
     def close(self):
         """Remove the hooks from the network."""
         for handle in self.handles:
@@ -315,8 +366,8 @@ def hook_batchnorm(model, kinds=BATCHNORMS, moments=bn_moments):
         moments: `bn_moments`, or `bn_moments_ref` for plain PyTorch.
 
     Returns:
-        Hooked: called with x it returns (model(x), [(moments, running_var), …]), as what
-            `fuse_batchnorm` returns does.
+        Hooked: called with x it returns (model(x), LayerMoments), as what `fuse_batchnorm` returns
+            does.
 
     Raises:
         ValueError: such a BatchNorm is in train mode, or there is none. The first call raises it
@@ -325,8 +376,8 @@ def hook_batchnorm(model, kinds=BATCHNORMS, moments=bn_moments):
     Example:
         >>> hooked = hook_batchnorm(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval())
         >>> y, found = hooked(torch.randn(2, 3, 8, 8))
-        >>> [moments.shape for moments, running_var in found]
-        [torch.Size([2, 4])]
+        >>> found.moments.shape, found.sizes
+        (torch.Size([2, 4]), (4,))
     """
     layers = _choose_layers("hook_batchnorm", model, kinds)
     return Hooked(model, layers, moments, caller="hook_batchnorm")
@@ -351,11 +402,10 @@ def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):
         kinds: the BatchNorm classes to measure. Layers without running statistics are passed over.
 
     Returns:
-        Fused or Hooked: called with x it returns (model(x), [(moments, running_var), …]) in the
-            order in which the model's layers run. moments (2, C) are those of `bn_act_moments`:
-            mean less running mean, and variance. Its attribute `kind` is one of the three above,
-            and `reason` says why it is not the first one. A warning says so too. `eps` holds those
-            of the layers in the order of the latest call.
+        Fused or Hooked: called with x it returns (model(x), LayerMoments), with the moments of
+            `bn_act_moments` in the order in which the model's layers run. Its attribute `kind` is
+            one of the three above, and `reason` says why it is not the first one. A warning says so
+            too.
 
     Raises:
         TypeError: the example is no tensor.
@@ -376,8 +426,8 @@ def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):
         >>> x = torch.randn(2, 3, 8, 8)
         >>> fused = fuse_batchnorm(model, x)
         >>> y, found = fused(x)
-        >>> fused.kind, y.shape, [moments.shape for moments, running_var in found]
-        ('fused', torch.Size([2, 4, 6, 6]), [torch.Size([2, 4])])
+        >>> fused.kind, y.shape, found.moments.shape
+        ('fused', torch.Size([2, 4, 6, 6]), torch.Size([2, 4]))
     """
     if example is not None and not torch.is_tensor(example):
         name = type(example).__name__
@@ -429,7 +479,7 @@ def _rebuild_verified(model, layers, example):
         expected = _verify.run_twice(reference, model, example)
     finally:
         reference.close()
-    if not expected[0].found:
+    if not expected[0].layers:
         raise ValueError(
             f"fuse_batchnorm: expected BatchNorms that run, got {len(layers)} that do not run with "
             "the example; take another network"
@@ -665,7 +715,8 @@ def _replace_nodes(traced, name, fused, replaced):
     """
     end, addition, node, convolution = replaced
     traced.add_module(name, fused)
-    inputs = [_get_input(node if convolution is None else convolution)]
+    beginning = node if convolution is None else convolution
+    inputs = [_get_input(beginning)]
     if addition is not None:
         left, right = addition.args
         residual = right if left is node else left

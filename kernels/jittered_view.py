@@ -164,7 +164,9 @@ def _jittered_view_bwd_kernel(
     draw_ptr,  # (3,) int64: roll downwards, roll to the right, mirrored or not
     norms_ptr,  # (4,) fp32: norms of horizontal, vertical, diagonal, anti-diagonal differences
     image_norms_ptr,  # (N,) fp32: ||x_n||
-    grads_ptr,  # (3,) fp32: gradient of the loss in tv_l1, in tv_l2, in l2
+    grad_l1_ptr,  # () fp32: gradient of the loss in tv_l1
+    grad_l2_ptr,  # () fp32: in tv_l2
+    grad_norm_ptr,  # () fp32: in l2, the mean norm of an image
     inv_n,  # 1 / N
     C,  # planes of an image; 1 where the channels are part of the columns
     H,  # rows of a plane
@@ -203,8 +205,8 @@ def _jittered_view_bwd_kernel(
     right = tl.where(cols + step < L, cols + step, cols + step - L) * stride_xl
 
     # What the slopes of l1 and l2 are multiplied by: horizontal, vertical, diagonal, anti-diagonal.
-    grad_l1 = tl.load(grads_ptr)
-    grad_l2 = tl.load(grads_ptr + 1)
+    grad_l1 = tl.load(grad_l1_ptr)
+    grad_l2 = tl.load(grad_l2_ptr)
     h1 = grad_l1 * inv_count_h
     v1 = grad_l1 * inv_count_v
     d1 = grad_l1 * inv_count_d
@@ -212,7 +214,7 @@ def _jittered_view_bwd_kernel(
     v2 = norm_weight(grad_l2, norms_ptr + 1)
     d2 = norm_weight(grad_l2, norms_ptr + 2)
     a2 = norm_weight(grad_l2, norms_ptr + 3)
-    image_weight = norm_weight(tl.load(grads_ptr + 2) * inv_n, image_norms_ptr + plane // C)
+    image_weight = norm_weight(tl.load(grad_norm_ptr) * inv_n, image_norms_ptr + plane // C)
 
     here = (rows < H) & (cols < L)
     has_left = here & (j > 0)
@@ -306,8 +308,9 @@ class _JitteredView(torch.autograd.Function):
                 *inverse_counts(*x.shape),
                 **meta,
             )
-        tv_l1 = partials[0].sum()
-        norms = partials[1:5].sum(1).sqrt()  # (4,)
+        sums = partials[:5].sum(1)  # (5,)
+        tv_l1 = sums[0]
+        norms = sums[1:].sqrt()  # (4,)
         image_norms = partials[5].view(N, -1).sum(1).sqrt()  # (N,)
         ctx.save_for_backward(x, draw, norms, image_norms)
         return view, tv_l1, norms.sum(), image_norms.mean()
@@ -321,8 +324,10 @@ class _JitteredView(torch.autograd.Function):
 
         if dview is None:
             dview = torch.zeros_like(x)
-        zero = norms.new_zeros(())
-        grads = [zero if grad is None else grad for grad in (grad_l1, grad_l2, grad_norm)]
+        grads = [grad_l1, grad_l2, grad_norm]
+        if any(grad is None for grad in grads):
+            zero = norms.new_zeros(())
+            grads = [zero if grad is None else grad for grad in grads]
         dx = torch.empty_like(x)
         (planes, C, H, L), step, (dx_strides, dview_strides, x_strides) = walk_planes(dx, dview, x)
         grid, meta = tiling(planes, H, L, "backward")
@@ -334,7 +339,7 @@ class _JitteredView(torch.autograd.Function):
                 draw,
                 norms,
                 image_norms,
-                torch.stack(grads),
+                *grads,
                 1 / len(x),
                 C,
                 H,

@@ -301,8 +301,8 @@ def moment_distance(moments, running_var, sizes, weights=None, form="l2", eps=No
 
     Args:
         moments: (2, C) float32, contiguous: row 0 mean less running mean, row 1 biased variance, of
-            one layer beside the other. torch.cat along dimension 1 makes it from the moments that
-            `bn_act_moments` returns.
+            one layer beside the other, as in the LayerMoments that a network of `fuse_batchnorm`
+            returns.
         running_var: (C,) float32, contiguous; a constant. relative: not 0 in a whole layer.
         sizes: the channels of each layer, a tuple of python integers >= 1 that add up to C.
         weights: of the layers, a tuple of python numbers as long as sizes. None: 1 each.

@@ -109,18 +109,19 @@ def _pointwise_bn_act_moments_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr,  # whether residual_ptr is read
     ACTIVATION: tl.constexpr,  # of bn_act_moments
     PRECISION: tl.constexpr,  # of products of fp32 numbers: "ieee" or "tf32"
-    MULTIPLY_FP32: tl.constexpr,  # whether factors are converted first: see choose_precision
+    MULTIPLY_FP32: tl.constexpr,  # whether factors become fp32 first, for Triton's interpreter
     ALIGN: tl.constexpr,  # divides C, K and all strides of positions; 1 for unknown
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,  # input channels of a step
 ):
     n_tiles = tl.cdiv(n_channels, BLOCK_C)
-    pid = tl.program_id(0)
-    offs_c = pid % n_tiles * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = tl.program_id(0).to(tl.int64)
+    tile = (pid % n_tiles).to(tl.int32)
+    offs_c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = mask_channels(offs_c, n_channels, ALIGN)
     part = pid // n_tiles
-    first = part.to(tl.int64) * BLOCK_M  # position of this tile
+    first = part * BLOCK_M  # position of this tile
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_positions - first
     mask = mask_m[:, None] & mask_c[None, :]
@@ -159,7 +160,7 @@ def _pointwise_bn_act_moments_fwd_kernel(
     delta = tl.where(mask, z - mean[None, :], 0.0)
     residue = tl.sum(delta, 0) / count  # what rounding left in `mean`
     m2 = tl.sum(delta * delta, 0) - count * residue * residue
-    partial_ptr += part.to(tl.int64) * n_channels + offs_c
+    partial_ptr += part * n_channels + offs_c
     tl.store(partial_ptr, tl.zeros((BLOCK_C,), tl.float32) + count, mask=mask_c)
     tl.store(partial_ptr + stride_part, mean + residue, mask=mask_c)
     tl.store(partial_ptr + 2 * stride_part, m2, mask=mask_c)
@@ -194,18 +195,18 @@ def _pointwise_bn_act_moments_bwd_kernel(
     NEEDS_RESIDUAL: tl.constexpr,  # whether dresidual is wanted
     ACTIVATION: tl.constexpr,  # of bn_act_moments
     PRECISION: tl.constexpr,  # of products of fp32 numbers: "ieee" or "tf32"
-    MULTIPLY_FP32: tl.constexpr,  # whether factors are converted first: see choose_precision
+    MULTIPLY_FP32: tl.constexpr,  # whether factors become fp32 first, for Triton's interpreter
     ALIGN: tl.constexpr,  # divides C, K and all strides of positions; 1 for unknown
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_C: tl.constexpr,  # channels of a step
 ):
     n_tiles = tl.cdiv(n_inputs, BLOCK_K)
-    pid = tl.program_id(0)
-    tile = pid % n_tiles
+    pid = tl.program_id(0).to(tl.int64)
+    tile = (pid % n_tiles).to(tl.int32)
     offs_k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
     mask_k = mask_channels(offs_k, n_inputs, ALIGN)
-    first = (pid // n_tiles).to(tl.int64) * BLOCK_M  # position of this tile
+    first = pid // n_tiles * BLOCK_M  # position of this tile
     offs_m = tl.arange(0, BLOCK_M)
     mask_m = offs_m < n_positions - first
     z_ptr += first * n_channels
@@ -261,6 +262,9 @@ def _pointwise_bn_act_moments_bwd_kernel(
     tl.store(dx_ptr + first * n_inputs + offs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so there factors
+# become fp32 first (MULTIPLY_FP32). That changes no value: products and sums are fp32 anyway.
+
 # Positions and channels of a tile, channels of a step of the product, and how it is launched.
 # Chosen by arithmetic and by the registers that ahead-of-time compilation counts. Not yet measured
 # on a GPU.
@@ -269,13 +273,12 @@ _BACKWARD = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_C": 32, "num_warps": 4, "num_
 
 
 def choose_precision():
-    """How the kernels multiply: PyTorch's own setting for convolutions in fp32.
-
-    Triton's interpreter multiplies the bits of bfloat16 as if they were integers, so there factors
-    become fp32 first. That changes no value: products and sums are fp32 on a GPU too.
+    """How fp32 numbers are multiplied: PyTorch's setting for convolutions, under torch.compile
+    "ieee", because it cannot read the setting.
     """
-    is_exact = torch.backends.cudnn.conv.fp32_precision == "ieee"
-    return {"PRECISION": "ieee" if is_exact else "tf32", "MULTIPLY_FP32": _common.INTERPRET}
+    if torch.compiler.is_compiling() or torch.backends.cudnn.conv.fp32_precision == "ieee":
+        return "ieee"
+    return "tf32"
 
 
 def choose_alignment(*matrices):
@@ -329,7 +332,8 @@ def _forward_on_gpu(x, conv_matrix, residual, affine, activation):
             *other.stride(),
             has_residual,
             activation,
-            **choose_precision(),
+            choose_precision(),
+            _common.INTERPRET,
             ALIGN=choose_alignment(z, x_matrix, other),
             **_FORWARD,
         )
@@ -379,7 +383,8 @@ def _backward_on_gpu(ctx, saved_tensors, conv_matrix, dy, dy_again, grads):
             ctx.saved,
             needs_residual,
             ctx.activation,
-            **choose_precision(),
+            choose_precision(),
+            _common.INTERPRET,
             ALIGN=choose_alignment(dx, z_matrix, dy_matrix, again, other),
             **_BACKWARD,
         )
@@ -503,8 +508,7 @@ def pointwise_bn_act_moments(
     _check_activation(activation, op)
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
     y, part = pointwise_bn_act_moments_folded(x, conv_weight, affine, residual, activation)
-    (moments,) = merge_moments([part], op)
-    return y, moments
+    return y, merge_moments([part], op)
 
 
 def pointwise_bn_act_moments_folded(

@@ -106,9 +106,9 @@ def find_images(network):
             return x
 
 
-def differentiate(y, found, x):
+def differentiate(y, layers, x):
     """The moment loss, and the image gradient of it and of the output's mean square."""
-    loss = sum(moments[0].norm() + (moments[1] - var).norm() for moments, var in found)
+    loss = sum(moments[0].norm() + (moments[1] - var).norm() for moments, var in layers)
     (gradient,) = torch.autograd.grad(y.square().mean() + loss, x)
     return loss.detach(), gradient
 
@@ -138,8 +138,8 @@ def watch_by_hand(network, x):
 def watch_fused(watched, x):
     x = x.clone().requires_grad_()
     y, found = watched(x)
-    loss, gradient = differentiate(y, found, x)
-    return y.detach(), len(found), loss, gradient
+    loss, gradient = differentiate(y, found.split(), x)
+    return y.detach(), len(found.sizes), loss, gradient
 
 
 def try_network(library, name):

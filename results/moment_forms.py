@@ -128,12 +128,11 @@ def measure_distances(out):
     watched = kernels.hook_batchnorm(teacher)
     with torch.enable_grad():
         _, found = watched(normalise(images, info))
-    moments = torch.cat([moments for moments, _ in found], 1).detach()
-    running_var = torch.cat([running_var for _, running_var in found])
-    sizes = tuple(len(running_var) for _, running_var in found)
     distances = {}
     for form in WEIGHTS:
-        distance = kernels.moment_distance(moments, running_var, sizes, None, form, watched.eps)
+        distance = kernels.moment_distance(
+            found.moments, found.running_var, found.sizes, form=form, eps=found.eps
+        )
         distances[f"distance_{form}"] = round(distance.item(), 4)
     return distances
 

@@ -260,6 +260,14 @@ def test_minimal_bytes_of_an_addition():
     assert n_bytes == 4 * 8 * 2 * 3 * 25
 
 
+def test_minimal_bytes_of_a_fused_pointwise_convolution():
+    """Forwards it reads x and writes z and y, backwards it reads dy and z and writes dx."""
+    conv = nn.Conv2d(3, 4, 1, bias=False)
+    network = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU()).eval()
+    n_bytes = steps.count_bytes(network, torch.randn(2, 3, 5, 5))
+    assert n_bytes == 4 * (2 * (2 * 3 * 25 + 4 * 3) + 4 * 2 * 4 * 25)
+
+
 def test_the_limit_is_the_longer_of_bytes_and_arithmetic():
     limits = Limits(bandwidth=1e9, flops=1e12)
     assert limits.compute_percent(2.0, 1e6, 1e6) == pytest.approx(50)
@@ -272,7 +280,7 @@ def test_columns_of_a_step_do_the_same_work(monkeypatch):
     case = ("resnet8", "cpu", torch.randn(6, 3, 8, 8), torch.arange(6))
     assert steps.check_first_losses(*case)
     ours = steps.make_ours(*case)().clone()
-    for without in ("batchnorm", "moment_distance", "jittered_view"):
+    for without in ("batchnorm", "pointwise", "moment_distance", "jittered_view"):
         terms = steps.make_ours(*case, without=without)()
         torch.testing.assert_close(terms, ours, rtol=1e-4, atol=1e-6, equal_nan=True)
     conventional = steps.make_conventional(*case)()

@@ -218,7 +218,7 @@ def test_moments_of_two_layers_merged_at_once(backend, device):
 
     def run(measure):
         inputs = [args["x"].detach().requires_grad_() for args in layers]
-        moments = torch.cat(measure(inputs), 1)  # (2, 40)
+        moments = measure(inputs)  # (2, 40)
         return moments, *torch.autograd.grad(moments, inputs, cotangent)
 
     def merge(inputs):
@@ -231,7 +231,9 @@ def test_moments_of_two_layers_merged_at_once(backend, device):
 
     def define(inputs):
         pairs = zip(layers, inputs, strict=True)
-        return [kernels.bn_act_moments_ref(**{**args, "x": x})[1] for args, x in pairs]
+        return torch.cat(
+            [kernels.bn_act_moments_ref(**{**args, "x": x})[1] for args, x in pairs], 1
+        )
 
     for merged, defined in zip(run(merge), run(define), strict=True):
         torch.testing.assert_close(merged, defined, rtol=1e-5, atol=1e-6)
@@ -281,7 +283,7 @@ def call_twice(x, affine, residual, activation, n_uses):
     module = importlib.import_module("kernels.bn_act_moments")
     outputs = module.bn_act_moments_folded(x, affine, residual, activation, n_uses)
     y, part, *again = outputs
-    (moments,) = module.merge_moments([part])
+    moments = module.merge_moments([part])
     assert len(again) == n_uses - 1
     return y, again[0] if again else y, moments
 

@@ -29,13 +29,14 @@ import kernels
 from bench.steps import ALL_TERMS, make_frozen_teacher
 from kernels import _common
 
-# They allocate, or ask; they launch nothing.
+# They allocate, ask, or see memory otherwise; they launch nothing.
 NO_LAUNCH = {
     "empty",
     "empty_like",
     "empty_strided",
     "new_empty",
     "new_empty_strided",
+    "_unsafe_view",
     "_record_function_enter_new",  # marks for a profiler
     "_record_function_exit",
 }
@@ -155,6 +156,7 @@ def make_step(name, batch_size, size, monkeypatch):
             module.to(torch.bfloat16)  # as watch_batchnorms has them
     # there is no autocast on meta; view and weights are in bf16 already
     monkeypatch.setattr(torch, "autocast", lambda *rest, **options: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)
 
     shape = (batch_size, 3, size, size)
     x = torch.empty(shape, device="meta").to(memory_format=torch.channels_last).requires_grad_()
@@ -248,8 +250,8 @@ def test_each_recorded_kernel_counts(monkeypatch):
 @pytest.mark.parametrize(
     "name, n_images, n_launches, gigabytes",
     [
-        pytest.param("resnet18", 128, 148, 8.82, id="resnet18"),
-        pytest.param("resnet50", 64, 280, 16.96, id="resnet50"),
+        pytest.param("resnet18", 128, 124, 8.82, id="resnet18"),
+        pytest.param("resnet50", 64, 191, 13.95, id="resnet50"),
     ],
 )
 def test_a_step_launches_and_moves_no_more_than_it_did(
@@ -257,6 +259,8 @@ def test_a_step_launches_and_moves_no_more_than_it_did(
 ):
     """Upper bounds: lower them with the step. `pytest -s` prints what it is made of."""
     step = make_step(name, n_images, 224, monkeypatch)
+    with count_launches(monkeypatch):
+        step()  # the first one makes the constants that all others read
     with count_launches(monkeypatch) as counts:
         step()
     count_update(counts, n_images, 224)

@@ -18,6 +18,7 @@ from scripts import read_refusal
 from tqdm import tqdm
 
 import deepinversion as di
+import kernels
 from harness.images import get_pixel_range, list_image_files, read_images
 from harness.load import NetworkInfo, load_factory, load_trained
 from harness.run import RunFolder
@@ -317,32 +318,35 @@ def test_pixels_count_as_a_layer_that_wants_mean_0_and_variance_1(fused):
     assert with_pixels - without == pytest.approx(expected, rel=1e-3)
 
 
+# a layer of two channels and one of one: mean less running mean, and variance
+TWO_LAYERS = kernels.LayerMoments(
+    moments=torch.tensor([[3.0, 4.0, 0.0], [1.0, 1.0, 6.0]]),
+    running_var=torch.ones(3),
+    sizes=(2, 1),
+    eps=(0.5, 1.0),
+)
+
+
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_moment_loss_adds_norms_and_the_first_layer_has_a_factor(fused):
-    first = torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.ones(2)
-    second = torch.tensor([[0.0], [6.0]]), torch.ones(1)
-    found = [first, second]
     args = replace(TINY, first_bn=10.0, moments="l2", fused=fused)
-    assert di.moment_loss(found, (1e-5, 1e-5), args).item() == pytest.approx(10 * 5 + 5)
+    assert di.moment_loss(TWO_LAYERS, args).item() == pytest.approx(10 * 5 + 5)
     args = replace(args, first_bn=1.0)
-    assert di.moment_loss(found, (1e-5, 1e-5), args).item() == pytest.approx(5 + 5)
+    assert di.moment_loss(TWO_LAYERS, args).item() == pytest.approx(5 + 5)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
 def test_moment_loss_without_a_unit(fused):
     """The channels' KL divergences are averaged; each layer's eps is added to both variances."""
-    first = torch.tensor([[3.0, 4.0], [1.0, 1.0]]), torch.ones(2)
-    second = torch.tensor([[0.0], [6.0]]), torch.ones(1)
-    found = [first, second]
     args = replace(TINY, moments="relative", first_bn=10.0, fused=fused)
     expected = 10 * 5 / 2**0.5 + 5
-    assert di.moment_loss(found, (1e-5, 1e-5), args).item() == pytest.approx(expected)
+    assert di.moment_loss(TWO_LAYERS, args).item() == pytest.approx(expected)
 
     args = replace(args, moments="kl")
     of_first = (9 / 1.5 + 16 / 1.5) / 2 / 2
     of_second = (7 / 2 - 1 - math.log(7 / 2)) / 2
     expected = 10 * of_first + of_second
-    assert di.moment_loss(found, (0.5, 1.0), args).item() == pytest.approx(expected, rel=1e-5)
+    assert di.moment_loss(TWO_LAYERS, args).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -360,7 +364,7 @@ def test_the_first_layer_is_the_one_that_runs_first(fused):
     x = torch.randn(2, 3, 4, 4)
     watched = di.watch_batchnorms(Backwards().eval(), x, replace(TINY, fused=fused), "cpu")
     _, found = watched(x)
-    assert [moments.shape[1] for moments, _ in found] == [3, 4]
+    assert found.sizes == (3, 4)
 
 
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "plain"])
@@ -374,7 +378,7 @@ def test_watching_leaves_the_teacher_as_it_is(fused):
         t_logits, found = watched(x)
     assert t_logits.dtype == torch.bfloat16
     assert torch.allclose(t_logits.float(), logits, atol=0.05)
-    assert {moments.dtype for moments, _ in found} == {torch.float32}
+    assert found.moments.dtype == torch.float32
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
     assert not any(module._forward_pre_hooks for module in teacher.modules())
 
@@ -413,7 +417,7 @@ def test_a_teacher_without_a_true_copy_is_watched_itself(make, n_layers, fused):
     watched = di.watch_batchnorms(teacher, x, replace(TINY, fused=fused), "cuda")
     y, found = watched(x)
     assert torch.allclose(y, teacher(x), atol=1e-6)
-    assert len(found) == n_layers
+    assert len(found.sizes) == n_layers
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
 
 

@@ -108,7 +108,7 @@ def test_every_batchnorm_is_fused_at_every_size(name, monkeypatch):
     x = torch.randn(2, 3, 44, 44)  # a traced network has no fixed padding
     logits, found = watched(x)
     torch.testing.assert_close(logits, network(x), rtol=1e-4, atol=1e-4)
-    assert len(found) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
+    assert len(found.sizes) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in network.modules())
 
 
 # Without the package

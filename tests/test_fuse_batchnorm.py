@@ -26,6 +26,7 @@ from foreign_networks import (
     RareBranch,
     Scripted,
     Shortcut,
+    TanhNorm,
 )
 from helpers import assert_as_exact_as_eager
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -129,10 +130,7 @@ def run(network, images):
     """The same of what fuse_batchnorm or hook_batchnorm returns."""
     x = images.clone().requires_grad_()
     y, found = network(x)
-    moments = torch.cat([moments for moments, _ in found], 1)
-    running_var = torch.cat([running_var for _, running_var in found])
-    sizes = tuple(len(running_var) for _, running_var in found)
-    loss = kernels.moment_distance(moments, running_var, sizes)
+    loss = kernels.moment_distance(found.moments, found.running_var, found.sizes)
     (dx,) = torch.autograd.grad(y.square().mean() + loss, x)
     return y, loss, dx
 
@@ -328,7 +326,7 @@ def test_only_the_chosen_kinds_with_statistics_are_replaced(name, monkeypatch):
 
     fused = kernels.fuse_batchnorm(network, kinds=nn.BatchNorm2d)
     y, found = fused(x)
-    assert {moments.shape[1] for moments, _ in found} == {6}
+    assert set(found.sizes) == {6}
     assert [layer for layer in fused.modules() if isinstance(layer, nn.BatchNorm1d)]
     torch.testing.assert_close(y, network(x), rtol=1e-4, atol=1e-5)
 
@@ -350,13 +348,13 @@ def test_hooks_are_the_plain_way_to_the_same(monkeypatch):
     hooked = kernels.hook_batchnorm(network, moments=kernels.bn_moments_ref)
     _, found = hooked(x)
     _, expected = kernels.fuse_batchnorm(make_network("foreign"))(x)
-    for (moments, running_var), (other, other_var) in zip(found, expected, strict=True):
-        torch.testing.assert_close(moments, other, rtol=1e-4, atol=1e-5)
-        assert torch.equal(running_var, other_var)
+    torch.testing.assert_close(found.moments, expected.moments, rtol=1e-4, atol=1e-5)
+    assert torch.equal(found.running_var, expected.running_var)
+    assert found.sizes == expected.sizes
     assert hooked.record.entries is None, "the autograd graph of a step is kept"
 
     hooked.close()
-    assert not hooked(x)[1]
+    assert hooked(x)[1].sizes == ()
     assert_same_as_plain(kernels.hook_batchnorm(make_network("foreign")), network, x)
 
 
@@ -374,9 +372,8 @@ def test_eps_is_that_of_the_layers_as_they_run(watch, monkeypatch):
             return self.last(self.first(x)).mean((2, 3))
 
     watched = watch(Backwards().eval())
-    assert watched.eps == ()
-    watched(torch.randn(2, 3, 4, 4))
-    assert watched.eps == (0.1, 1e-3)
+    _, found = watched(torch.randn(2, 3, 4, 4))
+    assert found.eps == (0.1, 1e-3)
 
 
 def test_weights_are_shared_and_no_autograd_graph_is_kept(monkeypatch):
@@ -390,7 +387,7 @@ def test_weights_are_shared_and_no_autograd_graph_is_kept(monkeypatch):
 
     for _ in range(2):
         _, found = fused(torch.randn(2, 3, 32, 32, requires_grad=True))
-        assert len(found) == 19
+        assert len(found.sizes) == 19
         assert fused.record.entries is None
 
 
@@ -429,11 +426,11 @@ def make_foreign(make):
     return network.eval().requires_grad_(False)
 
 
-def differentiate(y, found, x):
+def differentiate(y, layers, x):
     """Image gradient of a loss of the output and of all moments (mean - running_mean, variance)."""
     outputs = y.values() if isinstance(y, dict) else [y]
     loss = sum(output.square().mean() for output in outputs)
-    for number, (moments, running_var) in enumerate(found):
+    for number, (moments, running_var) in enumerate(layers):
         loss = loss + (number + 1) * (moments[0].norm() + (moments[1] - running_var).norm())
     return torch.autograd.grad(loss, x)[0]
 
@@ -472,7 +469,8 @@ def run_watched(watched, x):
     for _ in range(3):
         leaf = x.clone().requires_grad_()
         y, found = watched(leaf * 1)
-        results.append((y, found, differentiate(y, found, leaf)))
+        layers = found.split()
+        results.append((y, layers, differentiate(y, layers, leaf)))
     return results
 
 
@@ -691,6 +689,82 @@ def test_state_that_the_second_pass_alone_shows(monkeypatch):
 def test_an_example_is_a_tensor():
     with pytest.raises(TypeError, match="expected example to be a tensor, got type; pass images"):
         kernels.fuse_batchnorm(make_foreign(Base), nn.BatchNorm2d)
+
+
+# The moments of all layers side by side
+
+
+class ThreeNorms(nn.Module):
+    """Three layers in an order that a caller chooses; the second is of a class of its own."""
+
+    def __init__(self):
+        super().__init__()
+        norms = [nn.BatchNorm2d(4), TanhNorm(4), nn.BatchNorm2d(4)]
+        self.norms = nn.ModuleList(norms)
+        for layer in self.norms:
+            nn.init.uniform_(layer.running_var, 0.5, 2)
+        self.order = 0, 1, 2
+
+    def forward(self, x):
+        for number in self.order:
+            x = torch.tanh(self.norms[number](x))
+        return x.mean((2, 3))
+
+
+def join_running_vars(network, order):
+    return torch.cat([network.norms[number].running_var for number in order])
+
+
+@pytest.mark.filterwarnings("ignore:fuse_batchnorm")
+def test_fused_and_measured_layers_keep_their_order(device):
+    network = ThreeNorms().eval().to(device)
+    x = torch.randn(3, 4, 5, 5, device=device)
+    fused = kernels.fuse_batchnorm(network)
+    assert fused.kind == "partly fused"
+    _, found = fused(x)
+    _, expected = kernels.hook_batchnorm(network, moments=kernels.bn_moments_ref)(x)
+    assert torch.equal(found.running_var, join_running_vars(network, (0, 1, 2)))
+    torch.testing.assert_close(found.moments, expected.moments, rtol=1e-4, atol=1e-5)
+
+
+def test_running_variances_are_joined_once_for_each_order_of_layers(monkeypatch):
+    """The tensor of an earlier order comes back: a CUDA graph may still read it."""
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    network = ThreeNorms().eval()
+    x = torch.randn(2, 4, 3, 3)
+    watched = kernels.hook_batchnorm(network)
+    first = watched(x)[1].running_var
+    for order in (2, 0, 1), (1, 1):
+        network.order = order
+        _, found = watched(x)
+        assert torch.equal(found.running_var, join_running_vars(network, order))
+        assert found.sizes == (4,) * len(order)
+    network.order = 0, 1, 2
+    assert watched(x)[1].running_var is first
+
+
+@pytest.mark.parametrize("function", ["fuse_batchnorm", "hook_batchnorm"])
+@pytest.mark.filterwarnings("ignore:fuse_batchnorm")
+def test_running_variances_are_joined_again_where_they_changed(function, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    network = ThreeNorms().eval()
+    x = torch.randn(2, 4, 3, 3)
+    watched = getattr(kernels, function)(network)
+    before = watched(x)[1].running_var
+    assert watched(x)[1].running_var is before
+    network.norms[2].running_var.mul_(3)
+    after = watched(x)[1].running_var
+    assert torch.equal(after, before * torch.tensor([1.0, 1.0, 3.0]).repeat_interleave(4))
+
+
+def test_a_call_in_inference_mode_leaves_later_ones_differentiable(monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    network = make_network("resnet20")
+    fused = kernels.fuse_batchnorm(network)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        fused(x)
+    assert_same_as_plain(fused, network, x)
 
 
 # Whole networks

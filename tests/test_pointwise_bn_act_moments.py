@@ -183,7 +183,7 @@ def test_gradients_of_two_readers_are_added(activation, used, backend, device):
         y, part, *again = module.pointwise_bn_act_moments_folded(
             x, args["conv_weight"], affine, residual, activation, n_uses
         )
-        (moments,) = layer.merge_moments([part])
+        moments = layer.merge_moments([part])
         second = again[0] if again else y
         assert torch.equal(y, second)
         results = [(moments, grads)]

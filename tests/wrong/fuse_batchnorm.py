@@ -97,6 +97,24 @@ MUTANTS = [
         "entries = list(self.entries)",
     ),
     Mutant(
+        "layers that are measured apart come last",
+        FILE,
+        "for entry in entries:\n        moments",
+        "for entry in sorted(entries, key=lambda entry: not entry.is_part):\n        moments",
+    ),
+    Mutant(
+        "running variances of another order of layers",
+        FILE,
+        "key = self.running_vars, versions",
+        "key = versions",
+    ),
+    Mutant(
+        "changed running variances are not noticed",
+        FILE,
+        "key = self.running_vars, versions",
+        "key = self.running_vars",
+    ),
+    Mutant(
         "derived classes are taken for plain ones",
         FILE,
         "return type(layer) in PLAIN_BATCHNORMS",
@@ -171,7 +189,7 @@ MUTANTS = [
     Mutant(
         "the check does not count BatchNorms",
         VERIFY,
-        'return f"of {len(theirs.found)} BatchNorms it measures {len(ours.found)}"',
+        'return f"of {len(theirs.layers)} BatchNorms it measures {len(ours.layers)}"',
         'return ""',
     ),
     Mutant(

@@ -68,8 +68,8 @@ MUTANTS = [
     Mutant(
         "gradients of l1 and l2 swapped",
         FILE,
-        "for grad in (grad_l1, grad_l2, grad_norm)",
-        "for grad in (grad_l2, grad_l1, grad_norm)",
+        "grads = [grad_l1, grad_l2, grad_norm]",
+        "grads = [grad_l2, grad_l1, grad_norm]",
     ),
     Mutant(
         "gradient of the view left where it is on the CPU",
