@@ -65,7 +65,15 @@ from kernels._channels import (
     store_partial,
 )
 from kernels._common import tl, triton
-from kernels.bn_moments import bn_moments_ref, compute_dx_on_cpu, compute_moments_on_cpu
+from kernels.bn_moments import (
+    bn_moments_ref,
+    compute_dx_on_cpu,
+    compute_moments_on_cpu,
+    fold_dx,
+    is_channels_last,
+    scale_channels,
+    view_rows,
+)
 
 ACTIVATIONS = {
     "none": None,
@@ -452,11 +460,11 @@ def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
 def _forward_on_cpu(x, residual, affine, activation):
     """y, the moments (2, C), and what to save.
 
-    To save: x and the running mean, or both less the means; y or u, as plain PyTorch does, or None.
+    To save: x and its mean, or both less the means; y or u, as plain PyTorch does, or None.
     """
-    shift, scale, bias = affine
-    ones = torch.ones_like(scale)
-    u = F.batch_norm(x, shift, ones, scale, bias, training=False, eps=0.0)
+    shift, scale, bias = affine.unbind()
+    offset = torch.addcmul(bias, scale, shift, value=-1)  # bias - scale running_mean
+    u = scale_channels(x, scale, offset)
     if residual is not None:
         u.add_(residual)
 
@@ -469,8 +477,8 @@ def _forward_on_cpu(x, residual, affine, activation):
     else:
         y = ACTIVATIONS[activation](u)
         saved = u
-    moments, near_x, near_shift = compute_moments_on_cpu(x, shift)
-    return y, moments, (near_x, near_shift, saved)
+    moments, near_x, near_mean = compute_moments_on_cpu(x, shift)
+    return y, moments, (near_x, near_mean, saved)
 
 
 def _multiply_by_slope_on_cpu(dy, saved, activation):
@@ -502,14 +510,28 @@ def _add_scaled_channels(dx, g, scale):
 
 def _backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
-    x, saved, affine, moments, shift = saved_tensors
+    x, saved, affine, mean = saved_tensors
+    scale = affine[1]
     if dy_again is not None:
         dy = dy + dy_again
     g = _multiply_by_slope_on_cpu(dy, saved, ctx.activation)
-    dx = compute_dx_on_cpu(x, shift, moments, grads).to(g.dtype)
-    _add_scaled_channels(dx, g, affine[1])
     dresidual = g if ctx.needs_input_grad[1] else None
-    return dx, dresidual
+
+    is_fp32 = x.dtype == g.dtype == torch.float32
+    if not is_fp32 or not is_channels_last(x) or g.stride() != x.stride():
+        dx = compute_dx_on_cpu(x, mean, grads).to(g.dtype)
+        _add_scaled_channels(dx, g, scale)
+        return dx, dresidual
+
+    # The same in two passes, in place of g where nothing else reads it.
+    half_b, bias = fold_dx(x, mean, grads)
+    x_rows, half_b = view_rows(x, half_b)
+    g_rows, scale, bias = view_rows(g, scale, bias)
+    is_free = g is not dy and dresidual is None
+    place = g_rows if is_free else None
+    dx = torch.addcmul(bias, g_rows, scale, out=place)
+    dx.addcmul_(x_rows, half_b, value=2)
+    return dx.as_strided(x.shape, x.stride()), dresidual
 
 
 def _choose_saved(activation, residual):
@@ -546,10 +568,10 @@ class _BNActMoments(torch.autograd.Function):
             y, part = _forward_on_gpu(x, residual, affine, activation)
             ctx.saved = _choose_saved(activation, residual)
             saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
-            ctx.save_for_backward(x, saved, affine, None, None)
+            ctx.save_for_backward(x, saved, affine, None)
         else:
-            y, part, (near_x, near_shift, saved) = _forward_on_cpu(x, residual, affine, activation)
-            ctx.save_for_backward(near_x, saved, affine, part, near_shift)
+            y, part, (near_x, near_mean, saved) = _forward_on_cpu(x, residual, affine, activation)
+            ctx.save_for_backward(near_x, saved, affine, near_mean)
         if n_uses == 2:
             return y, part, y.view_as(y)
         return y, part

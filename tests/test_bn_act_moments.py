@@ -187,11 +187,29 @@ def test_output_and_gradient_keep_the_layout_of_x(layout, residual, backend, dev
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_large_batch_on_cpu(layout, monkeypatch):
+@pytest.mark.parametrize("shape", [(64, 16, 8, 8), (3, 70, 13, 13)], ids=["16", "70"])
+def test_large_batch_on_cpu(shape, layout, monkeypatch):
     """A size at which the CPU path computes the moments in one read of x."""
     monkeypatch.setattr("kernels._common.INTERPRET", False)
-    args = make_layer_arguments("cpu", (64, 16, 8, 8), residual=layout, layout=layout)
+    args = make_layer_arguments("cpu", shape, residual=layout, layout=layout)
     assert_matches_definition(BN_ACT_MOMENTS, args)
+
+
+@pytest.mark.parametrize("residual", [None, "channels_last"], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", LAYERS)
+def test_gradients_on_cpu_overwrite_nothing(activation, residual, monkeypatch):
+    """The backward pass writes dx in place of dy act'(u) where that is a tensor of its own."""
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    options = dict(layout="channels_last", gain=0.3)  # hardswish jumps at 3 and -3
+    args = make_layer_arguments("cpu", (64, 16, 8, 8), residual, activation, **options)
+    assert_matches_definition(BN_ACT_MOMENTS, args)
+
+    args["x"].requires_grad_()
+    y, moments = kernels.bn_act_moments(**args)
+    dy = torch.randn_like(y)
+    before = dy.clone()
+    torch.autograd.backward((y, moments), (dy, torch.ones_like(moments)))
+    assert torch.equal(dy, before)
 
 
 @pytest.mark.parametrize("residual", [None, "contiguous"], ids=["alone", "residual"])
