@@ -413,11 +413,11 @@ class _PointwiseBNActMoments(torch.autograd.Function):
             y, z, part = _forward_on_gpu(x, conv_matrix, residual, affine, activation)
             ctx.saved = _choose_saved(activation, residual)
             saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
-            ctx.save_for_backward(z, saved, affine, None, None, conv_matrix)
+            ctx.save_for_backward(z, saved, affine, None, conv_matrix)
         else:
             z = _multiply_on_cpu(x, conv_matrix)
-            y, part, (near_z, near_shift, saved) = _forward_on_cpu(z, residual, affine, activation)
-            ctx.save_for_backward(near_z, saved, affine, part, near_shift, conv_matrix)
+            y, part, (near_z, near_mean, saved) = _forward_on_cpu(z, residual, affine, activation)
+            ctx.save_for_backward(near_z, saved, affine, near_mean, conv_matrix)
         if n_uses == 2:
             return y, part, y.view_as(y)
         return y, part
