@@ -44,7 +44,7 @@ from bench.timing import (
 from harness.load import list_imagenet, list_packaged
 from harness.networks import NETWORKS
 from harness.run import shorten_error
-from kernels.fuse_batchnorm import FusedBatchNorm, FusedPointwise
+from kernels.fuse_batchnorm import FoldedStem, FusedBatchNorm, FusedPointwise
 
 # all terms of the loss on
 ALL_TERMS = replace(
@@ -238,14 +238,16 @@ def count_bytes(network, x):
                 n_values.append(2 * (tensors[0].numel() + module.conv.weight.numel()))
             n_values.append(passes * output.numel())
         else:
-            n_values.append(2 * (sum(t.numel() for t in tensors) + module.weight.numel()))
+            layer = module.conv if isinstance(module, FoldedStem) else module
+            n_values.append(2 * (sum(t.numel() for t in tensors) + layer.weight.numel()))
 
     fused = kernels.fuse_batchnorm(network)
-    pointwise = {layer.conv for layer in fused.modules() if isinstance(layer, FusedPointwise)}
+    holders = (FusedPointwise, FoldedStem)
+    held = {layer.conv for layer in fused.modules() if isinstance(layer, holders)}
     hooks = []
     for module in fused.modules():
-        is_layer = isinstance(module, (nn.Conv2d, nn.Linear, FusedBatchNorm))
-        if is_layer and module not in pointwise:
+        is_layer = isinstance(module, (nn.Conv2d, nn.Linear, FusedBatchNorm, FoldedStem))
+        if is_layer and module not in held:
             hooks.append(module.register_forward_hook(count))
     with torch.no_grad():
         fused(x)

@@ -4,7 +4,7 @@
 of `bn_act_moments`. A conventional inversion step does the same in three places: the layer in eval
 mode, the activation, and a hook that measures the layer's input. Fused are BatchNorm -> activation,
 BatchNorm -> addition -> activation, and BatchNorm alone. On a GPU a 1 x 1 convolution before them
-is part of the same call, `pointwise_bn_act_moments`.
+is part of the same call, `pointwise_bn_act_moments`. On a CPU a 7 x 7 stem runs as `FoldedStem`.
 
 A rebuilt network may differ from the one that it was made of: torch.fx drops `torch.no_grad()`,
 and a copied module may still call the original. With an example batch `fuse_batchnorm` compares
@@ -243,6 +243,35 @@ class FusedPointwise(FusedBatchNorm):
             return True
         shape = (len(input), len(weight), *input.shape[2:])
         return residual.shape == shape and residual.dtype == input.dtype
+
+
+class FoldedStem(nn.Module):
+    """A 7 x 7 convolution of stride 2 and padding 3 over images, on a CPU as one of 4 x 4.
+
+        z_ij = sum_ab w_ab x_(2i+a-3, 2j+b-3)
+             = sum_pq sum_rs w'_(2p+r, 2q+s) x_(2(i+p-2)+r, 2(j+q-2)+s),   w'_(a+1, b+1) = w_ab
+
+    The four pixels (r, s) of a block become channels. Of 3 channels the input gradient costs five
+    times the forward pass; of 12 hardly more than it. On one thread both passes for 4 images of
+    224 px in fp32 take 0.57 of the plain time. In bfloat16 nothing is gained.
+    """
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, input):
+        if not self.can_fold(input):
+            return self.conv(input)
+        weight = F.pixel_unshuffle(F.pad(self.conv.weight, (1, 0, 1, 0)), 2)  # (C, 4 K, 4, 4)
+        blocks = F.pad(F.pixel_unshuffle(input, 2), (2, 1, 2, 1))  # (N, 4 K, H / 2 + 3, W / 2 + 3)
+        return F.conv2d(blocks, weight, self.conv.bias)
+
+    def can_fold(self, input):
+        """Whether the images (N, K, H, W) are in fp32 on a CPU and even in height and width."""
+        if not input.is_cpu or input.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return False
+        return input.dim() == 4 and input.size(2) % 2 == 0 and input.size(3) % 2 == 0
 
 
 class MeasuredBatchNorm(nn.Module):
@@ -629,6 +658,7 @@ def _rebuild_by_tracing(model, layers):
             traced.add_module(node.target, MeasuredBatchNorm(layer, record, number))
             n_measured += 1
     _fork_outputs(traced)
+    _fold_stems(traced)
     traced.graph.lint()
     traced.delete_all_unused_submodules()
     traced.recompile()
@@ -691,10 +721,10 @@ def _find_pointwise(traced, node):
     if convolution.op != "call_module" or _find_only_user(convolution) is not node:
         return None
     conv = traced.get_submodule(convolution.target)
-    if type(conv) is not nn.Conv2d or conv._forward_hooks or conv._forward_pre_hooks:
+    if not _is_plain_convolution(conv) or conv.bias is not None:
         return None
-    is_pointwise = set(conv.kernel_size + conv.stride) == {1} and conv.groups == 1
-    if not is_pointwise or conv.padding not in ((0, 0), "valid", "same") or conv.bias is not None:
+    is_pointwise = set(conv.kernel_size + conv.stride) == {1}
+    if not is_pointwise or conv.padding not in ((0, 0), "valid", "same"):
         return None
     # It will run where the BatchNorm's followers do. Its input is the same there: autograd keeps it
     # for the convolution, and refuses what changes it in place.
@@ -754,6 +784,29 @@ def _fork_outputs(traced):
             ]
         for reader, output in zip(readers, outputs, strict=True):
             reader.replace_input_with(node, output)
+
+
+def _fold_stems(traced):
+    """Replace 7 x 7 convolutions over images."""
+    for number, node in enumerate(list(traced.graph.nodes)):
+        if node.op == "call_module" and _is_stem(traced.get_submodule(node.target)):
+            stem = FoldedStem(traced.get_submodule(node.target))
+            node.target = f"stem_{number}"
+            traced.add_module(node.target, stem)
+
+
+def _is_stem(conv):
+    if not _is_plain_convolution(conv) or conv.in_channels > 4:
+        return False
+    shape = conv.kernel_size, conv.stride, conv.padding, conv.dilation
+    return shape == ((7, 7), (2, 2), (3, 3), (1, 1)) and conv.padding_mode == "zeros"
+
+
+def _is_plain_convolution(module):
+    """Whether a module is a Conv2d of one group that does only what its name says."""
+    if type(module) is not nn.Conv2d or module.groups != 1:
+        return False
+    return not module._forward_hooks and not module._forward_pre_hooks
 
 
 def _find_only_user(node):

@@ -246,6 +246,13 @@ def test_minimal_bytes_by_hand():
     assert not any(module._forward_hooks for module in network.modules())
 
 
+def test_minimal_bytes_of_a_folded_stem_are_those_of_its_convolution():
+    conv = nn.Conv2d(3, 4, 7, 2, 3, bias=False)
+    network = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU()).eval()
+    n_bytes = steps.count_bytes(network, torch.randn(2, 3, 8, 8))
+    assert n_bytes == 4 * (2 * (2 * 3 * 64 + 2 * 4 * 16 + 4 * 3 * 49) + 5 * 2 * 4 * 16)
+
+
 class Residual(nn.Module):
     def __init__(self):
         super().__init__()

@@ -285,6 +285,48 @@ def test_a_pointwise_convolution_with_a_hook_still_calls_it(kind, monkeypatch):
     assert len(calls) == 1
 
 
+class Stem(nn.Module):
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        self.bn = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+STEMS = {  # (convolution, whether it is folded)
+    "plain": (partial(nn.Conv2d, 3, 4, 7, 2, 3, bias=False), True),
+    "bias-of-one-channel": (partial(nn.Conv2d, 1, 4, 7, 2, 3), True),
+    "dilated": (partial(nn.Conv2d, 3, 4, 7, 2, 3, dilation=2), False),
+    "reflecting": (partial(nn.Conv2d, 3, 4, 7, 2, 3, padding_mode="reflect"), False),
+    "stride-1": (partial(nn.Conv2d, 3, 4, 7, 1, 3), False),
+    "padding-2": (partial(nn.Conv2d, 3, 4, 7, 2, 2), False),
+    "5x5": (partial(nn.Conv2d, 3, 4, 5, 2, 3), False),
+    "many-channels": (partial(nn.Conv2d, 5, 4, 7, 2, 3), False),
+}
+
+
+@pytest.mark.parametrize(("make", "is_folded"), STEMS.values(), ids=STEMS)
+@pytest.mark.parametrize("size", [(16, 10), (17, 10), (16, 9)], ids=str)
+def test_a_stem_is_folded_where_that_is_the_same(make, is_folded, size, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    network = make_foreign(lambda: Stem(make()))
+    x = torch.randn(3, network.conv.in_channels, *size)
+    fused = kernels.fuse_batchnorm(network, x)
+    assert (fused.kind, fused.reason) == ("fused", "")
+    stems = [layer for layer in fused.modules() if hasattr(layer, "can_fold")]
+    assert len(stems) == is_folded
+    for stem in stems:
+        assert stem.can_fold(x) == (size == (16, 10))
+        assert not stem.can_fold(x.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not stem.can_fold(x)
+    assert_same_as_plain(fused, network, x)
+    network.conv.weight.data.mul_(2)  # the weights are shared
+    assert_same_as_plain(fused, network, x)
+
+
 class TwoReaders(nn.Module):
     """What the first layers return is read twice, by an addition in place or by a sum."""
 

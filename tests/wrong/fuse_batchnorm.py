@@ -27,7 +27,7 @@ MUTANTS = [
     Mutant(
         "a 1 x 1 convolution of two groups is fused",
         FILE,
-        " and conv.groups == 1",
+        " or module.groups != 1",
         "",
     ),
     Mutant(
@@ -39,8 +39,38 @@ MUTANTS = [
     Mutant(
         "a 1 x 1 convolution with hooks is fused",
         FILE,
-        " or conv._forward_hooks or conv._forward_pre_hooks",
+        "return not module._forward_hooks and not module._forward_pre_hooks",
+        "return True",
+    ),
+    Mutant(
+        "a folded stem sees its images one block too far down",
+        FILE,
+        "(2, 1, 2, 1)",
+        "(2, 1, 1, 2)",
+    ),
+    Mutant(
+        "a folded stem's weight padded on the other side",
+        FILE,
+        "(1, 0, 1, 0)",
+        "(0, 1, 0, 1)",
+    ),
+    Mutant(
+        "the bias of a stem is lost",
+        FILE,
+        "return F.conv2d(blocks, weight, self.conv.bias)",
+        "return F.conv2d(blocks, weight)",
+    ),
+    Mutant(
+        "stems of odd images are folded",
+        FILE,
+        " and input.size(3) % 2 == 0",
         "",
+    ),
+    Mutant(
+        "a dilated stem is folded",
+        FILE,
+        "shape == ((7, 7), (2, 2), (3, 3), (1, 1)) and",
+        "shape[:3] == ((7, 7), (2, 2), (3, 3)) and",
     ),
     Mutant(
         "a weight of another dtype goes into the kernel",
