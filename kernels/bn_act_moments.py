@@ -91,7 +91,7 @@ def bn_act_moments_ref(
 
     float64 stays float64; half precision is computed in fp32.
     """
-    _check_activation(activation)
+    check_activation(activation)
     dtype = torch.promote_types(x.dtype, torch.float32)
     y = F.batch_norm(
         x.to(dtype),
@@ -110,13 +110,13 @@ def bn_act_moments_ref(
     return y.to(x.dtype), torch.stack((mean - running_mean.detach(), var))
 
 
-def _check_activation(activation, op="bn_act_moments"):
+def check_activation(activation, op="bn_act_moments"):
     if activation not in ACTIVATIONS:
         choices = ", ".join(ACTIVATIONS)
         raise ValueError(f"{op}: expected activation in {choices}, got {activation!r}; choose one")
 
 
-def _check_residual(op, residual, shape, dtype):
+def check_residual(op, residual, shape, dtype):
     """Raise unless the residual is None or of this shape and dtype."""
     if residual is not None and (residual.shape != shape or residual.dtype != dtype):
         expected = f"{tuple(shape)} {dtype}"
@@ -125,7 +125,7 @@ def _check_residual(op, residual, shape, dtype):
 
 
 @triton.jit
-def _apply_activation(
+def apply_activation(
     u,  # fp32
     ACTIVATION: tl.constexpr,  # one of ACTIVATIONS
 ):
@@ -145,7 +145,7 @@ def _apply_activation(
 
 
 @triton.jit
-def _multiply_by_slope(
+def multiply_by_slope(
     g,  # dy, fp32
     u,  # fp32; for relu y will do
     DTYPE: tl.constexpr,  # of y
@@ -248,7 +248,7 @@ def _bn_act_moments_fwd_kernel(
             )
             offs = offs_row[:, None] + offs_col[None, :] * stride_rcol
             y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        y = _apply_activation(y, ACTIVATION)
+        y = apply_activation(y, ACTIVATION)
         offs_row = compute_row_offsets(
             rows, size_1, size_2, size_3, stride_y0, stride_y1, stride_y2, stride_y3
         )
@@ -364,7 +364,7 @@ def _bn_act_moments_bwd_kernel(
                 u = saved
             else:
                 u += saved
-        g = _multiply_by_slope(g, u, dx_ptr.dtype.element_ty, ACTIVATION)
+        g = multiply_by_slope(g, u, dx_ptr.dtype.element_ty, ACTIVATION)
 
         offs_row = compute_row_offsets(
             rows, size_1, size_2, size_3, stride_dx0, stride_dx1, stride_dx2, stride_dx3
@@ -457,7 +457,7 @@ def _backward_on_gpu(ctx, saved_tensors, dy, dy_again, grads):
     return dx, dresidual
 
 
-def _forward_on_cpu(x, residual, affine, activation):
+def forward_on_cpu(x, residual, affine, activation):
     """y, the moments (2, C), and what to save.
 
     To save: x and its mean, or both less the means; y or u, as plain PyTorch does, or None.
@@ -508,7 +508,7 @@ def _add_scaled_channels(dx, g, scale):
         by_channel.addcmul_(g_by_channel, scale)
 
 
-def _backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads):
+def backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads):
     """dx and dresidual, or None where the residual needs no gradient."""
     x, saved, affine, mean = saved_tensors
     scale = affine[1]
@@ -534,14 +534,14 @@ def _backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads):
     return dx.as_strided(x.shape, x.stride()), dresidual
 
 
-def _choose_saved(activation, residual):
+def choose_saved(activation, residual):
     """What the backward kernel reads beside x and dy: "y", "residual" or "nothing"."""
     if residual is None or activation == "none":
         return "nothing"
     return "y" if activation == "relu" else "residual"
 
 
-def _fill_gradients(dy, grads, dy_again, x, affine):
+def fill_gradients(dy, grads, dy_again, x, affine):
     """The gradients that a backward pass gets, with zeros in place of those that nothing gave."""
     if dy is None:
         dy, dy_again = dy_again, None
@@ -566,11 +566,11 @@ class _BNActMoments(torch.autograd.Function):
         ctx.activation = activation
         if _common.runs_triton(x):
             y, part = _forward_on_gpu(x, residual, affine, activation)
-            ctx.saved = _choose_saved(activation, residual)
+            ctx.saved = choose_saved(activation, residual)
             saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
             ctx.save_for_backward(x, saved, affine, None)
         else:
-            y, part, (near_x, near_mean, saved) = _forward_on_cpu(x, residual, affine, activation)
+            y, part, (near_x, near_mean, saved) = forward_on_cpu(x, residual, affine, activation)
             ctx.save_for_backward(near_x, saved, affine, near_mean)
         if n_uses == 2:
             return y, part, y.view_as(y)
@@ -581,8 +581,8 @@ class _BNActMoments(torch.autograd.Function):
         _common.refuse_double_backward("bn_act_moments")
         saved_tensors = ctx.saved_tensors  # read once: gradient checkpointing allows no more
         x, _, affine, *_ = saved_tensors
-        dy, grads, dy_again = _fill_gradients(dy, grads, dy_again, x, affine)
-        run = _backward_on_gpu if _common.runs_triton(x) else _backward_on_cpu
+        dy, grads, dy_again = fill_gradients(dy, grads, dy_again, x, affine)
+        run = _backward_on_gpu if _common.runs_triton(x) else backward_on_cpu
         dx, dresidual = run(ctx, saved_tensors, dy, dy_again, grads)
         return dx, dresidual, None, None, None
 
@@ -679,8 +679,8 @@ def bn_act_moments(
         running_var=running_var,
     )
     _common.check_float("bn_act_moments", x=x, residual=residual)
-    _check_activation(activation)
-    _check_residual("bn_act_moments", residual, x.shape, x.dtype)
+    check_activation(activation)
+    check_residual("bn_act_moments", residual, x.shape, x.dtype)
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
     y, part = _BNActMoments.apply(x, residual, affine, activation, 1)
     return y, merge_moments([part])
@@ -696,5 +696,5 @@ def bn_act_moments_folded(x, affine, residual=None, activation="relu", n_uses=1)
     Returns:
         y, and in place of the moments what `merge_moments` makes them of.
     """
-    _check_activation(activation)
+    check_activation(activation)
     return _BNActMoments.apply(x, residual, affine, activation, n_uses)

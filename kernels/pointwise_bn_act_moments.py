@@ -34,17 +34,17 @@ from kernels import _common
 from kernels._channels import check_vectors, mask_channels
 from kernels._common import tl, triton
 from kernels.bn_act_moments import (
-    _apply_activation,
-    _backward_on_cpu,
-    _check_activation,
-    _check_residual,
-    _choose_saved,
-    _fill_gradients,
-    _forward_on_cpu,
-    _multiply_by_slope,
+    apply_activation,
+    backward_on_cpu,
     bn_act_moments_ref,
+    check_activation,
+    check_residual,
+    choose_saved,
+    fill_gradients,
     fold_constants,
+    forward_on_cpu,
     merge_moments,
+    multiply_by_slope,
 )
 
 
@@ -152,7 +152,7 @@ def _pointwise_bn_act_moments_fwd_kernel(
         offs_r = _locate_tile(offs_m, stride_rm, offs_c, stride_rc, ALIGN)
         residual_ptr += first * stride_rm
         u += tl.load(residual_ptr + offs_r, mask=mask, other=0.0).to(tl.float32)
-    y = _apply_activation(u, ACTIVATION)
+    y = apply_activation(u, ACTIVATION)
     tl.store(y_ptr + first * n_channels + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
     count = tl.sum(mask_m.to(tl.float32), 0)
@@ -243,7 +243,7 @@ def _pointwise_bn_act_moments_bwd_kernel(
                 u = saved
             else:
                 u += saved
-        g = _multiply_by_slope(g, u, dx_ptr.dtype.element_ty, ACTIVATION)
+        g = multiply_by_slope(g, u, dx_ptr.dtype.element_ty, ACTIVATION)
         if NEEDS_RESIDUAL:  # one tile of input channels writes it for all
             dresidual = g.to(dresidual_ptr.dtype.element_ty)
             tl.store(dresidual_ptr + offs_z, dresidual, mask=mask & (tile == 0))
@@ -411,12 +411,12 @@ class _PointwiseBNActMoments(torch.autograd.Function):
         ctx.activation = activation
         if _common.runs_triton(x):
             y, z, part = _forward_on_gpu(x, conv_matrix, residual, affine, activation)
-            ctx.saved = _choose_saved(activation, residual)
+            ctx.saved = choose_saved(activation, residual)
             saved = {"nothing": None, "y": y, "residual": residual}[ctx.saved]
             ctx.save_for_backward(z, saved, affine, None, conv_matrix)
         else:
             z = _multiply_on_cpu(x, conv_matrix)
-            y, part, (near_z, near_mean, saved) = _forward_on_cpu(z, residual, affine, activation)
+            y, part, (near_z, near_mean, saved) = forward_on_cpu(z, residual, affine, activation)
             ctx.save_for_backward(near_z, saved, affine, near_mean, conv_matrix)
         if n_uses == 2:
             return y, part, y.view_as(y)
@@ -427,11 +427,11 @@ class _PointwiseBNActMoments(torch.autograd.Function):
         _common.refuse_double_backward("pointwise_bn_act_moments")
         *saved_tensors, conv_matrix = ctx.saved_tensors  # read once, as in _BNActMoments
         z, _, affine, *_ = saved_tensors
-        dy, grads, dy_again = _fill_gradients(dy, grads, dy_again, z, affine)
+        dy, grads, dy_again = fill_gradients(dy, grads, dy_again, z, affine)
         if _common.runs_triton(dy):
             dx, dresidual = _backward_on_gpu(ctx, saved_tensors, conv_matrix, dy, dy_again, grads)
         else:
-            dz, dresidual = _backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads)
+            dz, dresidual = backward_on_cpu(ctx, saved_tensors, dy, dy_again, grads)
             dx = _multiply_on_cpu(dz, conv_matrix.T)
         return dx, dresidual, None, None, None, None
 
@@ -504,8 +504,8 @@ def pointwise_bn_act_moments(
         )
     C = len(conv_weight)
     check_vectors(op, C, **vectors)
-    _check_residual(op, residual, (N, C, H, W), x.dtype)
-    _check_activation(activation, op)
+    check_residual(op, residual, (N, C, H, W), x.dtype)
+    check_activation(activation, op)
     affine = fold_constants(weight, bias, running_mean, running_var, eps)
     y, part = pointwise_bn_act_moments_folded(x, conv_weight, affine, residual, activation)
     return y, merge_moments([part], op)
@@ -518,6 +518,6 @@ def pointwise_bn_act_moments_folded(
 
     Tensors are not checked. n_uses and what is returned are as of `bn_act_moments_folded`.
     """
-    _check_activation(activation, "pointwise_bn_act_moments")
+    check_activation(activation, "pointwise_bn_act_moments")
     conv_matrix = conv_weight.detach()[:, :, 0, 0]  # (C, K)
     return _PointwiseBNActMoments.apply(x, residual, conv_matrix, affine, activation, n_uses)
