@@ -12,10 +12,11 @@ ResNet-50: 51 FLOPs a byte, where an H100 has 295. So what counts is to read and
 still in registers when its moments and y are computed, and dz when it is multiplied.
 
 Traffic, in sizes of z, beside x and dx, without a residual:
+    eager  32: the 30 of `bn_act_moments`; the convolution writes z and reads dz
     convolution, then bn_act_moments  forward 3: writes z, reads it, writes y. Backward 4: reads dy
            and z, writes dz, reads it
     fused  forward 2: writes z and y. Backward 2: reads dy and z
-    best possible ratio: 7 / 4; 2 launches in place of 4
+    best possible ratio: 32 / 4, and 7 / 4 beside bn_act_moments; 2 launches in place of 4
 As in `bn_act_moments` a residual adds 1 forwards, and 2 backwards unless there is no activation.
 
 The kernels see matrices of positions x channels, as they lie in memory in channels_last. Other
