@@ -387,7 +387,8 @@ def competition_loss(t_logits, s_logits, args):
 @functools.cache  # made once, so that a step does not fill them in again
 def make_constants(numbers, device):
     """A tuple of n python numbers as a tensor (n,) fp32; nothing is copied from the host."""
-    return torch.stack([torch.full((), float(number), device=device) for number in numbers])
+    with torch.inference_mode(False):  # a later step may differentiate
+        return torch.stack([torch.full((), float(number), device=device) for number in numbers])
 
 
 # "competition" is NaN without an opponent

@@ -298,7 +298,8 @@ def _compute_moments_in_one_pass(x, shift):
 
     torch.batch_norm_update_stats reduces the columns of x seen as (parts, rows, columns), and
     Chan's rule merges the columns of a channel. A row is an image, or in channels_last one or more
-    pixels. The op reads its input twice, so a part has at most 1 MB there, which an L2 cache holds:
+    pixels. The op reads its input twice, so a part of up to 2,048 channels in channels_last has at
+    most 1 MB, which an L2 cache holds:
     for (100, 16, 32, 32) on one thread this takes 0.65 of the time of a single part. No other op
     does as well in both layouts.
 
@@ -369,16 +370,15 @@ def scale_channels(x, scale, bias):
     batch_norm does so too, and computes in fp32 whatever the dtype of x. But addcmul takes 0.4 of
     its time, for (100, 16, 32, 32) in channels_last and fp32 on one thread.
     """
-    rows = x
-    if is_channels_last(x):
-        if x.dtype == torch.float32:
-            rows, scale, bias = view_rows(x, scale, bias)
-            return torch.addcmul(bias, rows, scale).as_strided(x.shape, x.stride())
-        rows = x.movedim(1, -1).view(-1, len(scale))
+    if is_channels_last(x) and x.dtype == torch.float32:
+        y = torch.empty_like(x)  # no view, which autograd would not let a network change in place
+        rows, scale, bias = view_rows(x, scale, bias)
+        (y_rows,) = view_rows(y)
+        torch.addcmul(bias, rows, scale, out=y_rows)
+        return y
     mean = torch.zeros_like(scale)
     var = torch.ones_like(scale)
-    y = F.batch_norm(rows, mean, var, scale, bias, training=False, eps=0.0)
-    return y.as_strided(x.shape, x.stride()) if is_channels_last(x) else y
+    return F.batch_norm(x, mean, var, scale, bias, training=False, eps=0.0)
 
 
 def fold_dx(x, mean, grads):

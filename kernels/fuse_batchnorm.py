@@ -68,9 +68,10 @@ class LayerMoments(NamedTuple):
     """
 
     moments: torch.Tensor
-    """(2, C) fp32, C channels in all: mean less running mean, biased variance."""
+    """(2, C) fp32, C channels in all: mean less running mean, biased variance. What a function of
+    one's own measures for `hook_batchnorm` may have dimensions in between."""
     running_var: torch.Tensor
-    """(C,) fp32, a constant: the same tensor in all calls in which the same layers run."""
+    """(C,) fp32, a constant, which may be the tensor of an earlier call: do not change it."""
     sizes: tuple[int, ...]
     """Channels of each layer, which add up to C. A layer that ran twice is there twice."""
     eps: tuple[float, ...]
@@ -87,7 +88,7 @@ class Entry(NamedTuple):
     """What one layer measured."""
 
     place: int
-    """Orders the layers' moments."""
+    """The layer's position: moments are sorted by it."""
     moments: torch.Tensor
     """(2, C_l), or what merge_moments makes them of."""
     running_var: torch.Tensor
@@ -98,15 +99,25 @@ class Entry(NamedTuple):
 
 
 class Record:
-    """The moments that the layers of one network measure while a forward pass runs."""
+    """The moments that the layers of one network measure while a forward pass runs.
 
-    def __init__(self):
+    Args:
+        is_constant: whether the running statistics stay as they are, so that those of all layers
+            are joined once.
+    """
+
+    def __init__(self, is_constant):
+        self.is_constant = is_constant
         self.entries = None  # a list while a forward pass runs
         # of the layers, in the order of the latest forward pass
         self.running_vars = ()
         self.has_gradient = ()
         # {running_vars and their versions: joined}; kept, because CUDA graphs may read any of them
         self.joined = {}
+
+    def __getstate__(self):
+        """A copy joins anew: versions of its tensors count from another number."""
+        return {**self.__dict__, "joined": {}}
 
     def add(self, place, moments, running_var, eps, is_part=False):
         """Record a layer's moments (2, C_l), or the part of which merge_moments makes them."""
@@ -134,10 +145,11 @@ class Record:
 
     def join_running_vars(self):
         """running_var (C,) of all layers, joined once for layers that run in the same order."""
-        if torch.compiler.is_compiling():  # it cannot read versions
+        has_versions = not any(running_var.is_inference() for running_var in self.running_vars)
+        if not self.is_constant or not has_versions or torch.compiler.is_compiling():
             return _join_running_vars(self.running_vars)
         versions = tuple(running_var._version for running_var in self.running_vars)
-        key = self.running_vars, versions  # a tensor is equal to itself alone
+        key = self.running_vars, versions  # tuples compare their tensors by identity first
         if key not in self.joined:
             with torch.inference_mode(False):  # a later call may save it for a backward pass
                 self.joined[key] = _join_running_vars(self.running_vars)
@@ -227,12 +239,14 @@ class FusedPointwise(FusedBatchNorm):
         return (y, *again) if again else y
 
     def can_fuse(self, input, residual):
-        """Whether one kernel computes what the two layers would, in the same dtype.
+        """Whether one kernel computes what the two layers would, in their dtype and layout.
 
-        There is none for CPUs. It treats the weight as a constant, and it does not convert.
+        No kernel runs on a CPU. The kernel takes the weight as a constant and converts nothing.
         """
         weight = self.conv.weight
-        if not _common.runs_triton(input) or input.dim() != 4 or input.dtype != weight.dtype:
+        if not _common.runs_triton(input) or not _is_channels_last(input):
+            return False
+        if input.dtype != weight.dtype or input.dtype not in _common.DTYPES:
             return False
         if weight.requires_grad and torch.is_grad_enabled():
             return False
@@ -242,7 +256,14 @@ class FusedPointwise(FusedBatchNorm):
         if residual is None:
             return True
         shape = (len(input), len(weight), *input.shape[2:])
-        return residual.shape == shape and residual.dtype == input.dtype
+        return _is_channels_last(residual, shape) and residual.dtype == input.dtype
+
+
+def _is_channels_last(x, shape=None):
+    """Whether x is (N, C, H, W) in channels_last, and of a shape if one is given."""
+    if x.dim() != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+        return False
+    return shape is None or x.shape == shape
 
 
 class FoldedStem(nn.Module):
@@ -251,9 +272,10 @@ class FoldedStem(nn.Module):
         z_ij = sum_ab w_ab x_(2i+a-3, 2j+b-3)
              = sum_pq sum_rs w'_(2p+r, 2q+s) x_(2(i+p-2)+r, 2(j+q-2)+s),   w'_(a+1, b+1) = w_ab
 
-    The four pixels (r, s) of a block become channels. Of 3 channels the input gradient costs five
-    times the forward pass; of 12 hardly more than it. On one thread both passes for 4 images of
-    224 px in fp32 take 0.57 of the plain time. In bfloat16 nothing is gained.
+    The four pixels (r, s) of a block become channels. With 3 input channels the input gradient
+    takes five times as long as the forward pass, with 12 about as long as it. For 4 images of
+    224 px in fp32, on one thread of a CPU with AVX-512, both passes take 0.57 of the plain time
+    (32 of 56 ms). In bfloat16 they took 0.95 of it, so there the convolution runs as it is.
     """
 
     def __init__(self, conv):
@@ -338,7 +360,7 @@ class Hooked:
         self.reason = reason
         self.caller = caller
         self.is_checked = False
-        self.record = Record()
+        self.record = Record(is_constant=False)  # the network itself may go on learning
         self.handles = []
         for layer in layers:
             handle = layer.register_forward_pre_hook(self.measure_input, with_kwargs=True)
@@ -444,7 +466,11 @@ def fuse_batchnorm(model, example=None, kinds=BATCHNORMS):
 
     Note:
         The BatchNorms' weights and statistics are taken when this function is called: load weights
-        before.
+        and set hooks before.
+
+        1 x 1 convolutions are part of the layer on a GPU and in channels_last alone; stems are
+        folded on a CPU, in fp32 and for even image sizes alone. So the example should have the
+        device, size and memory format of later images: what it does not reach is not compared.
 
         Fused activations are ReLU, ReLU6, SiLU and Hardswish. The check runs two forward and
         backward passes over the example, and three forward passes: two images are enough. It leaves
@@ -635,7 +661,7 @@ def _rebuild_by_tracing(model, layers):
     traced = fx.GraphModule(tracer.root, graph)
     _name_results_of_inplace_ops(traced)
 
-    record = Record()
+    record = Record(is_constant=True)
     n_measured = 0
     for number, node in enumerate(list(traced.graph.nodes)):
         if node.op != "call_module":
@@ -726,8 +752,9 @@ def _find_pointwise(traced, node):
     is_pointwise = set(conv.kernel_size + conv.stride) == {1}
     if not is_pointwise or conv.padding not in ((0, 0), "valid", "same"):
         return None
-    # It will run where the BatchNorm's followers do. Its input is the same there: autograd keeps it
-    # for the convolution, and refuses what changes it in place.
+    # It will run where the BatchNorm's followers do, and must not meet a changed input there.
+    if any(_is_inplace(traced, user) for user in _get_input(convolution).users):
+        return None
     return convolution
 
 
@@ -787,7 +814,7 @@ def _fork_outputs(traced):
 
 
 def _fold_stems(traced):
-    """Replace 7 x 7 convolutions over images."""
+    """Replace 7 x 7 convolutions over images by FoldedStem."""
     for number, node in enumerate(list(traced.graph.nodes)):
         if node.op == "call_module" and _is_stem(traced.get_submodule(node.target)):
             stem = FoldedStem(traced.get_submodule(node.target))
@@ -804,9 +831,15 @@ def _is_stem(conv):
 
 def _is_plain_convolution(module):
     """Whether a module is a Conv2d of one group that does only what its name says."""
-    if type(module) is not nn.Conv2d or module.groups != 1:
+    if type(module) is not nn.Conv2d or module.groups != 1 or "forward" in vars(module):
         return False
-    return not module._forward_hooks and not module._forward_pre_hooks
+    hooks = (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
+    )
+    return not any(hooks)
 
 
 def _find_only_user(node):
@@ -857,7 +890,7 @@ def _is_addition(node):
 
 def _rebuild_by_copying(model, layers, problem):
     """A copy of the module tree that shares all weights, with the layers replaced alone."""
-    record = Record()
+    record = Record(is_constant=True)
     replacements = {}
     for layer in layers:
         if _is_plain(layer):

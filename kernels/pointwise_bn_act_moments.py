@@ -19,7 +19,7 @@ Traffic, in sizes of z, beside x and dx, without a residual:
     best possible ratio: 32 / 4, and 7 / 4 beside bn_act_moments; 2 launches in place of 4
 As in `bn_act_moments` a residual adds 1 forwards, and 2 backwards unless there is no activation.
 
-The kernels see matrices of positions x channels, as they lie in memory in channels_last. Other
+The kernels see matrices of positions x channels, as they lie in memory in channels_last. Most other
 layouts are copied. Each program has a tile of positions and of channels, so x is read once for each
 tile of channels, and dy and z once for each tile of input channels: mostly from the L2 cache, since
 such programs are neighbours. Minimal bytes count them once.
@@ -81,7 +81,7 @@ def _locate_tile(
     stride_c,
     ALIGN: tl.constexpr,  # a number that divides stride_m; 1 for unknown
 ):
-    """Where a tile lies in memory (BLOCK_M, BLOCK_C)."""
+    """Offsets of a tile's elements (BLOCK_M, BLOCK_C)."""
     offs_row = offs_m * stride_m
     if ALIGN > 1:  # Triton itself knows of multiples of 16 only
         offs_row = tl.multiple_of(offs_row, ALIGN)
@@ -273,13 +273,14 @@ _FORWARD = {"BLOCK_M": 128, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 8, "num_s
 _BACKWARD = {"BLOCK_M": 64, "BLOCK_K": 128, "BLOCK_C": 32, "num_warps": 4, "num_stages": 2}
 
 
-def choose_precision():
-    """How fp32 numbers are multiplied: PyTorch's setting for convolutions, under torch.compile
-    "ieee", because it cannot read the setting.
+def choose_precision(dtype):
+    """How fp32 numbers are multiplied: in TF32 where PyTorch's convolutions are, else exactly.
+
+    torch.compile cannot read that setting, and Triton has no TF32 for most AMD GPUs.
     """
-    if torch.compiler.is_compiling() or torch.backends.cudnn.conv.fp32_precision == "ieee":
+    if dtype != torch.float32 or torch.compiler.is_compiling() or torch.version.hip:
         return "ieee"
-    return "tf32"
+    return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee"
 
 
 def choose_alignment(*matrices):
@@ -296,10 +297,14 @@ def _see_as_matrix(x):
     return x.permute(0, 2, 3, 1).reshape(-1, x.size(1))
 
 
-def _see_as_images(matrix, x):
-    """A dense matrix (N H W, C) as (N, C, H, W), channels_last; N, H and W are those of x."""
+def _make_empty(x, n_channels):
+    """(N, n_channels, H, W) in channels_last, not written; the rest is as of x (N, C, H, W).
+
+    Autograd would not let a network change a view of a matrix in place.
+    """
     N, _, H, W = x.shape
-    return matrix.view(N, H, W, -1).permute(0, 3, 1, 2)
+    options = {"device": x.device, "dtype": x.dtype, "memory_format": torch.channels_last}
+    return torch.empty((N, n_channels, H, W), **options)
 
 
 def _forward_on_gpu(x, conv_matrix, residual, affine, activation):
@@ -307,18 +312,19 @@ def _forward_on_gpu(x, conv_matrix, residual, affine, activation):
     x_matrix = _see_as_matrix(x)
     M, K = x_matrix.shape
     C = len(conv_matrix)
-    z = x.new_empty((M, C))
-    y = torch.empty_like(z)
+    z = _make_empty(x, C)
+    y = _make_empty(x, C)
+    z_matrix = _see_as_matrix(z)
     has_residual = residual is not None
-    other = _see_as_matrix(residual) if has_residual else z  # z stands in where none is read
+    other = _see_as_matrix(residual) if has_residual else z_matrix  # stands in where none is read
 
     n_tiles = triton.cdiv(C, _FORWARD["BLOCK_C"])
     n_blocks = triton.cdiv(M, _FORWARD["BLOCK_M"])
     partial = torch.empty((3, n_blocks, C), device=x.device, dtype=torch.float32)
     with _common.on_device_of(x):
         _pointwise_bn_act_moments_fwd_kernel[(n_tiles * n_blocks,)](
-            y,
-            z,
+            _see_as_matrix(y),
+            z_matrix,
             partial,
             x_matrix,
             conv_matrix,
@@ -333,12 +339,12 @@ def _forward_on_gpu(x, conv_matrix, residual, affine, activation):
             *other.stride(),
             has_residual,
             activation,
-            choose_precision(),
+            choose_precision(x.dtype),
             _common.INTERPRET,
-            ALIGN=choose_alignment(z, x_matrix, other),
+            ALIGN=choose_alignment(z_matrix, x_matrix, other),
             **_FORWARD,
         )
-    return _see_as_images(y, x), _see_as_images(z, x), partial
+    return y, z, partial
 
 
 def _backward_on_gpu(ctx, saved_tensors, conv_matrix, dy, dy_again, grads):
@@ -351,10 +357,11 @@ def _backward_on_gpu(ctx, saved_tensors, conv_matrix, dy, dy_again, grads):
     other = z_matrix if saved is None else _see_as_matrix(saved)
     C, K = conv_matrix.shape
     M = len(z_matrix)
-    dx = z.new_empty((M, K))
+    dx = _make_empty(z, K)
+    dx_matrix = _see_as_matrix(dx)
     is_dy_itself = ctx.activation == "none" and not has_again
     needs_residual = ctx.needs_input_grad[1] and not is_dy_itself
-    dresidual = torch.empty_like(z_matrix) if needs_residual else None
+    dresidual = torch.empty_like(z) if needs_residual else None
     # A layer's slice of the rows of all layers is read where it lies.
     rows = grads[:, 0]  # (3, C), of _MergeMoments.backward
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
@@ -362,8 +369,8 @@ def _backward_on_gpu(ctx, saved_tensors, conv_matrix, dy, dy_again, grads):
     n_blocks = triton.cdiv(M, _BACKWARD["BLOCK_M"])
     with _common.on_device_of(z):
         _pointwise_bn_act_moments_bwd_kernel[(n_tiles * n_blocks,)](
-            dx,
-            dresidual if needs_residual else z_matrix,
+            dx_matrix,
+            _see_as_matrix(dresidual) if needs_residual else z_matrix,
             z_matrix,
             dy_matrix,
             again,
@@ -384,17 +391,14 @@ def _backward_on_gpu(ctx, saved_tensors, conv_matrix, dy, dy_again, grads):
             ctx.saved,
             needs_residual,
             ctx.activation,
-            choose_precision(),
+            choose_precision(z.dtype),
             _common.INTERPRET,
-            ALIGN=choose_alignment(dx, z_matrix, dy_matrix, again, other),
+            ALIGN=choose_alignment(dx_matrix, z_matrix, dy_matrix, again, other),
             **_BACKWARD,
         )
-    dx = _see_as_images(dx, z)
     if ctx.needs_input_grad[1] and is_dy_itself:
         return dx, dy
-    if needs_residual:
-        return dx, _see_as_images(dresidual, z)
-    return dx, None
+    return dx, dresidual
 
 
 def _multiply_on_cpu(x, conv_matrix):

@@ -267,12 +267,15 @@ def test_minimal_bytes_of_an_addition():
     assert n_bytes == 4 * 8 * 2 * 3 * 25
 
 
-def test_minimal_bytes_of_a_fused_pointwise_convolution():
-    """Forwards it reads x and writes z and y, backwards it reads dy and z and writes dx."""
+@pytest.mark.parametrize(
+    "device, passes", [("cpu", 7), pytest.param("cuda", 4, marks=pytest.mark.gpu)]
+)
+def test_minimal_bytes_of_a_pointwise_convolution(device, passes):
+    """On a GPU it writes z and y forwards, and reads dy and z backwards."""
     conv = nn.Conv2d(3, 4, 1, bias=False)
-    network = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU()).eval()
-    n_bytes = steps.count_bytes(network, torch.randn(2, 3, 5, 5))
-    assert n_bytes == 4 * (2 * (2 * 3 * 25 + 4 * 3) + 4 * 2 * 4 * 25)
+    network = nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU()).eval().to(device)
+    n_bytes = steps.count_bytes(network, torch.randn(2, 3, 5, 5, device=device))
+    assert n_bytes == 4 * (2 * (2 * 3 * 25 + 4 * 3) + passes * 2 * 4 * 25)
 
 
 def test_the_limit_is_the_longer_of_bytes_and_arithmetic():

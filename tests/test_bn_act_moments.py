@@ -156,9 +156,11 @@ IN_PLACE = {
         *[(activation, "add") for activation in ("relu6", "silu", "hardswish")],
     ],
 )
-def test_output_may_be_modified_in_place(activation, operation, residual, backend, device):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_output_may_be_modified_in_place(activation, operation, residual, layout, backend, device):
     """As after the plain layers. relu is left out: PyTorch's own keeps its output."""
-    args = make_layer_arguments(device, (3, 4, 5, 2), residual, activation, gain=4.0)
+    options = dict(gain=4.0, layout=layout)
+    args = make_layer_arguments(device, (3, 4, 5, 2), residual, activation, **options)
     gradients = {}
     for name in ("bn_act_moments", "bn_act_moments_ref"):
         leaves = make_leaves(args, BN_ACT_MOMENTS.differentiable)

@@ -171,6 +171,16 @@ def test_terms_and_gradient_are_those_of_the_formulas(competition, fused):
     assert torch.allclose(gradient, expected_gradient, rtol=1e-3, atol=1e-5)
 
 
+def test_constants_made_in_inference_mode_serve_later_steps():
+    device = torch.device("cpu")
+    numbers = 0.125, 0.375
+    with torch.inference_mode():
+        di.make_constants(numbers, device)
+    x = torch.ones(2, requires_grad=True)
+    (di.make_constants(numbers, device) * x).sum().backward()
+    assert x.grad.tolist() == [0.125, 0.375]
+
+
 def test_a_second_class_is_beside_each_label_in_random_shares():
     args = replace(TINY, second_class=0.4)
     labels = torch.arange(1000) % 10

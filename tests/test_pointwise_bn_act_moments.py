@@ -123,7 +123,7 @@ def test_channels_last_is_read_where_it_lies(device, monkeypatch):
 def test_alignment_divides_sizes_and_rows(
     n_channels, n_inputs, n_wide, alignment, device, monkeypatch
 ):
-    """x is the first of n_wide channels. Results are right with the hint."""
+    """x is the first of n_wide channels. The interpreter does not use the hint."""
     module = importlib.import_module("kernels.pointwise_bn_act_moments")
     args = make_pointwise_arguments(device, (2, n_channels, 3, 4), n_inputs)
     wide = torch.zeros(2, n_wide, 3, 4, device=device).contiguous(memory_format=torch.channels_last)
@@ -140,6 +140,44 @@ def test_alignment_divides_sizes_and_rows(
     monkeypatch.setattr(module, "choose_alignment", record)
     assert_matches_definition(POINTWISE_BN_ACT_MOMENTS, args)
     assert chosen[0] == alignment
+    assert chosen[1] in (1, alignment)  # dx is dense: n_wide is not its stride
+    assert (chosen[1] == 8) == (n_channels % 8 == 0 and n_inputs % 8 == 0)
+
+
+@pytest.mark.parametrize("residual", [None, "channels_last"], ids=["alone", "residual"])
+@pytest.mark.parametrize("activation", ["none", "relu6", "silu", "hardswish"])
+def test_output_may_be_modified_in_place(activation, residual, backend, device):
+    """As after the plain layers. relu is left out: PyTorch's own keeps its output."""
+    args = make_pointwise_arguments(device, SHAPE, 7, residual, activation, gain=4.0)
+    x = args["x"].requires_grad_()
+    gradients = []
+    for function in (kernels.pointwise_bn_act_moments, kernels.pointwise_bn_act_moments_ref):
+        y, moments = function(**args)
+        y = nn.functional.leaky_relu_(y, 0.1)
+        loss = y.square().sum() + moments.square().sum()
+        gradients.append(torch.autograd.grad(loss, x)[0])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("setting", "dtype", "is_amd", "precision"),
+    [
+        pytest.param("tf32", torch.float32, False, "tf32", id="allowed"),
+        pytest.param("ieee", torch.float32, False, "ieee", id="refused"),
+        pytest.param("none", torch.float32, False, "ieee", id="not-set"),
+        pytest.param("tf32", torch.bfloat16, False, "ieee", id="half-precision"),
+        pytest.param("tf32", torch.float32, True, "ieee", id="amd"),
+    ],
+)
+def test_tf32_only_where_convolutions_take_it(setting, dtype, is_amd, precision, monkeypatch):
+    module = importlib.import_module("kernels.pointwise_bn_act_moments")
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = setting
+    monkeypatch.setattr(torch.version, "hip", "6.4" if is_amd else None)
+    try:
+        assert module.choose_precision(dtype) == precision
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 # Extremes

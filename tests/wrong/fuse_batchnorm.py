@@ -39,7 +39,7 @@ MUTANTS = [
     Mutant(
         "a 1 x 1 convolution with hooks is fused",
         FILE,
-        "return not module._forward_hooks and not module._forward_pre_hooks",
+        "return not any(hooks)",
         "return True",
     ),
     Mutant(
@@ -75,8 +75,8 @@ MUTANTS = [
     Mutant(
         "a weight of another dtype goes into the kernel",
         FILE,
-        " or input.dtype != weight.dtype",
-        "",
+        "if input.dtype != weight.dtype or input",
+        "if input",
     ),
     Mutant(
         "fp32 goes into the kernel under autocast",

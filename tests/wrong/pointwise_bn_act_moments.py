@@ -88,6 +88,20 @@ MUTANTS = [
         "dx = _multiply_on_cpu(dz, conv_matrix.reshape(conv_matrix.T.shape))",
     ),
     Mutant(
+        "TF32 unless it is switched off",
+        FILE,
+        """return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee\"""",
+        """return "ieee" if torch.backends.cudnn.conv.fp32_precision == "ieee" else "tf32\"""",
+    ),
+    Mutant(
+        "the output is a view of a matrix",
+        FILE,
+        "    return y, z, partial\n",
+        "    return y.permute(0, 2, 3, 1).flatten(0, 2).view(y.permute(0, 2, 3, 1).shape)"
+        ".permute(0, 3, 1, 2), z, partial\n",
+        test="test_output_may_be_modified_in_place",
+    ),
+    Mutant(
         "a weight of another dtype taken",
         FILE,
         " or conv_weight.dtype != x.dtype",
