@@ -315,7 +315,12 @@ def _compute_moments_in_one_pass(x, shift):
     if by_channel.is_contiguous():
         n_pixels = x.numel() // C
         n_rows = _find_divisor(n_pixels, 128)
-        n_columns = C * _find_divisor(n_pixels // n_rows, max(1, 2048 // C))
+        if n_rows < 64:  # as of 4 images of 149 x 149 pixels
+            n_rows = _find_divisor(n_pixels, 256)
+        n_wide = n_pixels // n_rows  # rows of a pixel that may lie side by side
+        n_columns = C * _find_divisor(n_wide, max(1, 2048 // C))
+        if n_rows * n_columns < _SMALL:  # it has few divisors: many calls would cost more
+            n_columns = C * n_wide
         parts = by_channel.view(-1, n_rows, n_columns)
         groups = (-1, C)
         dims = (0,)

@@ -188,8 +188,11 @@ def test_output_and_gradient_keep_the_layout_of_x(layout, residual, backend, dev
     assert x.grad.stride() == x.stride()
 
 
+LARGE = (64, 16, 8, 8), (3, 70, 13, 13), (3, 24, 47, 47)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape", [(64, 16, 8, 8), (3, 70, 13, 13)], ids=["16", "70"])
+@pytest.mark.parametrize("shape", LARGE, ids=str)
 def test_large_batch_on_cpu(shape, layout, monkeypatch):
     """A size at which the CPU path computes the moments in one read of x."""
     monkeypatch.setattr("kernels._common.INTERPRET", False)
