@@ -407,6 +407,33 @@ def test_a_saved_network_runs_from_its_integers_and_can_be_exported(tmp_path):
     torch.testing.assert_close(program.module()(x), integers(x))
 
 
+USERS_NETWORK = """
+import torch.nn as nn
+
+
+def make(num_classes):
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, 4), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes),
+    )
+"""
+
+
+def test_a_file_does_not_choose_which_code_runs(tmp_path, capsys):
+    (tmp_path / "net.py").write_text(USERS_NETWORK)
+    namespace = {}
+    exec(USERS_NETWORK, namespace)
+    torch.save(namespace["make"](10).state_dict(), tmp_path / "w.pth")
+    teacher = f"{tmp_path / 'net.py'}:make"
+    options = dict(teacher=teacher, weights=str(tmp_path / "w.pth"), mean=(0.3,), std=(0.3,))
+    run(tmp_path / "run", **options, images="digits", dataset="digits", bits=("W4A4",), epochs=1)
+    path = tmp_path / "run/quantized-W4A4.pt"
+    integers, info = quantization.load_integers(path, teacher)
+    assert integers(torch.randn(2, 1, 32, 32)).shape == (2, 10)
+    line = read_refusal(capsys, quantization.load_integers, path)
+    assert f"it would run {teacher}; pass that as factory if you trust it" in line
+
+
 def test_a_file_of_something_else_is_no_quantized_network(tmp_path, capsys):
     torch.save({"format": 1}, tmp_path / "other.pt")
     line = read_refusal(capsys, quantization.load_integers, tmp_path / "other.pt")

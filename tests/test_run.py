@@ -501,6 +501,42 @@ def test_the_newest_checkpoint_may_be_damaged(tmp_path, capsys):
             assert (cut / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_a_checkpoint_that_does_not_fit_the_memory_is_not_damaged(tmp_path, monkeypatch, capsys):
+    """It is kept: with more memory the run goes on from it."""
+    drawn = train(tmp_path / "whole")
+    cut = tmp_path / "cut"
+    start_and_cut(cut, 3)
+    before = {path.name: path.read_bytes() for path in cut.glob("checkpoint*")}
+
+    def fail_to_read(path):
+        raise MemoryError
+
+    with monkeypatch.context() as patches:
+        patches.setattr(harness_run, "load_checkpoint", fail_to_read)
+        with pytest.raises(MemoryError):
+            train(cut, resume=True)
+    assert "damaged" not in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in cut.glob("checkpoint*")} == before
+    assert train(cut, resume=True) == drawn
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("my_nets.py", "my_nets.py, line 2"),
+        ("channels.py", ""),
+        ("kernels/bn_moments.py", ""),
+        ("venv/lib/site-packages/nets.py", ""),
+    ],
+)
+def test_only_a_users_own_line_is_to_blame(name, line):
+    """A network of one's own may lie in the repository, beside our files."""
+    code = compile("\nraise ValueError('wrong')", ROOT / name, "exec")
+    with pytest.raises(ValueError, match="wrong") as caught:
+        exec(code)
+    assert harness_run.find_line(caught.value, [ROOT]) == line
+
+
 def test_a_damaged_checkpoint_never_replaces_the_whole_one(tmp_path):
     drawn = train(tmp_path / "whole")
     cut = tmp_path / "cut"

@@ -35,6 +35,16 @@ def test_noise_has_the_moments_of_the_training_pixels():
     assert abs(x.mean()) < 0.02 and abs(x.std() - 1) < 0.02
 
 
+def test_real_images_of_a_network_of_some_classes_are_refused(capsys):
+    """Its training images are not all of the data set's."""
+    _, info = load_teacher(DIGITS, "cpu")
+    args = replace(DIGITS, images="real")
+    assert load_source_images(args, info).shape == (60, 1, 32, 32)
+    some = replace(info, num_classes=5)
+    line = read_refusal(capsys, load_source_images, args, some)
+    assert "--images real: the teacher's own images are not at hand" in line
+
+
 def test_grey_images_are_repeated_for_a_teacher_of_colours():
     _, info = load_teacher(DIGITS, "cpu")
     info.mean = (0.5, 0.4, 0.3)
