@@ -38,6 +38,7 @@ def make_small_cases(device, smoke=False):
     affine = [torch.rand(6, device=device) + 0.5 for _ in range(4)]
     yield Case("bn_moment_loss", "", "", (x, *affine[:2]), *COUNTS)
     yield Case("bn_act_moments", "", "", (x, *affine), *COUNTS)
+    yield ops.make_pointwise_case((1, 70, 5, 7), 35, True, device, torch.bfloat16)
     yield Case(
         "moment_distance",
         "",
@@ -55,6 +56,8 @@ def make_small_cases(device, smoke=False):
     yield Case("js_divergence", "", "", (p.clone().requires_grad_(), q), *COUNTS)
     yield Case("kl_divergence", "", "", (p, q), *COUNTS)
     yield Case("attention_transfer", "", "", (x, torch.rand(4, 25, device=device)), *COUNTS)
+    for case in ops.make_quantization_cases(device, torch.float32, smoke=True):
+        yield replace(case, n_bytes=COUNTS[0], flops=COUNTS[1])
 
 
 def pretend_to_time(functions, *rest):
