@@ -79,7 +79,7 @@ MUTANTS = [
     Mutant(
         "residual of another dtype taken",
         FILE,
-        " or residual.dtype != x.dtype",
+        " or residual.dtype != dtype",
         "",
     ),
     Mutant(
