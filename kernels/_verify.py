@@ -151,7 +151,7 @@ def _run_once(watched, model, example, differentiate):
     x = example.detach().clone().requires_grad_()
     y, found = watched(x.clone())  # a network may change its input in place, but not a leaf
     outputs = [value for value in tree_leaves(y) if torch.is_tensor(value)]
-    layers = found.split()
+    layers = list(found)
     gradient = None
     if differentiate:
         gradient = _differentiate(_add_output_loss(outputs) + _add_moment_loss(layers), x)

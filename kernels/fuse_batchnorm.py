@@ -17,6 +17,7 @@ import contextlib
 import io
 import operator
 import warnings
+from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
@@ -61,10 +62,12 @@ INPLACE_FUNCTIONS = {operator.iadd, F.relu_, torch.relu_, F.hardtanh_}
 # What the two functions return
 
 
-class LayerMoments(NamedTuple):
+@dataclass(eq=False)
+class LayerMoments:
     """Batch moments of the inputs of all BatchNorms, one layer beside the other as they ran.
 
     The fields are arguments of `moment_distance`. Float64 networks have float64 in place of fp32.
+    As a sequence it has a pair for each layer l: moments (2, C_l) and running_var (C_l,).
     """
 
     moments: torch.Tensor
@@ -77,11 +80,16 @@ class LayerMoments(NamedTuple):
     eps: tuple[float, ...]
     """eps of each layer."""
 
-    def split(self):
-        """[(moments (2, C_l), running_var (C_l,)), …] of the layers l."""
+    def __iter__(self):
         moments = self.moments.split(self.sizes, -1)
         running_vars = self.running_var.split(self.sizes)
-        return list(zip(moments, running_vars, strict=True))
+        return zip(moments, running_vars, strict=True)
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, number):
+        return list(self)[number]
 
 
 class Entry(NamedTuple):

@@ -138,7 +138,7 @@ def watch_by_hand(network, x):
 def watch_fused(watched, x):
     x = x.clone().requires_grad_()
     y, found = watched(x)
-    loss, gradient = differentiate(y, found.split(), x)
+    loss, gradient = differentiate(y, found, x)
     return y.detach(), len(found.sizes), loss, gradient
 
 

@@ -642,7 +642,7 @@ def run_watched(watched, x):
     for _ in range(3):
         leaf = x.clone().requires_grad_()
         y, found = watched(leaf * 1)
-        layers = found.split()
+        layers = list(found)
         results.append((y, layers, differentiate(y, layers, leaf)))
     return results
 
@@ -882,6 +882,22 @@ class ThreeNorms(nn.Module):
         for number in self.order:
             x = torch.tanh(self.norms[number](x))
         return x.mean((2, 3))
+
+
+@pytest.mark.parametrize("function", ["fuse_batchnorm", "hook_batchnorm"])
+def test_moments_come_layer_by_layer_too(function, monkeypatch):
+    monkeypatch.setattr("kernels._common.INTERPRET", False)
+    network = make_network("resnet8")
+    _, found = getattr(kernels, function)(network)(torch.randn(2, 3, 8, 8))
+    layers = [layer for layer in network.modules() if isinstance(layer, ANY_BATCHNORM)]
+    assert len(found) == len(found.sizes) == len(layers)
+    assert [moments.shape for moments, _ in found] == [(2, size) for size in found.sizes]
+    pairs = list(found)
+    for place in (0, -1):
+        for part, other in zip(found[place], pairs[place], strict=True):
+            assert torch.equal(part, other)
+    assert torch.equal(torch.cat([moments for moments, _ in found], 1), found.moments)
+    assert torch.equal(torch.cat([running_var for _, running_var in found]), found.running_var)
 
 
 class UntraceableNorms(ThreeNorms):
