@@ -390,7 +390,10 @@ def scale_channels(x, scale, bias):
 
 
 def fold_dx(x, mean, grads):
-    """b / 2 and a - b mean, (C,) each: dx = b x + (a - b mean). Far means would cancel there."""
+    """b / 2 and a - b mean, (C,) each, of dx = b x + (a - b mean).
+
+    Where a mean is far from 0 both terms would cancel: `compute_moments_on_cpu` subtracts it first.
+    """
     a, half_b = (grads * (x.size(1) / x.numel())).unbind()
     return half_b, torch.addcmul(a, half_b, mean, value=-2)
 
