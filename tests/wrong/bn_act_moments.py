@@ -14,6 +14,7 @@ MUTANTS = [
         """stored = u.to(DTYPE).to(tl.float32)
         g = tl.where(stored < 0.0, 0.0, g)
     if ACTIVATION == "relu6":""",
+        test="test_values_and_slopes_at_the_borders",
     ),
     Mutant(
         "mask of the ReLU before rounding",
@@ -22,6 +23,7 @@ MUTANTS = [
         stored = u.to(DTYPE).to(tl.float32)""",
         """if ACTIVATION == "relu":
         stored = u""",
+        test="test_no_gradient_where_y_rounds_to_zero",
     ),
     Mutant(
         "ReLU swallows NaN",
@@ -30,12 +32,14 @@ MUTANTS = [
         u = tl.where(u < 0.0, 0.0, u)""",
         """if ACTIVATION == "relu":
         u = tl.where(u > 0.0, u, 0.0)""",
+        test="test_nan_shows_in_its_pixel_and_channel",
     ),
     Mutant(
         "gradient of the mean ignored",
         FILE,
         "dx = g * scale + a + b * (x - mean)",
         "dx = g * scale + b * (x - mean)",
+        test="test_value_and_gradient_computed_by_hand",
     ),
     Mutant(
         "variance in place of the mean",
@@ -55,6 +59,7 @@ MUTANTS = [
         FILE,
         "count += mask_row.to(tl.float32)",
         "count += 1.0",
+        test="test_moments_of_two_layers_merged_at_once",
     ),
     Mutant(
         "residual read with the strides of y",
@@ -81,6 +86,7 @@ MUTANTS = [
         FILE,
         " or residual.dtype != dtype",
         "",
+        test="test_other_arguments_are_refused",
     ),
     Mutant(
         "output in another layout than x",
@@ -94,6 +100,7 @@ MUTANTS = [
         FILE,
         "g = tl.where(stored >= 6.0, 0.0, g)",
         "g = tl.where(stored > 6.0, 0.0, g)",
+        test="test_values_and_slopes_at_the_borders",
     ),
     Mutant(
         "slope of SiLU without its second term",

@@ -17,6 +17,7 @@ MUTANTS = [
         SHARED,
         "delta = tl.where(mask, x - mean, 0.0)",
         "delta = x - mean",
+        test="test_programs_that_loop_over_rows",
     ),
     Mutant(
         "mean accumulated in fp16",

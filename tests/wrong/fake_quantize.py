@@ -46,6 +46,7 @@ MUTANTS = [
         FILE,
         "return (x + 12582912.0) - 12582912.0",
         "return tl.floor(x + 0.5)",
+        test="test_values_and_slopes_by_hand",
     ),
     Mutant(
         "zero not rounded in the kernels",
@@ -82,12 +83,14 @@ MUTANTS = [
         FILE,
         "lows = tl.minimum(x, 0.0)",
         "lows = x",
+        test="test_channels_by_hand",
     ),
     Mutant(
         "range of a channel's first block alone",
         FILE,
         "lows = tl.minimum(lows, more)",
         "lows = lows",
+        test="test_the_ends_of_a_channel_may_be_its_last_values",
     ),
     Mutant(
         "channels read at the strides of the result",

@@ -34,12 +34,14 @@ MUTANTS = [
         FILE,
         "tail = 62 / 1575 +",
         "tail = 60 / 1575 +",
+        test="test_both_sides_of_the_bound_of_the_series",
     ),
     Mutant(
         "Q of a ruled-out class not bounded",
         FILE,
         "d = tl.where(d < -128.0, -128.0, d)",
         "d = d",
+        test="test_classes_that_one_side_rules_out",
     ),
     Mutant(
         "gradient of P without KL of the row",

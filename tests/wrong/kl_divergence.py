@@ -40,6 +40,7 @@ MUTANTS = [
         FILE,
         "q_less_p = tl.where(near, p * (d + h), q - p)",
         "q_less_p = q - p",
+        test="test_gradients_of_nearly_equal_logits",
     ),
     Mutant(
         "missing gradient of the result",
@@ -70,12 +71,14 @@ MUTANTS = [
         "_logits.py",
         "d = tl.where(d > 128.0, 128.0, d)",
         "d = d",
+        test="test_class_that_q_alone_rules_out",
     ),
     Mutant(
         "digits of nearly equal rows lost",
         "_logits.py",
         "close = tl.abs(max_q - max_p) < 1.0",
         "close = tl.abs(max_q - max_p) < 0.0",
+        test="test_gradients_of_nearly_equal_logits",
     ),
     Mutant(
         "logits multiplied by the temperature",

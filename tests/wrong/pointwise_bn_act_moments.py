@@ -67,12 +67,14 @@ MUTANTS = [
             offs""",
         """if False:
             offs""",
+        test="test_gradients_of_two_readers_are_added",
     ),
     Mutant(
         "the residual's gradient is that of y",
         FILE,
         'is_dy_itself = ctx.activation == "none" and not has_again',
         "is_dy_itself = True",
+        test="test_many_tiles_and_steps_of_the_products",
     ),
     Mutant(
         "alignment of the channels not looked at",
@@ -92,6 +94,7 @@ MUTANTS = [
         FILE,
         """return "tf32" if torch.backends.cudnn.conv.fp32_precision == "tf32" else "ieee\"""",
         """return "ieee" if torch.backends.cudnn.conv.fp32_precision == "ieee" else "tf32\"""",
+        test="test_tf32_only_where_convolutions_take_it",
     ),
     Mutant(
         "the output is a view of a matrix",
@@ -106,5 +109,6 @@ MUTANTS = [
         FILE,
         " or conv_weight.dtype != x.dtype",
         "",
+        test="test_other_arguments_are_refused",
     ),
 ]

@@ -70,6 +70,7 @@ MUTANTS = [
         FILE,
         "grad_l2 = norms.new_zeros(())",
         "grad_l2 = norms.new_ones(())",
+        test="test_loss_of_one_result_alone",
     ),
     Mutant(
         "neighbours across the channels of channels_last",
