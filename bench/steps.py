@@ -45,7 +45,7 @@ from bench.timing import (
 from harness.load import list_imagenet, list_packaged
 from harness.networks import NETWORKS
 from harness.run import shorten_error
-from kernels.fuse_batchnorm import FoldedStem, FusedBatchNorm, FusedPointwise
+from kernels._fused_layers import FoldedStem, FusedBatchNorm, FusedPointwise
 
 # all terms of the loss on
 ALL_TERMS = replace(

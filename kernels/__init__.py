@@ -1,5 +1,6 @@
 """Fused ops, each with its definition `<op>_ref`; fused BatchNorms; a step as a CUDA graph."""
 
+from kernels._layer_moments import LayerMoments
 from kernels.attention_transfer import (
     attention_map,
     attention_map_ref,
@@ -16,7 +17,7 @@ from kernels.fake_quantize import (
     fake_quantize_ref,
     quantization_grid,
 )
-from kernels.fuse_batchnorm import LayerMoments, fuse_batchnorm, hook_batchnorm
+from kernels.fuse_batchnorm import fuse_batchnorm, hook_batchnorm
 from kernels.jittered_view import jittered_view, jittered_view_ref
 from kernels.js_divergence import js_divergence, js_divergence_ref, js_released
 from kernels.kl_divergence import kl_divergence, kl_divergence_ref

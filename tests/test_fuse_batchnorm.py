@@ -224,7 +224,7 @@ class Pointwise(nn.Module):
 @pytest.mark.parametrize("runs_kernels", [False, True], ids=["torch", "triton"])
 def test_pointwise_convolutions_are_fused_where_nothing_else_happens(runs_kernels, monkeypatch):
     monkeypatch.setattr("kernels._common.INTERPRET", runs_kernels)
-    module = importlib.import_module("kernels.fuse_batchnorm")
+    module = importlib.import_module("kernels._fused_layers")
     network = make_foreign(Pointwise)
     x = torch.randn(2, 3, 5, 4).contiguous(memory_format=torch.channels_last)
     fused = kernels.fuse_batchnorm(network, x)
