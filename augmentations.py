@@ -26,7 +26,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from harness.run import encode_json, fail_in_one_line
+from harness.errors import fail_in_one_line
+from harness.files import encode_json
 
 # In the order of the 30 entries of a policy. It is the order that a dict of the authors' code has
 # in Python 2.7; their published schedules decode rightly in this order alone.

@@ -22,8 +22,8 @@ import torch.nn as nn
 from torch.fx.passes.shape_prop import ShapeProp, TensorMetadata
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from harness.errors import fail, fail_in_one_line
 from harness.networks import sample_example, trace_network
-from harness.run import fail, fail_in_one_line
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 # What channel c of the result holds depends on channel c of the operands alone

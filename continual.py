@@ -38,16 +38,16 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import N_CLASSES, evaluate, list_class_names, normalise, predict
+from harness.errors import fail, fail_in_one_line
 from harness.images import augment, check_image_files
-from harness.load import describe, is_factory, load_teacher
+from harness.known import describe, is_factory
+from harness.load import load_teacher
 from harness.networks import find_linear_layers
 from harness.pictures import draw_classes, draw_curves
 from harness.run import (
     RunFolder,
     check_at_least,
     choose_device,
-    fail,
-    fail_in_one_line,
     parse_args,
     restore_optimizer,
     seed_everything,

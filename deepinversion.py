@@ -43,6 +43,7 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import evaluate, list_class_names, load_real_images, normalise, predict
+from harness.errors import fail, fail_in_one_line, refuse_misfits
 from harness.images import (
     augment,
     check_image_files,
@@ -54,14 +55,7 @@ from harness.images import (
     save_images,
     to_uint8,
 )
-from harness.load import (
-    check_network,
-    find_dataset,
-    load_student,
-    load_teacher,
-    load_verifier,
-    refuse_misfits,
-)
+from harness.load import check_network, find_dataset, load_student, load_teacher, load_verifier
 from harness.networks import compute_last_features, copy_network, sample_example
 from harness.pictures import draw_classes, draw_curves
 from harness.run import (
@@ -70,8 +64,6 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
-    fail,
-    fail_in_one_line,
     join_processes,
     make_optimizer,
     parse_args,

@@ -40,8 +40,11 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import evaluate, load_real_images, normalise
+from harness.errors import fail, fail_in_one_line
+from harness.files import open_atomically, read_checkpoint
 from harness.images import augment, to_uint8
-from harness.load import choose_preset_by_dataset, load_student, load_teacher, make_info
+from harness.known import make_info
+from harness.load import choose_preset_by_dataset, load_student, load_teacher
 from harness.networks import compute_last_features, sample_example
 from harness.pictures import draw_classes
 from harness.run import (
@@ -50,13 +53,9 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
-    fail,
-    fail_in_one_line,
     join_processes,
     make_optimizer,
-    open_atomically,
     parse_args,
-    read_checkpoint,
     restore_optimizer,
     seed_everything,
 )

@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import evaluate, load_real_images
+from harness.errors import fail
 from harness.images import to_uint8
 from harness.load import choose_preset_by_dataset, load_student, load_teacher
 from harness.networks import find_linear_layers
@@ -45,7 +46,6 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
-    fail,
     make_optimizer,
     parse_args,
     restore_optimizer,

@@ -38,24 +38,18 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import evaluate, normalise
+from harness.errors import fail, fail_in_one_line
+from harness.files import read_checkpoint
 from harness.images import augment
-from harness.load import (
-    build_network,
-    choose_preset_by_dataset,
-    describe_info,
-    load_teacher,
-    read_info,
-)
+from harness.known import describe_info, read_info
+from harness.load import build_network, choose_preset_by_dataset, load_teacher
 from harness.networks import trace_network
 from harness.run import (
     RunFolder,
     check_at_least,
     choose_device,
-    fail,
-    fail_in_one_line,
     make_optimizer,
     parse_args,
-    read_checkpoint,
     restore_optimizer,
     seed_everything,
 )

@@ -61,18 +61,10 @@ from harness.data import (
     load_dataset,
     normalise,
 )
+from harness.errors import fail, refuse_misfits
 from harness.images import to_uint8
-from harness.load import (
-    TEACHER_ADVICE,
-    NetworkInfo,
-    build_network,
-    check_network,
-    describe,
-    load_student,
-    load_trained,
-    make_info,
-    refuse_misfits,
-)
+from harness.known import NetworkInfo, describe, make_info
+from harness.load import TEACHER_ADVICE, build_network, check_network, load_student, load_trained
 from harness.networks import ResBlock
 from harness.pictures import draw_rows
 from harness.run import (
@@ -81,7 +73,6 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
-    fail,
     parse_args,
     restore_optimizer,
     seed_everything,

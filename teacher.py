@@ -37,6 +37,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from harness import ROOT
 from harness.data import (
     CROP_PADDING,
     FILES,
@@ -48,23 +49,19 @@ from harness.data import (
     load_dataset,
     normalise,
 )
-from harness.load import build_network, describe, load_trained, make_info, refuse_misfits
+from harness.errors import fail, fail_in_one_line, refuse_misfits
+from harness.files import check_regular, encode_json, open_atomically, read_checkpoint
+from harness.known import describe, make_info
+from harness.load import build_network, load_trained
 from harness.networks import IMAGENET_NETWORKS, NETWORKS
 from harness.run import (
-    ROOT,
     RunFolder,
     RunOptions,
     autocast,
     check_at_least,
-    check_regular,
     choose_device,
     describe_machine,
-    encode_json,
-    fail,
-    fail_in_one_line,
-    open_atomically,
     parse_args,
-    read_checkpoint,
     restore_optimizer,
     seed_everything,
 )

@@ -33,18 +33,10 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import evaluate, load_real_images, normalise
-from harness.load import check_network, load_teacher, load_trained, refuse_misfits
-from harness.run import (
-    TeacherOptions,
-    check_at_least,
-    choose_device,
-    describe_machine,
-    encode_json,
-    fail,
-    fail_in_one_line,
-    open_atomically,
-    parse_args,
-)
+from harness.errors import fail, fail_in_one_line, refuse_misfits
+from harness.files import encode_json, open_atomically
+from harness.load import check_network, load_teacher, load_trained
+from harness.run import TeacherOptions, check_at_least, choose_device, describe_machine, parse_args
 
 
 @dataclass

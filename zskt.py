@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 import kernels
 from harness.data import evaluate, load_real_images, normalise
+from harness.errors import fail, fail_in_one_line
 from harness.images import to_uint8
 from harness.load import choose_preset_by_dataset, load_student, load_teacher
 from harness.pictures import draw_rows
@@ -46,8 +47,6 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
-    fail,
-    fail_in_one_line,
     make_optimizer,
     parse_args,
     restore_optimizer,

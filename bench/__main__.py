@@ -29,7 +29,9 @@ import tyro
 
 from bench.ops import bench_ops, sweep
 from bench.timing import Options, measure_limits
-from harness.run import ROOT, fail, keep_freed_memory
+from harness import ROOT
+from harness.errors import fail
+from harness.run import keep_freed_memory
 
 
 @dataclass

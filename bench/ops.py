@@ -18,7 +18,7 @@ import torch
 
 import kernels
 from bench.timing import mark_row, measure_peak, name_columns, time_together
-from harness.run import shorten_error
+from harness.errors import shorten_error
 from kernels import _channels
 
 # Candidates of the ops' tuning constants: the modules where they stand, {constant: [value, …]}.

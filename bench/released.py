@@ -73,8 +73,9 @@ from bench.steps import (
     time_makers,
 )
 from bench.timing import Times, compute_ratio, mark_row, name_columns, run_in_turns, summarise_turns
+from harness.errors import shorten_error
 from harness.load import load_student, load_teacher
-from harness.run import make_optimizer, shorten_error
+from harness.run import make_optimizer
 
 NO_PRIORS = dict(alpha_tv_l1=0.0, alpha_tv_l2=0.0, alpha_l2=0.0)
 IMAGENET = deepinversion.PRESETS["imagenet-1"]

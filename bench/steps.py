@@ -42,9 +42,9 @@ from bench.timing import (
     name_columns,
     time_together,
 )
-from harness.load import list_imagenet, list_packaged
+from harness.errors import shorten_error
+from harness.known import list_imagenet, list_packaged
 from harness.networks import NETWORKS
-from harness.run import shorten_error
 from kernels._fused_layers import FoldedStem, FusedBatchNorm, FusedPointwise
 
 # all terms of the loss on

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness.run import ROOT, check_regular, fail, fail_in_one_line
+from harness import ROOT
+from harness.errors import fail, fail_in_one_line
+from harness.files import check_regular
 
 CLASS_NAMES = {
     "cifar10": [

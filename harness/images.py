@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from harness.run import check_archive, fail, fail_in_one_line, open_atomically, refuse_unwritable
+from harness.errors import fail, fail_in_one_line, refuse_unwritable
+from harness.files import check_archive, open_atomically
 
 
 # Units

@@ -21,7 +21,7 @@ import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from harness.run import fail_in_one_line
+from harness.errors import fail_in_one_line
 
 
 class LeNet5(nn.Module):

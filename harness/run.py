@@ -1,26 +1,16 @@
-"""One run of a script: its options, its refusals, its folder, and what makes it repeatable."""
+"""One run of a script: its options, its folder, and what makes it repeatable."""
 
 import argparse
-import atexit
 import contextlib
 import ctypes
-import errno
-import io
 import json
 import math
 import os
 import platform
 import random
-import re
-import signal
-import socket
 import subprocess
 import sys
-import threading
 import time
-import traceback
-import warnings
-import zipfile
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -33,24 +23,31 @@ import tyro
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None
+from harness import ROOT
+from harness.errors import (
+    RAISED,
+    fail,
+    fail_in_one_line,
+    is_out_of_memory,
+    leave_without_stdout,
+    prepare_program,
+    refuse_unwritable,
+)
+from harness.files import (
+    check_regular,
+    encode_json,
+    find_not_finite,
+    load_checkpoint,
+    lock_folder,
+    open_atomically,
+    parse_row,
+    read_checkpoint,
+    unlock_folder,
+)
 
-ROOT = Path(__file__).resolve().parent.parent  # where teachers/ lies and git describes the code
-DISK_ADVICE = "free some space, then continue with --resume"
 FINITE_ADVICE = "in another --out, lower the learning rates or weights"
-RAISED = []  # options of the command line whose numbers are above the preset's
 COUNTERS = ("step", "epoch")  # in a checkpoint: what its run has behind it
-WRITE_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EFBIG)
-PIPE_CODE = 141  # a shell's exit code of a program that wrote into a closed pipe
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt, in malloc.h
-LOCKS = {}  # {path: open file} of the folders that this process holds
-OWN_FOLDERS = ("harness", "kernels", "bench", "tests", "results", "teachers")
-OWN_MODULES = ("augmentations.py", "channels.py", "tasks.py")
-OWN_PATHS = [ROOT / name for name in (*OWN_FOLDERS, *OWN_MODULES)]
-FOREIGN = {}  # {file or module: folders} of the users' own code that networks come from
 
 
 # Options
@@ -163,150 +160,6 @@ def list_raised(args, preset):
         if type(value) is int and value > getattr(preset, name) and name != "seed":
             raised.append("--" + name.replace("_", "-"))
     return raised
-
-
-# Refusals
-def fail(message):
-    """Print one line that says what to do and leave with exit code 2."""
-    line = f"{Path(sys.argv[0]).name}: {message}"
-    with contextlib.suppress(OSError):  # nobody can read it
-        tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
-    raise SystemExit(2)
-
-
-def shorten_error(error):
-    """An exception's kind and first sentence: PyTorch goes on to advise loading unsafely."""
-    words = " ".join(str(error).split())
-    words = re.sub(r"^\[enforce fail at [^]]*\] .*? == .*?\. ", "", words)  # a place in PyTorch
-    kind = type(error).__name__
-    if not words:  # such as MemoryError
-        return kind
-    sentence = words.split(". ")[0][:300]
-    return f"{kind}: {sentence}"
-
-
-@contextlib.contextmanager
-def fail_in_one_line(subject, advice):
-    """Report what fails inside in one line: `subject`, the error's first sentence, `advice`."""
-    try:
-        yield
-    except Exception as error:
-        problem = f"{shorten_error(error)}; {advice}"
-        if not is_out_of_memory(error):
-            problem = explain_foreign(error) or problem
-        elif RAISED:
-            problem = f"{problem}, or {advise_less_memory()}"
-        fail(f"{subject}: {problem}")
-
-
-def find_line(error, folders):
-    """The last line of a user's own code that an error went through; "" if it went through none."""
-    script = Path(sys.argv[0]).resolve()
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        is_own = any(path.is_relative_to(folder) for folder in folders)
-        is_installed = "site-packages" in path.parts  # a virtual environment may lie in the folder
-        is_ours = path == script or any(path.is_relative_to(own) for own in OWN_PATHS)
-        if is_own and not is_installed and not is_ours:
-            return f"{path.name}, line {frame.lineno}"
-    return ""
-
-
-def explain_foreign(error):
-    """What a user's own network did wrong, and what to correct; "" if the error is not its."""
-    for where, folders in FOREIGN.items():
-        line = find_line(error, folders)
-        if line:
-            return f"{shorten_error(error)} ({line}); correct that line of the network"
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename.endswith("autograd/graph.py"):  # in none of our ops
-            return f"the backward pass failed: {shorten_error(error)}; correct {where}"
-    return ""
-
-
-def find_cause(error):
-    """The OSError that led to an error, or the error itself: PyTorch hides a full disk."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return error
-
-
-@contextlib.contextmanager
-def refuse_unwritable(path):
-    """Report in one line that a file cannot be written: its folder is gone, or the disk is full."""
-    try:
-        yield
-    except Exception as error:
-        # numbers that JSON lacks are a ValueError; anything else is a bug of ours
-        if not isinstance(find_cause(error), (OSError, RuntimeError, MemoryError, ValueError)):
-            raise
-        advice = DISK_ADVICE
-        if is_out_of_memory(error):
-            advice = advise_less_memory()
-        if not Path(path).parent.is_dir():
-            advice = "its folder has gone; start again and leave --out where it is"
-        fail(f"{path} cannot be written: {shorten_error(find_cause(error))}; {advice}")
-
-
-def prepare_program():
-    """Let lines appear when they are printed, in any encoding, and let errors end in one line."""
-    sys.excepthook = report_uncaught
-    if sys.stdout is None:  # closed: no other file may get its number
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # else a notebook's
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-
-
-def leave_without_stdout(error):
-    """End the program where standard output cannot be written; quietly if its reader has gone."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more at its end
-    if isinstance(error, BrokenPipeError):
-        raise SystemExit(PIPE_CODE)
-    problem = f"standard output cannot be written: {error.strerror}"
-    fail(f"{problem}; direct it elsewhere, then continue with --resume")
-
-
-def is_out_of_memory(error):
-    """Whether an error means that memory does not suffice."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    signs = ("allocate memory", "calculation overflowed", "bad_alloc", "out of memory")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
-
-
-def advise_less_memory():
-    """What to do where memory does not suffice."""
-    return f"lower {', '.join(RAISED) or 'the batch sizes'}"
-
-
-def report_uncaught(kind, error, trace):
-    """Report in one line what is no bug of ours: Ctrl-C, files, memory, a user's own network.
-
-    Stands in for sys.excepthook. After Ctrl-C the exit code stays the signal's.
-    """
-    if issubclass(kind, KeyboardInterrupt):
-        with contextlib.suppress(OSError):  # the terminal has gone
-            print("\ninterrupted; --resume continues from what is finished", file=sys.stderr)
-        return
-    # errors of files are caught where they are written: this one is of standard output
-    if isinstance(error, OSError) and error.errno in WRITE_ERRORS and error.filename is None:
-        leave_without_stdout(error)
-    if is_out_of_memory(error):
-        fail(f"{shorten_error(error)}; {advise_less_memory()}")
-    problem = explain_foreign(error)
-    if problem:
-        fail(problem)
-    if isinstance(error, OSError) and error.filename is not None:
-        fail(f"{error.filename}: {error.strerror}; check the options that name files")
-    sys.__excepthook__(kind, error, trace)
 
 
 # Device, seeds, precision, optimisers
@@ -436,193 +289,7 @@ def join_processes(device):
     return dist.get_rank(), dist.get_world_size()
 
 
-# Files
-def list_harmless_globals():
-    """What a checkpoint may hold besides tensors and plain python: options and numpy numbers."""
-    scalar = np.float64(0).__reduce__()[0]
-    dtypes = [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "?")]
-    old_name = (scalar, "numpy.core.multiarray.scalar")  # as numpy 1 wrote it
-    return [argparse.Namespace, np.dtype, scalar, old_name, *dtypes]
-
-
-def check_regular(path):
-    """Raise OSError where a path names a folder, a pipe or a device: reading it may never end."""
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "Not a regular file", str(path))
-
-
-def check_archive(path):
-    """Raise an error if a path is no file, or if a checksum in a zip archive does not fit.
-
-    Files of torch.save and .npz files are such archives. Other files pass, such as those that
-    PyTorch wrote before version 1.6. torch.load does not look at the checksums itself.
-    """
-    check_regular(path)
-    if not zipfile.is_zipfile(path):
-        return
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} in it has another checksum than was written")
-        for entry in archive.infolist():
-            # torch.load returns memory that it never filled where a file is marked as a folder
-            if entry.external_attr & 0x10 and not entry.is_dir():
-                raise ValueError(f"{entry.filename} in it is marked as a folder")
-
-
-def load_checkpoint(path):
-    """What a file of torch.save holds, loaded without running anything in it."""
-    check_archive(path)
-    with (
-        warnings.catch_warnings(action="ignore"),
-        torch.serialization.safe_globals(list_harmless_globals()),
-    ):
-        return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_checkpoint(path, advice="save a state dict"):
-    """As load_checkpoint; ends the program in one line where that fails or gives no dict.
-
-    Args:
-        path: the file.
-        advice: what to do if it cannot be read.
-    """
-    path = Path(path)
-    if not path.exists():
-        fail(f"{path} cannot be read: there is no such file; pass an existing checkpoint")
-    try:
-        saved = load_checkpoint(path)
-    except Exception as error:
-        problem = shorten_error(error)
-        stranger = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if stranger:
-            problem = f"it holds a {stranger[1]}, which could run code"
-        fail(f"{path}: no safe checkpoint: {problem}; {advice}")
-    if not isinstance(saved, dict):
-        fail(f"{path}: expected a dict, got {type(saved).__name__}; save model.state_dict()")
-    return saved
-
-
-@contextlib.contextmanager
-def delay_interrupts():
-    """Let a Ctrl-C take effect at the end, unless something else fails before.
-
-    In the middle of torch.save it would look like a full disk, or end the process with an abort.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    is_main = threading.current_thread() is threading.main_thread()
-    if handler is None or not is_main:  # not Python's to change
-        yield
-        return
-    pressed = []
-    signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)
-
-
-@contextlib.contextmanager
-def open_atomically(path):
-    """A file to write that appears at `path` whole or not at all, whenever the run is stopped."""
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    with delay_interrupts():
-        try:
-            with open(part, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())  # a rename may reach the disk before what it names
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-
-
-def lock_folder(folder):
-    """Hold a run's folder until this process ends; refuse where another process holds it.
-
-    The lock goes with the process, even if that is killed; the file `lock` only says who holds it.
-    Nothing is locked where the system or the file system has no locks.
-    """
-    path = (folder / "lock").resolve()
-    if fcntl is None or path in LOCKS:
-        return
-    file = open(path, "a+")  # noqa: SIM115 (it stays open)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        holder = file.read() or "another process"
-        fail(f"--out {folder} is in use by {holder}; wait for its end, or pass another --out")
-    except OSError:
-        return
-    if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
-        lock_folder(folder)  # the holder has finished just now and deleted this file
-        return
-    LOCKS[path] = file
-    atexit.register(unlock_folder, folder)
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
-
-
-def unlock_folder(folder):
-    """Release a run's folder for other processes."""
-    path = (folder / "lock").resolve()
-    if path in LOCKS:
-        path.unlink(missing_ok=True)
-        LOCKS.pop(path).close()
-
-
-def find_not_finite(state):
-    """The name of the first number or tensor in nested dicts and lists that is NaN or infinite.
-
-    Returns:
-        The names that lead to it, or "" where all are finite.
-
-    >>> find_not_finite({"a": [torch.ones(2)], "b": {"c": torch.tensor([1.0, torch.nan])}})
-    'b c'
-    """
-    items = state.items() if isinstance(state, dict) else enumerate(state)
-    for name, value in items:
-        if isinstance(value, torch.Tensor):
-            if not value.isfinite().all():
-                return str(name)
-        elif isinstance(value, float):
-            if not math.isfinite(value):
-                return str(name)
-        elif isinstance(value, (dict, list, tuple)):
-            found = find_not_finite(value)
-            if found:
-                return f"{name} {found}"
-    return ""
-
-
-def encode_json(value, indent=None):
-    """A line or a file of JSON, as bytes. NaN and infinity, which JSON lacks, are a ValueError."""
-    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
-
-
-def parse_row(line):
-    """A row of metrics.jsonl, or None where a line is no JSON object of finite numbers.
-
-    >>> parse_row('{"epoch": 1}'), parse_row('{"epoch": 1, "lo'), parse_row('{"loss": NaN}')
-    ({'epoch': 1}, None, None)
-    """
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
-        return None
-    is_numeric = all(type(value) in (int, float) for value in row.values())
-    return row if is_numeric and not find_not_finite(row) else None
-
-
+# The folder
 def describe_machine(device):
     """What result.json says of machine and code: device, device_name and versions."""
     if device == "cuda":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness import ROOT
 from harness.data import (
     N_CLASSES,
     evaluate,
@@ -22,17 +23,11 @@ from harness.data import (
     load_real_images,
     predict,
 )
+from harness.errors import fail, fail_in_one_line
 from harness.images import check_image_files, read_images, to_uint8
-from harness.load import NetworkInfo, is_factory
+from harness.known import NetworkInfo, is_factory
 from harness.pictures import draw_classes
-from harness.run import (
-    ROOT,
-    RunOptions,
-    TeacherOptions,
-    check_at_least,
-    fail,
-    fail_in_one_line,
-)
+from harness.run import RunOptions, TeacherOptions, check_at_least
 
 INVERSION_OPTIONS = ("teacher", "weights", "num_classes", "image_size", "mean", "std", "num_images")
 

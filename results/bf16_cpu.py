@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import deepinversion  # noqa: E402
 from bench import steps  # noqa: E402
-from harness.run import describe_machine, fail, keep_freed_memory  # noqa: E402
+from harness.errors import fail  # noqa: E402
+from harness.run import describe_machine, keep_freed_memory  # noqa: E402
 
 RUNS = "runs/bf16-cpu"
 SEEDS = 0, 1, 2

@@ -26,8 +26,9 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from harness.errors import fail, fail_in_one_line  # noqa: E402
 from harness.pictures import draw_curves  # noqa: E402
-from harness.run import RunOptions, fail, fail_in_one_line  # noqa: E402
+from harness.run import RunOptions  # noqa: E402
 
 NAMES = ("teacher", "student", "dataset", "teacher_accuracy")
 STATISTICS = ("mean", "std", "variance", "best", "final", "last_quarter")

@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from harness.errors import DISK_ADVICE, fail, fail_in_one_line  # noqa: E402
 from harness.images import list_image_files, read_images  # noqa: E402
 from harness.pictures import to_rgb  # noqa: E402
-from harness.run import DISK_ADVICE, fail, fail_in_one_line  # noqa: E402
 
 
 def main(run: str, out: str):

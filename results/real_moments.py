@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import pruning  # noqa: E402
 from harness.data import evaluate, load_dataset, normalise  # noqa: E402
+from harness.errors import fail, prepare_program  # noqa: E402
+from harness.files import open_atomically  # noqa: E402
 from harness.load import load_trained  # noqa: E402
-from harness.run import fail, open_atomically, prepare_program  # noqa: E402
 
 
 def measure(network, info, data_dir, n_images=1000):

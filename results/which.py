@@ -38,9 +38,10 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from harness.data import predict  # noqa: E402
+from harness.errors import fail, prepare_program  # noqa: E402
+from harness.files import open_atomically  # noqa: E402
 from harness.images import get_image_path, save_images  # noqa: E402
 from harness.load import load_trained  # noqa: E402
-from harness.run import fail, open_atomically, prepare_program  # noqa: E402
 from harness.sources import SourceOptions, load_source_images  # noqa: E402
 
 FOLDER = Path("runs/which")

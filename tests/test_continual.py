@@ -14,7 +14,8 @@ from scripts import read_refusal
 import continual
 from harness.data import evaluate, load_dataset, normalise
 from harness.images import get_image_path, save_images
-from harness.load import NetworkInfo, load_teacher
+from harness.known import NetworkInfo
+from harness.load import load_teacher
 from kernels import _common
 from tasks import (
     LabelledImages,

@@ -10,7 +10,7 @@ from scripts import read_refusal
 
 from harness.data import CLASS_NAMES, N_CLASSES, evaluate, load_real_images, normalise, predict
 from harness.images import to_uint8
-from harness.load import NetworkInfo
+from harness.known import NetworkInfo
 from harness.run import MethodOptions
 
 

@@ -19,8 +19,10 @@ from tqdm import tqdm
 
 import deepinversion as di
 import kernels
+from harness.foreign import load_factory
 from harness.images import get_pixel_range, list_image_files, read_images
-from harness.load import NetworkInfo, load_factory, load_trained
+from harness.known import NetworkInfo
+from harness.load import load_trained
 from harness.run import RunFolder
 from kernels import _common
 

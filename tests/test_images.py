@@ -23,7 +23,7 @@ from harness.images import (
     shift_images,
     to_uint8,
 )
-from harness.load import NetworkInfo
+from harness.known import NetworkInfo
 
 GREY = NetworkInfo("teacher", "lenet5", "digits", 10, 32, (0.3,), (0.4,), None)
 FOUR = (0.1, 0.5, 0.4, 0.2), (0.25, 0.5, 0.2, 0.1)

@@ -1,4 +1,4 @@
-"""harness/load.py: networks by name, checkpoint and factory, and what does not fit."""
+"""Networks by name, checkpoint or factory, and what does not fit: harness/load.py and parts."""
 
 import hashlib
 import importlib
@@ -16,23 +16,15 @@ import torch
 import torch.nn as nn
 from scripts import read_refusal
 
-from harness import load
+from harness import ROOT
 from harness.data import evaluate, load_dataset
-from harness.load import (
-    DEFAULTS,
-    IMAGENET_FILES,
-    NetworkInfo,
-    find_dataset,
-    list_imagenet,
-    list_shipped,
-    load_state,
-    load_student,
-    load_teacher,
-    load_trained,
-    load_verifier,
-)
+from harness.errors import FOREIGN, fail_in_one_line, report_uncaught
+from harness.foreign import import_first_from, load_factory
+from harness.known import DEFAULTS, IMAGENET_FILES, NetworkInfo, list_imagenet, list_shipped
+from harness.load import find_dataset, load_student, load_teacher, load_trained, load_verifier
 from harness.networks import NETWORKS
-from harness.run import ROOT, MethodOptions, fail_in_one_line, report_uncaught
+from harness.run import MethodOptions
+from harness.weights import load_state
 
 GREY = dict(num_classes=4, image_size=16, mean=(0.1,), std=(0.2,))
 
@@ -362,7 +354,7 @@ def test_an_altered_shipped_teacher_is_refused(capsys, tmp_path, monkeypatch):
     altered = bytearray(path.read_bytes())
     altered[len(altered) // 2] ^= 1
     path.write_bytes(altered)
-    monkeypatch.setattr(load, "ROOT", tmp_path)
+    monkeypatch.setattr("harness.known.ROOT", tmp_path)
     assert "SHA-256" in refuse_teacher(capsys, "digits-lenet5")
 
 
@@ -432,9 +424,9 @@ def flat(num_classes, in_channels, image_size):
 @pytest.fixture
 def nets(tmp_path, monkeypatch):
     """`nets("factory")` names a factory in a user's own file, which imports its neighbour."""
-    monkeypatch.setattr("sys.path", list(load.sys.path))
+    monkeypatch.setattr("sys.path", list(sys.path))
     for name in ("my_nets", "neighbour"):
-        monkeypatch.delitem(load.sys.modules, name, raising=False)
+        monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "my_nets.py").write_text(FACTORIES)
     (tmp_path / "neighbour.py").write_text("WIDTH = 4\n")
     return lambda name: f"{tmp_path / 'my_nets.py'}:{name}"
@@ -442,7 +434,7 @@ def nets(tmp_path, monkeypatch):
 
 def test_a_users_own_network_is_loaded_with_its_weights(nets, tmp_path):
     """Its file imports a neighbour; its factory takes one of three options."""
-    network = load.load_factory(nets("factory"), num_classes=7, in_channels=3, image_size=16)
+    network = load_factory(nets("factory"), num_classes=7, in_channels=3, image_size=16)
     torch.save({"model": network.state_dict()}, tmp_path / "w.pth")
     options = dict(num_classes=7, image_size=16, mean=(0.5,) * 3, std=(0.25,) * 3)
     teacher, info = teacher_of(nets("factory"), weights=str(tmp_path / "w.pth"), **options)
@@ -460,12 +452,12 @@ def test_packages_stay_where_the_environment_lies_in_the_repository(nets, tmp_pa
         module = types.ModuleType(name)
         module.__file__ = str(path)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(load, "ROOT", tmp_path)
+    monkeypatch.setattr("harness.foreign.ROOT", tmp_path)
     site.mkdir(parents=True)
     (site / "fetched.py").write_text("")
     monkeypatch.syspath_prepend(site)
     installed = sys.modules["installed"]
-    with load.import_first_from([tmp_path]):
+    with import_first_from([tmp_path]):
         assert sys.modules["installed"] is installed
         assert "kernels" not in sys.modules
         fetched = importlib.import_module("fetched")
@@ -473,7 +465,7 @@ def test_packages_stay_where_the_environment_lies_in_the_repository(nets, tmp_pa
 
 
 def test_a_factory_gets_the_options_that_it_takes(nets):
-    network = load.load_factory(nets("flat"), num_classes=7, in_channels=2, image_size=8)
+    network = load_factory(nets("flat"), num_classes=7, in_channels=2, image_size=8)
     assert network[1].weight.shape == (7, 128)
 
 
@@ -750,10 +742,10 @@ def bad_folder(tmp_path_factory):
     (folder / "syntax.py").write_text("def factory(:\n")
     (folder / "text.pth").write_text("no checkpoint")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.path", list(load.sys.path))
+        patch.setattr("sys.path", list(sys.path))
         names = ("seven", "grey", "large", "flat", "not_finite", "TwoOutputs", "Pool")
         for name in names:
-            network = load.load_factory(f"{folder}/bad_nets.py:{name}", 10, 3, 32)
+            network = load_factory(f"{folder}/bad_nets.py:{name}", 10, 3, 32)
             torch.save(network.state_dict(), folder / f"{name}.pth")
     lenet = NETWORKS["lenet5"](num_classes=7, in_channels=1)
     torch.save(lenet.state_dict(), folder / "lenet.pt")
@@ -913,7 +905,7 @@ def test_a_refusal_names_the_option_and_the_one_thing_to_change(
     capsys, monkeypatch, bad_folder, option, spec, options, says, says_not
 ):
     monkeypatch.chdir(bad_folder)
-    monkeypatch.setattr("sys.path", list(load.sys.path))
+    monkeypatch.setattr("sys.path", list(sys.path))
     line = refuse_role(capsys, option, spec, options)
     assert line.startswith(f"test: {option}".rstrip()) or "no safe checkpoint" in line, line
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
@@ -987,7 +979,7 @@ class LateBackward(Late):
 )
 def test_a_network_that_fails_late_is_one_line(capsys, tmp_path, name, says):
     """Where no block of the script catches it, and where one does."""
-    load.FOREIGN.clear()
+    FOREIGN.clear()
     (tmp_path / "late.py").write_text(LATE)
     student, _ = load_student(f"{tmp_path}/late.py:{name}", describe_teacher(), "cpu")
 

@@ -22,7 +22,8 @@ from channels import (
     remove_channels,
 )
 from harness.data import evaluate, load_dataset
-from harness.load import NetworkInfo, load_teacher
+from harness.known import NetworkInfo
+from harness.load import load_teacher
 from harness.networks import NETWORKS, ResNet, sample_example
 from harness.sources import Lesson
 from kernels import _common

@@ -14,7 +14,8 @@ from scripts import read_refusal
 
 import quantization
 from harness.data import load_dataset, normalise
-from harness.load import NetworkInfo, load_teacher
+from harness.known import NetworkInfo
+from harness.load import load_teacher
 from harness.sources import Lesson, draw_noise
 from kernels import _common
 

@@ -98,7 +98,7 @@ OWN_PACKAGES = {
 }
 # packages that are not in requirements.txt; who imports them says what to install
 OPTIONAL = {
-    "harness/load.py": {"safetensors"},
+    "harness/weights.py": {"safetensors"},
     "harness/networks.py": {"teachers"},  # inside the function that builds one of them
     "results/architectures.py": {"timm", "torchvision"},
     "role_kd.py": {"augmentations"},  # its part

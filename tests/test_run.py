@@ -1,4 +1,4 @@
-"""harness/run.py: options, refusals, a run's folder, and what makes a run repeatable."""
+"""Options, refusals, a run's folder, what makes it repeatable: harness/run.py and parts."""
 
 import copy
 import errno
@@ -19,8 +19,13 @@ from helpers import rows_of
 from scripts import ROOT, read_refusal
 from tqdm import tqdm
 
+import harness
+from harness import files as harness_files
 from harness import run as harness_run
-from harness.load import NetworkInfo, load_teacher
+from harness.errors import fail_in_one_line, find_line, report_uncaught
+from harness.files import find_not_finite, open_atomically, read_checkpoint
+from harness.known import NetworkInfo
+from harness.load import load_teacher
 from harness.networks import NETWORKS
 from harness.run import (
     MethodOptions,
@@ -30,14 +35,9 @@ from harness.run import (
     check_at_least,
     choose_device,
     describe_machine,
-    fail_in_one_line,
-    find_not_finite,
     join_processes,
     make_optimizer,
-    open_atomically,
     parse_args,
-    read_checkpoint,
-    report_uncaught,
     restore_optimizer,
     seed_everything,
 )
@@ -534,7 +534,7 @@ def test_only_a_users_own_line_is_to_blame(name, line):
     code = compile("\nraise ValueError('wrong')", ROOT / name, "exec")
     with pytest.raises(ValueError, match="wrong") as caught:
         exec(code)
-    assert harness_run.find_line(caught.value, [ROOT]) == line
+    assert find_line(caught.value, [ROOT]) == line
 
 
 def test_a_damaged_checkpoint_never_replaces_the_whole_one(tmp_path):
@@ -666,7 +666,7 @@ def fill_disk(monkeypatch, n_bytes):
 
         return Writer(file, write_little)
 
-    monkeypatch.setattr(harness_run, "open", open_on_full_disk, raising=False)
+    monkeypatch.setattr(harness_files, "open", open_on_full_disk, raising=False)
 
 
 class Writer:
@@ -778,4 +778,4 @@ def test_reading_a_missing_file_is_refused(tmp_path, capsys):
 
 
 def test_the_folder_of_the_code_is_found():
-    assert (harness_run.ROOT / "harness/run.py").samefile(Path(harness_run.__file__))
+    assert (harness.ROOT / "harness/run.py").samefile(Path(harness_run.__file__))

@@ -17,7 +17,8 @@ from scripts import read_refusal
 
 import teacher
 from harness.data import FILES, FOLDERS, evaluate, load_dataset, load_digits, normalise
-from harness.load import load_trained, make_info
+from harness.known import make_info
+from harness.load import load_trained
 from harness.networks import NETWORKS
 from teacher import Args, crop_and_mirror, fetch_dataset
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from scripts import read_refusal
 
 import transition_error
+from harness import ROOT
 from harness.data import evaluate, load_dataset, normalise
 from harness.load import load_student, load_trained
-from harness.run import ROOT
 
 TEACHER = str(ROOT / "teachers/digits-lenet5.pt")
 ARGS = transition_error.Args(device="cpu", n_images=6, n_steps=20)

@@ -22,22 +22,15 @@ from tqdm import tqdm
 import generative_ensemble
 import teacher
 import zskt
-from harness import run as harness_run
+from harness import errors as harness_errors
+from harness import files as harness_files
 from harness.data import load_dataset
+from harness.errors import Misfit, fail, fail_in_one_line, prepare_program, refuse_unwritable
+from harness.files import encode_json, read_checkpoint
 from harness.images import check_image_files, read_images, save_images
-from harness.load import Misfit, describe_checkpoint, load_weights
-from harness.run import (
-    MethodOptions,
-    RunFolder,
-    RunOptions,
-    encode_json,
-    fail,
-    fail_in_one_line,
-    parse_args,
-    prepare_program,
-    read_checkpoint,
-    refuse_unwritable,
-)
+from harness.known import describe_checkpoint
+from harness.run import MethodOptions, RunFolder, RunOptions, parse_args
+from harness.weights import load_weights
 
 
 def flip_bit(path, position):
@@ -259,7 +252,7 @@ def test_a_second_process_is_refused_until_the_first_has_ended(tmp_path, script)
 def test_a_process_may_open_its_folder_again_and_runs_go_on_without_locks(tmp_path, monkeypatch):
     make_run(tmp_path)
     make_run(tmp_path)
-    monkeypatch.setattr(harness_run, "fcntl", None)
+    monkeypatch.setattr(harness_files, "fcntl", None)
     make_run(tmp_path / "other")
     assert not (tmp_path / "other/lock").exists()
 
@@ -569,9 +562,9 @@ def test_too_little_memory_is_one_line_that_names_the_option(monkeypatch, capsys
     ],
 )
 def test_what_is_no_bug_is_one_line(monkeypatch, capsys, error, says):
-    monkeypatch.setattr(harness_run, "RAISED", [])
+    monkeypatch.setattr(harness_errors, "RAISED", [])
     monkeypatch.setattr(sys, "argv", ["test"])
-    line = read_refusal(capsys, harness_run.report_uncaught, type(error), error, None)
+    line = read_refusal(capsys, harness_errors.report_uncaught, type(error), error, None)
     assert says in line
 
 
@@ -593,7 +586,7 @@ def test_a_full_disk_that_another_error_hides_is_named(tmp_path, capsys):
 def test_a_picture_that_memory_is_too_small_for_is_not_blamed_on_the_disk(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(harness_run, "RAISED", ["--sample"])
+    monkeypatch.setattr(harness_errors, "RAISED", ["--sample"])
 
     def write():
         with refuse_unwritable(tmp_path / "samples.png"):
@@ -614,7 +607,7 @@ def test_a_refusal_that_nobody_can_read_keeps_its_exit_code(monkeypatch):
 
 
 def test_too_many_options_are_named_beside_the_advice(monkeypatch, capsys):
-    monkeypatch.setattr(harness_run, "RAISED", ["--iterations"])
+    monkeypatch.setattr(harness_errors, "RAISED", ["--iterations"])
 
     def allocate():
         with fail_in_one_line("batch 0 failed", "try a smaller --batch-size"):
