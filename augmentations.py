@@ -131,7 +131,7 @@ def transform(x, matrices, fill):
 
 
 def move(name, x, levels, generator):
-    """Rotate, ShearX, ShearY, TranslateX, TranslateY: to a random side; what is left is clear."""
+    """Rotate, shear or translate to a random side; uncovered pixels become transparent."""
     N, C, H, W = x.shape
     signs = torch.randint(2, (N,), generator=generator, device=x.device)
     matrices = make_matrices(name, H, W, x.device)[signs, levels]  # (N, 6)
@@ -230,17 +230,17 @@ def blend(x, without, levels):
 
 
 def change_color(x, levels, generator):
-    """Against its own grey version; the identity on grey images."""
+    """Blend with the grey version of the image; grey images stay as they are."""
     return blend(x, to_grey(x[:, :-1]), levels)
 
 
 def change_brightness(x, levels, generator):
-    """Against black."""
+    """Blend with black."""
     return blend(x, x.new_zeros(1, 1, 1, 1), levels)
 
 
 def change_contrast(x, levels, generator):
-    """Against its mean luminance."""
+    """Blend with its mean luminance."""
     grey = to_grey(x[:, :-1]).flatten(1)  # (N, H W)
     n = grey.shape[1]
     mean = (2 * grey.sum(1) + n) // (2 * n)  # rounded half up
@@ -248,7 +248,7 @@ def change_contrast(x, levels, generator):
 
 
 def change_sharpness(x, levels, generator):
-    """Against a smooth version: ImageFilter.SMOOTH, which leaves the border as it is."""
+    """Blend with a smooth version: ImageFilter.SMOOTH, which leaves the border as it is."""
     pixels = x[:, :-1].float()
     N, C, H, W = pixels.shape
     kernel = torch.ones(3, 3, device=x.device)

@@ -18,10 +18,10 @@ of real test images of all classes, `eval/old`, `eval/new`, and `eval/forgetting
 Measured, 3 seeds: CIFAR-10 + MNIST: base 35.8 ± 3.8, deepinversion 71.8 ± 3.3, abd 86.6 ± 0.1 %;
 MNIST in 5 tasks: base 19.0 ± 0.4, deepinversion 20.7 ± 2.4, abd 22.8 ± 1.8 %. Nothing ran on a GPU.
 
-Where we differ: few updates and images (paper: 250 a class); the optimiser of deepinversion and
-frozen BatchNorms in all arms, but that joint's are not; abd on the images of deepinversion (its
-paper: a generator per task); lwf-mc with the first network's softmax (theirs: sigmoids). Inversion
-replay no longer leads class-incremental learning: README.md.
+Where we differ: few updates and images (paper: 250 a class); all arms share deepinversion's
+optimiser and, except joint, freeze the BatchNorms; abd learns on deepinversion's images (its paper:
+a generator per task); lwf-mc takes the first network's softmax (theirs: sigmoids). Inversion replay
+no longer leads class-incremental learning: README.md.
 """
 
 import copy
@@ -98,8 +98,9 @@ class Args(SourceOptions):
     """First old network, of the first task's classes: as for the other scripts; for a part of a
     data set's classes a checkpoint of teacher.py --classes."""
     images: str = "auto"
-    """What stands for old images: auto: deepinversion.py makes them of each old network, once; the
-    --out of deepinversion.py: those of the first one; noise; or the name of another data set."""
+    """What stands for old images. auto: images that deepinversion.py makes of each old network,
+    once. A folder: the --out of deepinversion.py on the first network; later ones are inverted as
+    by auto. noise. Another data set's name: its training images."""
     inversion: Literal["preset", "relative"] = "preset"
     """How deepinversion.py makes them: by its preset; relative: with the moment loss that has no
     unit, in 60 steps, which small networks of few classes need (ours)."""

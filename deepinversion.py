@@ -98,7 +98,8 @@ class Args(MethodOptions):
 
     # Method: the images. The defaults are ours, for CIFAR-10.
     setting: str = "cifar10"
-    """Preset (a row of PRESETS); default: that of --dataset, else of the teacher's data set."""
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set, else any;
+    without a teacher cifar10."""
     batch_size: int = 100
     """Images optimised together. Part of the method: the moments are those of a batch."""
     step_images: int = 0
@@ -466,8 +467,12 @@ def choose_dtype(device, args):
     """What the teacher's activations are computed in: bfloat16 or float32."""
     is_wanted = args.bf16
     if device == "cpu":
-        units = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.11 does not tell
-        is_wanted = args.bf16_cpu and (units.get("avx512_bf16") or units.get("amx_bf16"))
+        find_units = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has no such function
+        units = {}
+        if find_units is not None:
+            units = find_units()
+        has_units = units.get("avx512_bf16", False) or units.get("amx_bf16", False)
+        is_wanted = args.bf16_cpu and has_units
     return torch.bfloat16 if is_wanted else torch.float32
 
 
@@ -941,8 +946,9 @@ def train_student(student, teacher, synthesis, given, test):
         if test is not None:
             row["eval/acc"] = evaluate(student, *test, synthesis.info)
         run.show(synthesis.bar, row)
-        state = dict(student=student.state_dict(), optimizer=optimizer.state_dict())
-        run.save_checkpoint(state | dict(epoch=epoch + 1))
+        state = dict(epoch=epoch + 1, student=student.state_dict())
+        state["optimizer"] = optimizer.state_dict()
+        run.save_checkpoint(state)
     return run.column("eval/acc")
 
 
@@ -1019,7 +1025,10 @@ def report_images(run, paths, teacher, info, verifier, verifier_info):
 
 # Main
 def choose_preset(teacher, dataset):
-    """The preset of --dataset, or of the data set that the teacher was trained on, or `any`."""
+    """The preset of --dataset, or of the data set that the teacher was trained on, or `any`.
+
+    Without a teacher it is `cifar10`.
+    """
     if dataset in ("", "auto", "none"):
         if not teacher:
             return "cifar10"

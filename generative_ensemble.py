@@ -99,13 +99,12 @@ class Args(MethodOptions):
     lr_generator: float = 1e-3
     """Adam's initial learning rate of the generators (ours)."""
     moments: Literal["l2", "relative", "kl"] = "l2"
-    """Distance of a layer's moments from the stored ones, as in deepinversion.py:
-    compute_distance."""
+    """Distance of a layer's moments from the stored ones; formulas: compute_distance."""
     pool: float = 0.3
     """Share of the BatchNorms, the last ones, whose moments are of all generators' images (under
     torchrun: of all that a process has). The others' are of each generator's images (ours)."""
     alpha_bn: float = 10.0
-    """Weight of the moment loss beside the cross-entropy's 1 (ours)."""
+    """Weight of the moment loss; the cross-entropy has weight 1 (ours)."""
 
     # Student
     epochs: int = 200
@@ -126,7 +125,7 @@ class Args(MethodOptions):
     optimizer: Literal["sgd", "adam"] = "sgd"
     """The student's: sgd has momentum 0.9 and weight decay 5e-4 (ours)."""
     lr_student: float = 0.1
-    """The student's initial learning rate; a cosine over the epochs ends it (ours)."""
+    """The student's initial learning rate; a cosine over the epochs lowers it to 0 (ours)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -156,7 +155,7 @@ OURS = replace(
     lr_student=5e-3,
 )
 PRESETS = {
-    # untested: the released widths, all else after related work, but for its teacher, a ResNet-34
+    # untested: widths as released, the rest after related work; the paper's teacher: ResNet-34
     "cifar10": Args(),
     "mnist": replace(OURS, setting="mnist", teacher="mnist-resnet8", steps=4000, epochs=40),
     "digits": replace(
@@ -252,6 +251,7 @@ class Ensemble(nn.Module):
         self.bn_last = nn.BatchNorm2d(G * sizes.channels, eps=0.8, affine=False)
         self.scale = nn.Parameter(torch.ones(G * sizes.channels))  # learnt; there is no shift
 
+        # filled up to one length; sample_inputs never draws the filling
         padded = [group + group[:1] * (n_labels - len(group)) for group in sizes.groups]
         n_classes = [len(group) for group in sizes.groups]
         self.register_buffer("classes", torch.tensor(padded), persistent=False)  # (all, n_labels)
@@ -463,9 +463,9 @@ def generator_step(ensemble, observe, optimizer, args):
     bn_loss = moment_loss(moments, running_var, sizes, args)
     loss = ce + args.alpha_bn * bn_loss
 
-    # With own moments, ce and they are means over the P generators. Times P, each generator gets
-    # the gradient of its own loss, as if it trained alone. Adam would divide a common factor out,
-    # but for its eps. With --pool 1, P is 1.
+    # Cross-entropy and own moments are means over the P generators. Times P, each generator gets
+    # the gradient of its own loss, as if it trained alone. A common factor would cancel in Adam,
+    # but for its eps. With --pool 1 there is one part, so P is 1.
     P = moments.shape[1]
     optimizer.zero_grad()
     (P * loss).backward()

@@ -78,7 +78,8 @@ STAGES = ("pruned", "reestimated", "student", "student_reestimated")
 class Args(SourceOptions):
     # Run settings.
     setting: Literal["cifar10", "mnist", "digits"] = "cifar10"
-    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set, else cifar10;
+    without a teacher digits."""
     out: str = "runs/pruning/default"
     """Output folder."""
 
@@ -368,8 +369,10 @@ def count_parameters(network):
 
 @torch.no_grad()
 def count_flops(network, info):
-    """Floating-point operations of one image, as PyTorch counts them: layers alone, an addition
-    and a product each."""
+    """Floating-point operations of one image, of convolutions and linear layers alone.
+
+    An addition and a product count one each.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # it imports Triton, which takes 0.2 s
 
     x = sample_example(info, next(network.parameters()).device)[:1]

@@ -17,8 +17,8 @@ images. Measured on 2,500 test images, 3 seeds, one CPU thread: CIFAR-10 ResNet-
 
 Where we differ from GDFQ and its released code:
 - images come from deepinversion.py, once (theirs: a generator that learns with the network);
-- quantized is what a layer reads, at its source, so that shortcuts read it too: after a pooling
-  rather than before it, and the pooled features before the last layer, which theirs leave float;
+- the tensor that a layer reads is quantized where it is made, so that shortcuts read it quantized
+  too; after a pooling, not before it; the pooled features, which theirs leave float, are too;
 - the gradient is 0 outside a range; ranges hold 0; KL is a sum over classes (theirs: a mean);
 - labels of CE are the teacher's answers; the last epoch counts (theirs: the best on test images);
 - presets without `released` in their name are ours: Adam, few steps.
@@ -63,7 +63,8 @@ LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 class Args(SourceOptions):
     # Run settings.
     setting: Literal["cifar10", "cifar10-released", "mnist", "digits"] = "cifar10"
-    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set."""
+    """Preset (PRESETS); default: that of --dataset, else of the teacher's data set, else cifar10;
+    without a teacher digits."""
     out: str = "runs/quantization/default"
     """Output folder."""
 
@@ -490,8 +491,9 @@ class IntegerLayer(nn.Module):
 
         y = scale_w scale_x sum (q_w - zero_w)(q_x - zero_x) + bias
 
-    The sums are formed in float64, which holds integers up to 2^53 exactly, as every device has
-    convolutions in it. The first layer reads the image, which has no grid, and sums in fp32.
+    The sums are formed in float64, which holds integers up to 2^53 exactly and in which every
+    device has convolutions. The first layer reads the image, which has no grid: its sums are of
+    integer weights times float pixels, in float64 too.
     """
 
     def __init__(self, quantized, source):

@@ -127,8 +127,8 @@ class Args(RunOptions):
     search_images: int = 4000
     """Training images of a search (released)."""
     validation_images: int = 5000
-    """Images, none of them among those, on which a member's accuracy is its reward (released:
-    46,000)."""
+    """Images, disjoint from --search-images, on which a member's accuracy is its reward
+    (released: 46,000)."""
     train_images: int = 0
     """Training images of the final trainings; 0: all, the validation images too (released)."""
     epochs: int = 60
@@ -149,7 +149,7 @@ class Args(RunOptions):
     bits: int = 32
     """2 to 8: DoReFa's weights and activations of so many bits, for a student of the teacher's
     architecture that starts from its weights (released: 2 and 4). 32: full precision. student.pt
-    holds the weights behind the quantised ones, which other scripts take as they are."""
+    holds the weights behind the quantized ones, which other scripts take as they are."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -357,7 +357,7 @@ def quantize_activation(a, bits):
 
 
 class QuantizedConv2d(nn.Conv2d):
-    """A convolution of quantised weights over quantised inputs; its parameters stay fp32."""
+    """A convolution of quantized weights over quantized inputs; its parameters stay fp32."""
 
     bits = 32
 
@@ -367,7 +367,7 @@ class QuantizedConv2d(nn.Conv2d):
 
 
 class QuantizedBlock(ResBlock):
-    """A residual block that quantises its input before both branches, as released."""
+    """A residual block that quantizes its input before both branches, as released."""
 
     bits = 32
 
@@ -392,7 +392,7 @@ def quantize_network(network, bits):
 
 # Losses of the student
 def forward_with_groups(network, x):
-    """Logits (N, K), and the activations whose maps are compared: () if it names none."""
+    """Logits (N, K), and the activations whose maps are compared: () without `forward_groups`."""
     if hasattr(network, "forward_groups"):
         return network.forward_groups(x)
     return network(x), ()

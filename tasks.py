@@ -80,7 +80,7 @@ def join_images(sets):
 
 
 def repeat_small_sets(sets):
-    """Sets of about one size: each stands there as often as it fits into the largest.
+    """Repeat each set as often as it fits into the largest, so that their sizes are about equal.
 
     Otherwise 1,437 digits would hardly be drawn beside 50,000 photographs.
     """

@@ -53,7 +53,7 @@ from harness.run import (
     seed_everything,
 )
 
-MOST_EVALUATIONS = 100_000  # the steps of all are listed before the first one
+MOST_EVALUATIONS = 100_000  # their steps are listed before the first one
 
 
 @dataclass
@@ -246,7 +246,7 @@ def attention_loss(groups, maps, fused):
 
 
 def forward_with_groups(network, x):
-    """Logits (N, K), and the activations whose attention is compared: () if it names none."""
+    """Logits (N, K), and activations whose attention is compared: () without `forward_groups`."""
     if hasattr(network, "forward_groups"):
         return network.forward_groups(x)
     return network(x), ()
@@ -323,7 +323,7 @@ def set_learning_rate(optimizer, lr_0, step, n_steps):
 
 
 def list_window_ends(n_steps, n_windows):
-    """The steps at which windows end, of equal lengths but for one step; at most one a step."""
+    """The last step of each window. Lengths differ by at most one step; no window is empty."""
     ends = {n_steps * (i + 1) // n_windows for i in range(n_windows)}
     return sorted(ends - {0})
 
@@ -515,7 +515,7 @@ def fine_tune(teacher, info, student, shots, run):
 # Main
 @torch.no_grad()
 def share_activations(teacher, student, info):
-    """Whether both networks name groups, as many, of equal sizes: then attention is comparable."""
+    """Whether both networks return as many groups, with equal heights and widths."""
     device = next(student.parameters()).device
     x = torch.zeros(2, *info.image_shape, device=device)
     student.eval()  # a blank batch must not reach the running moments

@@ -155,7 +155,9 @@ def describe(spec):
     Raises:
         Misfit: it names none.
     """
-    named = list_shipped() | list_imagenet() | list_packaged()
+    named = list_shipped()
+    named.update(list_imagenet())
+    named.update(list_packaged())
     if spec in named:
         return named[spec]
     if spec.endswith(".pt"):

@@ -71,7 +71,7 @@ def check_network(network, info, device, image_size=None):
 
 
 def check_gradients(network, info, device, trains):
-    """Let a copy of a user's network form gradients twice, so that what cannot fails now.
+    """Form gradients twice in a copy of a user's network; one that cannot is refused now.
 
     Args:
         network: in eval mode; it stays as it is.

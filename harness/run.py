@@ -46,7 +46,7 @@ from harness.files import (
 )
 
 FINITE_ADVICE = "in another --out, lower the learning rates or weights"
-COUNTERS = ("step", "epoch")  # in a checkpoint: what its run has behind it
+COUNTERS = ("step", "epoch")  # entries of a checkpoint that count what its run has finished
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # options of mallopt, in malloc.h
 
 
@@ -360,7 +360,7 @@ class RunFolder:
             file.write(encode_json(asdict(self.args), indent=1))
 
     def _clear(self, clears):
-        """Delete what an earlier run left; refuse if it was not finished: it may be days."""
+        """Delete what an earlier run left; refuse if it was not finished."""
         unfinished = not (self.out / "result.json").exists()
         for pattern in ("checkpoint.pt", "checkpoint-previous.pt", *clears):
             for path in sorted(self.out.glob(pattern)):

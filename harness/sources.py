@@ -88,7 +88,8 @@ def load_source_images(args, info, changes=None):
 def draw_noise(info, n):
     """Pixels (n, C, H, W) uint8 of Gaussian noise in the training images' mean and deviation.
 
-    What lies outside the range of pixels is clipped, so that the moments of dark images differ.
+    Values outside the range of pixels are clipped. Where images are dark, as those of MNIST, the
+    noise then has other moments than they have.
     """
     return to_uint8(torch.randn(n, *info.image_shape), info)
 

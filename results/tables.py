@@ -87,9 +87,8 @@ def read_rows(name):
         return list(csv.DictReader(file))
 
 
-def describe_bench(name):
-    """What a CSV of the benchmarks was measured on."""
-    rows = read_rows(name)
+def describe_bench(name, rows):
+    """What these rows of a CSV of the benchmarks were measured on."""
     commits = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     where = f"{rows[0]['device']}, torch {rows[0]['torch']}, float32, commit {commits}"
     return f"{where}; medians of processor time; `results/{name}`."
@@ -698,10 +697,10 @@ def make_trace():
 
 def make_cpu_ops():
     """Ops on a CPU: forward, and forward + backward; eager, torch.compile, ours."""
+    modes = ("forward", "both")
+    measured = [row for row in read_rows("bench-cpu.csv") if row["mode"] in modes]
     rows = []
-    for row in read_rows("bench-cpu.csv"):
-        if row["mode"] not in ("forward", "both"):
-            continue
+    for row in measured:
         eager = float(row["eager_ms"])
         compiled = float(row["compile_ms"] or "nan")
         ours = float(row["ours_ms"])
@@ -713,20 +712,26 @@ def make_cpu_ops():
         rows.append([row["op"], shape, mode, *times, *ratios, percent])
     head = ["op", "shape, layout", "mode", "eager, ms", "compile, ms", "ours, ms"]
     text = format_table([*head, "eager / ours", "compile / ours", "% of limit"], rows)
-    return f"{text}\n\nA ratio below 1: we lose. {describe_bench('bench-cpu.csv')}"
+    return f"{text}\n\nA ratio below 1: we lose. {describe_bench('bench-cpu.csv', measured)}"
 
 
 def make_cpu_step():
     """Whole synthesis steps of ResNet-20 on a CPU."""
+    measured = [row for row in read_steps() if row["shape"].startswith("resnet20 ")]
     rows = []
-    for row in read_rows("bench-cpu.csv"):
-        if row["mode"] == "step" and row["shape"].startswith("resnet20 "):
-            name = row["op"].removeprefix("step: ")
-            ratios = [f"{float(row['times_bare']):.2f}", f"{float(row['times_conventional']):.2f}"]
-            percent = f"{float(row['percent_of_limit']):.0f}"
-            rows.append([name, f"{float(row['ours_ms']):.1f}", *ratios, percent])
+    for row in measured:
+        name = row["op"].removeprefix("step: ")
+        ratios = [f"{float(row['times_bare']):.2f}", f"{float(row['times_conventional']):.2f}"]
+        percent = f"{float(row['percent_of_limit']):.0f}"
+        rows.append([name, f"{float(row['ours_ms']):.1f}", *ratios, percent])
     head = ["one step, ResNet-20, 100 images of 32 px", "ms", "× bare", "× conventional"]
-    return f"{format_table([*head, '% of limit'], rows)}\n\n{describe_bench('bench-cpu.csv')}"
+    table = format_table([*head, "% of limit"], rows)
+    return f"{table}\n\n{describe_bench('bench-cpu.csv', measured)}"
+
+
+def read_steps():
+    """The rows of whole synthesis steps on a CPU."""
+    return [row for row in read_rows("bench-cpu.csv") if row["mode"] == "step"]
 
 
 def make_bf16_steps():
@@ -764,31 +769,31 @@ def make_bf16_images():
 
 def make_cpu_networks():
     """Whole synthesis steps of all networks on a CPU: a row a network."""
+    measured = read_steps()
     networks = {}
-    for row in read_rows("bench-cpu.csv"):
-        if row["mode"] == "step":
-            column = row["op"].removeprefix("step: ")
-            ratios = f"{float(row['times_bare']):.2f}, {float(row['times_conventional']):.2f}"
-            cell = f"{float(row['ours_ms']):.0f} ({ratios})"
-            networks.setdefault(row["shape"], {})[column] = cell
+    for row in measured:
+        column = row["op"].removeprefix("step: ")
+        ratios = f"{float(row['times_bare']):.2f}, {float(row['times_conventional']):.2f}"
+        cell = f"{float(row['ours_ms']):.0f} ({ratios})"
+        networks.setdefault(row["shape"], {})[column] = cell
     columns = ["bare", "conventional", "ours", "ours without fused BatchNorm"]
     columns += ["tuned", "tuned compile"]
     rows = []
     for shape, cells in networks.items():
         rows.append([shape, *(cells.get(column, "not run") for column in columns)])
     table = format_table(["network and images", *columns], rows)
-    return f"{table}\n\nms (× bare, × conventional). {describe_bench('bench-cpu.csv')}"
+    return f"{table}\n\nms (× bare, × conventional). {describe_bench('bench-cpu.csv', measured)}"
 
 
 def make_cpu_once():
     """What fuse_batchnorm costs once on a CPU."""
+    measured = [row for row in read_rows("bench-cpu.csv") if row["mode"] == "once"]
     rows = []
-    for row in read_rows("bench-cpu.csv"):
-        if row["mode"] == "once":
-            figures = [f"{float(row['ours_ms']):.0f}", f"{float(row['times_step']):.2f}"]
-            rows.append([row["shape"], row["op"].removeprefix("once: "), *figures])
+    for row in measured:
+        figures = [f"{float(row['ours_ms']):.0f}", f"{float(row['times_step']):.2f}"]
+        rows.append([row["shape"], row["op"].removeprefix("once: "), *figures])
     table = format_table(["network and images", "what", "ms", "steps"], rows)
-    return f"{table}\n\n{describe_bench('bench-cpu.csv')}"
+    return f"{table}\n\n{describe_bench('bench-cpu.csv', measured)}"
 
 
 RELEASED = "bench-released-cpu.csv"
@@ -806,7 +811,7 @@ def make_released():
         rows.append([loop, row["shape"], *times, ratio, wall, row["rounds"]])
     head = ["released loop", "network, images", "released, ms", "ours, ms", "released / ours"]
     table = format_table([*head, "by the wall clock", "turns"], rows)
-    return f"{table}\n\n{describe_bench(RELEASED)}"
+    return f"{table}\n\n{describe_bench(RELEASED, read_rows(RELEASED))}"
 
 
 def make_released_range():

@@ -291,9 +291,10 @@ def test_every_option_has_a_type_a_default_and_an_explanation(path):
 def find_commands(path):
     """(script, options without "--") of every command in a text, joined where lines end in a \\."""
     text = path.read_text().replace("\\\n", " ")
-    for command in re.findall(r"(?<![\w.])(\w+\.py(?: [^`\n#]*)?)", text):
+    text = text.replace("python -m bench", "python bench/__main__.py")
+    for command in re.findall(r"(?<![\w./])([\w/]+\.py(?: [^`\n#]*)?)", text):
         script, *words = command.split()
-        if ROOT / script in SCRIPTS:
+        if ROOT / script in [*SCRIPTS, ROOT / "bench/__main__.py"]:
             yield script, [word[2:] for word in words if word.startswith("--")]
 
 
