@@ -177,11 +177,6 @@ PRESETS = {
 }
 
 
-def choose_preset(teacher, dataset):
-    """The preset of a run without --setting."""
-    return "digits"
-
-
 def shrink(args):
     """A run of seconds, for --smoke."""
     return replace(
@@ -697,4 +692,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args(PRESETS, choose_preset))
+    main(parse_args(PRESETS))

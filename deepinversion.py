@@ -64,6 +64,7 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
+    decay_by_cosine,
     join_processes,
     make_optimizer,
     parse_args,
@@ -534,7 +535,7 @@ def compute_cosine(step, n_steps, peak, warmup):
     warmup = min(warmup, n_steps // 4)
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (n_steps - warmup)))
+    return peak * decay_by_cosine(step - warmup, n_steps - warmup)
 
 
 def make_generator(number, args, stream=0):

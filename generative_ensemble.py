@@ -53,6 +53,7 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
+    decay_by_cosine,
     join_processes,
     make_optimizer,
     parse_args,
@@ -510,7 +511,9 @@ def train_generators(ensemble, teacher, optimizer, run, done):
     ends = {args.steps * (i + 1) // 20 for i in range(20)}
     sums = torch.zeros(3, device=device)  # since the last row, which was written after step `start`
     start = done
-    hidden = run.rank > 0 or None  # None: hidden where there is no terminal
+    hidden = None  # tqdm hides the bar where there is no terminal
+    if run.rank > 0:
+        hidden = True
     bar = tqdm(total=args.steps, initial=done, disable=hidden, mininterval=0.5, desc="generators")
 
     example = sample_example(ensemble.sizes, device)
@@ -519,10 +522,10 @@ def train_generators(ensemble, teacher, optimizer, run, done):
         def train_once():
             sums.add_(generator_step(ensemble, observe, optimizer, args))
 
-        captured = kernels.CapturedStep(train_once, enabled=args.graph and device.type == "cuda")
+        run_step = kernels.CapturedStep(train_once, enabled=args.graph and device.type == "cuda")
         for step in range(done, args.steps):
             lr.copy_(rates[step])
-            captured()
+            run_step()
             bar.update()
             if step + 1 not in ends:
                 continue
@@ -560,15 +563,15 @@ def train_student(student, teacher, ensemble, optimizer, test, run, done):
     def train_once():
         loss_sum.add_(student_step(student, teacher, ensemble, optimizer, args))
 
-    captured = kernels.CapturedStep(train_once, enabled=args.graph and device.type == "cuda")
+    run_step = kernels.CapturedStep(train_once, enabled=args.graph and device.type == "cuda")
     total = args.epochs * args.iterations
     initial = done * args.iterations
     bar = tqdm(total=total, initial=initial, disable=None, mininterval=0.5, desc="student")
 
     for epoch in range(done, args.epochs):
-        lr.fill_(args.lr_student * (1 + math.cos(math.pi * epoch / args.epochs)) / 2)
+        lr.fill_(args.lr_student * decay_by_cosine(epoch, args.epochs))
         for _ in range(args.iterations):
-            captured()
+            run_step()
             bar.update()
 
         row = {"epoch": epoch + 1, "loss/student": loss_sum.item() / args.iterations}

@@ -28,11 +28,12 @@ import json
 import math
 import time
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
@@ -61,6 +62,7 @@ from harness.run import (
     RunFolder,
     check_at_least,
     choose_device,
+    decay_by_cosine,
     make_optimizer,
     parse_args,
     restore_optimizer,
@@ -273,19 +275,35 @@ def check_targets(teacher, channels, info, args):
         fail(f"--target {max(args.target)}: {problem}; pass less")
 
 
+@dataclass
+class Progress:
+    """What a run has behind it. Checkpoints hold it."""
+
+    removal: int
+    """Removals done."""
+    kept: torch.Tensor
+    """(count,) bool, the channels that are still there."""
+    importance: torch.Tensor
+    """(count,) fp32, the running mean of their scores."""
+    choices: dict
+    """{target: the channels that are kept}, of the targets that are reached."""
+    arms: dict
+    """{target: {stage: accuracy}}, of the targets that are fine-tuned."""
+
+
 def remove_lowest(ranks, progress, teacher, channels, args):
     """Remove the channels of the lowest ranks, --channels-per-removal of them.
 
     Args:
         ranks: (count,), low: goes first.
-        progress: "kept", (count,) bool, changes in place; in "choices" each target gets what is
-            kept when it is reached.
+        progress: Progress; `kept` changes in place, and in `choices` each target gets what is kept
+            when it is reached.
 
     Returns:
         Share of the weights that is removed by now.
     """
-    kept = progress["kept"]
-    choices = progress["choices"]
+    kept = progress.kept
+    choices = progress.choices
     n_weights = count_parameters(teacher)
     n_before = int(kept.sum())
     share = 0.0
@@ -303,23 +321,23 @@ def remove_lowest(ranks, progress, teacher, channels, args):
 
 
 def begin_progress(channels, device):
-    """The state before the first removal. Checkpoints hold it as it goes on."""
-    return {
-        "removal": 0,
-        "kept": torch.ones(channels.count, dtype=torch.bool, device=device),
-        "importance": torch.zeros(channels.count, device=device),
-        "choices": {},  # {target: the channels that are kept}
-        "arms": {},  # {target: {stage: accuracy}}
-    }
+    """The Progress before the first removal."""
+    return Progress(
+        removal=0,
+        kept=torch.ones(channels.count, dtype=torch.bool, device=device),
+        importance=torch.zeros(channels.count, device=device),
+        choices={},
+        arms={},
+    )
 
 
 def restore_progress(saved, channels, device):
-    """The state of begin_progress in a checkpoint. Raise an error if it is of another network."""
-    progress = {name: saved[name] for name in begin_progress(channels, device)}
-    for name in ("kept", "importance"):
-        progress[name] = progress[name].to(device)
-    progress["choices"] = {name: kept.to(device) for name, kept in progress["choices"].items()}
-    for numbers in (progress["kept"], progress["importance"], *progress["choices"].values()):
+    """The Progress in a checkpoint. Raise an error if it is of another network."""
+    progress = Progress(**{field.name: saved[field.name] for field in fields(Progress)})
+    progress.kept = progress.kept.to(device)
+    progress.importance = progress.importance.to(device)
+    progress.choices = {name: kept.to(device) for name, kept in progress.choices.items()}
+    for numbers in (progress.kept, progress.importance, *progress.choices.values()):
         if numbers.shape != (channels.count,):
             raise ValueError("it is of a network with other channels")
     return progress
@@ -332,12 +350,12 @@ def prune(lesson, channels, savings, run, progress):
         lesson: Lesson.
         channels: of its teacher.
         savings: (count,) milliseconds that each channel's removal saves, or None.
-        progress: of begin_progress or restore_progress; "choices" gets every target.
+        progress: Progress; its `choices` get every target.
     """
     args = run.args
-    kept = progress["kept"]
-    choices = progress["choices"]
-    bar = tqdm(range(progress["removal"], channels.count), disable=None, desc="pruning")
+    kept = progress.kept
+    choices = progress.choices
+    bar = tqdm(range(progress.removal, channels.count), disable=None, desc="pruning")
     for removal in bar:
         if len(choices) == len(args.target):
             break
@@ -346,7 +364,7 @@ def prune(lesson, channels, savings, run, progress):
         scores = scores / scores[kept].mean().clamp(min=1e-30)
         importance = scores
         if removal > 0:
-            importance = MOMENTUM * progress["importance"] + (1 - MOMENTUM) * scores
+            importance = MOMENTUM * progress.importance + (1 - MOMENTUM) * scores
 
         ranks = importance
         if savings is not None:  # paper Eq. 10, I_err + eta I_lat; I_lat, what changes, is negative
@@ -357,9 +375,9 @@ def prune(lesson, channels, savings, run, progress):
         if loss is not None:
             row["loss/importance"] = loss
         run.show(bar, row)
-        progress["removal"] = removal + 1
-        progress["importance"] = importance
-        run.save_checkpoint(progress)
+        progress.removal = removal + 1
+        progress.importance = importance
+        run.save_checkpoint(vars(progress))
 
 
 # Sizes and times
@@ -474,7 +492,7 @@ def reestimate_batchnorm(network, x):
 def compute_rate(step, args):
     """The learning rate at an update, counted from 0 over all epochs."""
     n_steps = args.epochs * args.steps_per_epoch
-    return args.lr * (1 + math.cos(math.pi * step / n_steps)) / 2
+    return args.lr * decay_by_cosine(step, n_steps)
 
 
 def train_epoch(network, lesson, optimizer, epoch, args):
@@ -511,32 +529,41 @@ def evaluate_twice(network, batch, lesson):
     return accuracy, evaluate(reestimated, *lesson.test, lesson.info)
 
 
-def begin_student(teacher, channels, kept, args):
-    """A network without some channels, otherwise as the teacher; its optimiser; 0 epochs done."""
+class Training(NamedTuple):
+    """A pruned network that learns."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    first_epoch: int
+    """Epochs that a continued run has behind it."""
+
+
+def begin_training(teacher, channels, kept, args):
+    """The Training of a network without some channels, otherwise as the teacher."""
     network = remove_channels(teacher, channels, kept).requires_grad_(True)
-    return network, make_optimizer("adam", network, args.lr), 0
+    return Training(network, make_optimizer("adam", network, args.lr), 0)
 
 
-def restore_student(saved, teacher, channels, kept, args):
-    """What begin_student returns, in a checkpoint. Raise an error if it is of another network."""
-    network, optimizer, _ = begin_student(teacher, channels, kept, args)
-    network.load_state_dict(saved["network"])
-    restore_optimizer(optimizer, saved["optimizer"])
-    return network, optimizer, saved["arm_epoch"]
+def restore_training(saved, teacher, channels, kept, args):
+    """The Training in a checkpoint. Raise an error if it is of another network."""
+    training = begin_training(teacher, channels, kept, args)
+    training.network.load_state_dict(saved["network"])
+    restore_optimizer(training.optimizer, saved["optimizer"])
+    return training._replace(first_epoch=saved["arm_epoch"])
 
 
-def tune(name, begun, lesson, run, progress):
+def tune(name, training, lesson, run, progress):
     """Measure a pruned network and fine-tune it, in place; a checkpoint after each epoch.
 
     Args:
         name: of the target, such as 25.
-        begun: network, optimiser and epochs done, of begin_student or restore_student.
+        training: Training.
         lesson: Lesson.
-        progress: of all targets so far; its "arms" get this one's accuracies.
+        progress: Progress; its `arms` get this target's accuracies.
     """
     args = run.args
-    arms = progress["arms"]
-    network, optimizer, first_epoch = begun
+    arms = progress.arms
+    network, optimizer, first_epoch = training
     batch = pick_batch(lesson, args)
     if first_epoch == 0:
         torch.manual_seed(args.seed)  # so that targets do not depend on those before them
@@ -562,7 +589,8 @@ def tune(name, begun, lesson, run, progress):
         state = {"epoch": row["epoch"], "arm": name, "arm_epoch": epoch + 1}
         state["network"] = network.state_dict()
         state["optimizer"] = optimizer.state_dict()
-        run.save_checkpoint(state | progress)
+        state.update(vars(progress))
+        run.save_checkpoint(state)
 
 
 # Files
@@ -647,28 +675,28 @@ def main(args):
 
     # Which channels go.
     progress = begin_progress(channels, device)
-    begun = {}
+    trainings = {}
     with run.open_checkpoint() as saved:
         if saved is not None:
             progress = restore_progress(saved, channels, device)
         if saved is not None and "arm" in saved:
-            kept = progress["choices"][saved["arm"]]
-            begun[saved["arm"]] = restore_student(saved, teacher, channels, kept, args)
+            kept = progress.choices[saved["arm"]]
+            trainings[saved["arm"]] = restore_training(saved, teacher, channels, kept, args)
     prune(lesson, channels, savings, run, progress)
 
     # Each target by itself.
-    arms = progress["arms"]
+    arms = progress.arms
     networks = {"whole": teacher}
     for share in args.target:
         name = name_target(share)
-        is_finished = name in arms and name not in begun
-        if name not in begun:
-            kept = progress["choices"][name]
-            begun[name] = begin_student(teacher, channels, kept, args)
-        networks[name] = begun[name][0]
-        if is_finished:  # before --resume
+        is_finished = name in arms and name not in trainings  # before --resume
+        if name not in trainings:
+            kept = progress.choices[name]
+            trainings[name] = begin_training(teacher, channels, kept, args)
+        networks[name] = trainings[name].network
+        if is_finished:
             continue
-        tune(name, begun[name], lesson, run, progress)
+        tune(name, trainings[name], lesson, run, progress)
         save_pruned(networks[name], name, info, channels, run)
 
     # What came of it.

@@ -46,6 +46,7 @@ from harness.run import (
     autocast,
     check_at_least,
     choose_device,
+    decay_by_cosine,
     make_optimizer,
     parse_args,
     restore_optimizer,
@@ -587,11 +588,6 @@ def train_iteration(networks, optimizers, args, has_past=True):
 
 
 # Training
-def anneal(epoch, n_epochs):
-    """The factor of the student's learning rate: a cosine from 1 at epoch 0 to 0 at n_epochs."""
-    return (1 + math.cos(math.pi * epoch / n_epochs)) / 2
-
-
 def make_optimizers(networks, args):
     """An optimiser for each network that learns, by its name."""
     optimizers = {
@@ -654,7 +650,7 @@ def train(networks, info, test, run):
     bar = tqdm(total=total, initial=initial, disable=None, mininterval=0.5)
 
     for epoch in range(epochs_done, args.epochs):
-        student_lr = args.lr_student * anneal(epoch, args.epochs)
+        student_lr = args.lr_student * decay_by_cosine(epoch, args.epochs)
         optimizers["student"].param_groups[0]["lr"].fill_(student_lr)
 
         for i in range(args.iterations):

@@ -25,10 +25,9 @@ Where we differ from GDFQ and its released code:
 """
 
 import copy
-import math
 import re
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn as nn
@@ -48,6 +47,7 @@ from harness.run import (
     RunFolder,
     check_at_least,
     choose_device,
+    decay_by_cosine,
     make_optimizer,
     parse_args,
     restore_optimizer,
@@ -197,8 +197,8 @@ def draw_batch(lesson, args, augmented):
 
 
 @torch.no_grad()
-def measure_similarity(lesson, args, batch_size=100):
-    """How far a set of images is from the training data, as BatchNorm sees it; low: alike.
+def measure_moment_distance(lesson, args, batch_size=100):
+    """How far a set of images is from the training data, as BatchNorm sees it; 0: equal moments.
 
         mean over layers of KL( N(mean_l, var_l) || N(running_mean_l, running_var_l) ),
 
@@ -392,7 +392,7 @@ def compute_rate(step, args):
     n_steps = args.epochs * args.steps_per_epoch
     if args.schedule == "steps":
         return args.lr * 0.1 ** (4 * step // n_steps)
-    return args.lr * (1 + math.cos(math.pi * step / n_steps)) / 2
+    return args.lr * decay_by_cosine(step, n_steps)
 
 
 def train_epoch(network, lesson, optimizer, epoch, args):
@@ -417,33 +417,42 @@ def train_epoch(network, lesson, optimizer, epoch, args):
     return (sums / args.steps_per_epoch).tolist()
 
 
-def begin_arm(name, lesson, args):
-    """The network of some bits, not yet calibrated; its optimiser; 0 epochs done."""
+class Training(NamedTuple):
+    """A network of some bits that learns."""
+
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    first_epoch: int
+    """Epochs that a continued run has behind it. 0: the network is not calibrated yet."""
+
+
+def begin_training(name, lesson, args):
+    """The Training of a network of some bits."""
     network = quantize_network(lesson.teacher, lesson.info, parse_bits(name), args.fused)
     network.requires_grad_(True)
-    return network, choose_optimizer(network, args), 0
+    return Training(network, choose_optimizer(network, args), 0)
 
 
-def restore_arm(saved, lesson, args):
-    """What begin_arm returns, in a checkpoint. Raise an error if it is of another network."""
-    network, optimizer, _ = begin_arm(saved["arm"], lesson, args)
-    network.load_state_dict(saved["network"])
-    restore_optimizer(optimizer, saved["optimizer"])
-    return network, optimizer, saved["arm_epoch"]
+def restore_training(saved, lesson, args):
+    """The Training in a checkpoint. Raise an error if it is of another network."""
+    training = begin_training(saved["arm"], lesson, args)
+    training.network.load_state_dict(saved["network"])
+    restore_optimizer(training.optimizer, saved["optimizer"])
+    return training._replace(first_epoch=saved["arm_epoch"])
 
 
-def tune(name, begun, lesson, run, arms):
+def tune(name, training, lesson, run, arms):
     """Calibrate and fine-tune a network of some bits, in place; a checkpoint after each epoch.
 
     Args:
         name: of the bits, such as W4A4.
-        begun: network, optimiser and epochs done, of begin_arm or restore_arm.
+        training: Training.
         lesson: Lesson.
         arms: results of all bits so far, {name: {…}}; this one is added.
     """
     args = run.args
     weight_bits, activation_bits = parse_bits(name)
-    network, optimizer, first_epoch = begun
+    network, optimizer, first_epoch = training
     if first_epoch == 0:
         torch.manual_seed(args.seed)  # so that bits do not depend on those before them
         calibrate(network, lesson, args)
@@ -623,7 +632,7 @@ def main(args):
     images = f"{len(lesson.images)} images of {args.images}"
     print(f"{info.name}: {' '.join(args.bits)}, {images}, {device}")
     result = report_lesson(lesson, run)
-    result["similarity"] = measure_similarity(lesson, args)
+    result["similarity"] = measure_moment_distance(lesson, args)
 
     # Each pair of bits by itself.
     arms = {}
@@ -631,14 +640,13 @@ def main(args):
     with run.open_checkpoint() as saved:
         if saved is not None:
             arms = saved["arms"]
-            restored[saved["arm"]] = restore_arm(saved, lesson, args)
+            restored[saved["arm"]] = restore_training(saved, lesson, args)
     for name in args.bits:
         if name in arms and name not in restored:
             continue  # --resume: finished
-        arm = restored.get(name) or begin_arm(name, lesson, args)
-        tune(name, arm, lesson, run, arms)
-        network, *_ = arm
-        save_integers(network, name, info, run)
+        training = restored.get(name) or begin_training(name, lesson, args)
+        tune(name, training, lesson, run, arms)
+        save_integers(training.network, name, info, run)
 
     # What came of it.
     for field in ("calibrated_accuracy", "student_accuracy"):

@@ -372,11 +372,6 @@ def ship(path, name):
 
 
 # Main
-def choose_preset(teacher, dataset):
-    """The name of the one preset."""
-    return "teacher"
-
-
 def evaluate_file(args, device):
     """Print the test accuracy of the network in --evaluate; ship it if --export asks for that."""
     with refuse_misfits(f"--evaluate {args.evaluate}", {"other": "pass a teacher.pt"}):
@@ -465,4 +460,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args({"teacher": Args()}, choose_preset))
+    main(parse_args({"teacher": Args()}))

@@ -79,11 +79,6 @@ class Args(TeacherOptions):
 N_PARALLEL = 1000  # paths that are followed side by side: a step of some 100 MB on a CPU
 
 
-def choose_preset(teacher, dataset):
-    """The name of the one preset."""
-    return "transition_error"
-
-
 @torch.no_grad()
 def choose_images(student, teacher, x, n_images):
     """The first images that student and teacher assign to the same class.
@@ -251,4 +246,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args({"transition_error": Args()}, choose_preset))
+    main(parse_args({"transition_error": Args()}))

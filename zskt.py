@@ -466,7 +466,7 @@ def shot_loss(t_answers, s_answers, labels, beta, fused):
     return loss
 
 
-def fine_tune(teacher, info, student, shots, run):
+def fine_tune(teacher, info, student, shot_images, run):
     """Distil real images into the student; metric `loss/shots`.
 
     After a zero-shot phase: Adam with a cosine from 5e-4, BatchNorms in eval mode, as in a
@@ -478,12 +478,12 @@ def fine_tune(teacher, info, student, shots, run):
     Args:
         teacher, student: networks.
         info: NetworkInfo of the teacher.
-        shots: images (n, C, H, W) uint8 and labels (n,).
+        shot_images: images (n, C, H, W) uint8 and labels (n,).
         run: RunFolder.
     """
     args = run.args
-    images = shots[0].to(run.device)
-    labels = shots[1].to(run.device)
+    images = shot_images[0].to(run.device)
+    labels = shot_images[1].to(run.device)
     noise = torch.Generator(run.device).manual_seed(args.seed)  # the same after any training
     moves = random.Random(args.seed)
 
@@ -540,7 +540,7 @@ def main(args):
         _, real = load_real_images(info, args, "cpu", split="train")
         if real is None:
             fail("--shots needs real images: name their --dataset")
-        shots = draw_shots(*real, args.shots, args.seed)
+        shot_images = draw_shots(*real, args.shots, args.seed)
 
     # The student, and attention transfer if the two networks have activations in common.
     student, student_info = load_student(args.student, info, device)
@@ -565,7 +565,7 @@ def main(args):
         accuracy = zero_shot_accuracy
         print(f"teacher {teacher_accuracy:.2f} %, zero-shot student {zero_shot_accuracy:.2f} %")
     if args.shots:  # then there are test images too, of the same data set
-        fine_tune(teacher, info, student, shots, run)
+        fine_tune(teacher, info, student, shot_images, run)
         accuracy = evaluate(student, *test, info)
         print(f"fine-tuned student {accuracy:.2f} %")
 

@@ -65,12 +65,12 @@ def mirror_images(x):
     return torch.where(mirrored, x.flip(3), x)
 
 
-def mix_bands(x):
+def paste_bands(x):
     """Give half of the images of (N, C, S, S) a random band of rows or columns of another image.
 
     CutMix (Yun et al. 2019, arXiv:1905.04899) pastes a rectangle; a band is ours.
 
-    >>> mix_bands(torch.ones(2, 1, 8, 8)).mean()
+    >>> paste_bands(torch.ones(2, 1, 8, 8)).mean()
     tensor(1.)
     """
     N = len(x)
@@ -112,7 +112,7 @@ def augment(x, shift=0, mirror=False, cut=False, mix=False):
     if mirror:
         x = mirror_images(x)
     if cut:
-        x = mix_bands(x)
+        x = paste_bands(x)
     if mix:
         x = blend_images(x)
     return x.contiguous(memory_format=torch.channels_last)

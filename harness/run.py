@@ -125,13 +125,13 @@ def check_at_least(least, args, *names):
             raise ValueError(f"{option}: expected at least {least} (and below 2^31), got {value}")
 
 
-def parse_args(presets, choose_preset):
+def parse_args(presets, choose_preset=None):
     """Parse the command line over the preset that it asks for, so that --help shows final values.
 
     Args:
         presets: {name: Args}.
         choose_preset: function of (teacher, dataset), strings, "" where the command line has none;
-            it returns the preset's name. --setting NAME takes precedence.
+            it returns the preset's name. None: the first preset. --setting NAME takes precedence.
 
     Returns:
         The Args. A wrong option ends the program with exit code 2.
@@ -144,7 +144,11 @@ def parse_args(presets, choose_preset):
     for option in ("--setting", "--teacher", "--dataset"):
         parser.add_argument(option, default="")
     known, _ = parser.parse_known_args()
-    name = known.setting or choose_preset(known.teacher, known.dataset)
+    name = known.setting
+    if not name and choose_preset is None:
+        name = next(iter(presets))
+    elif not name:
+        name = choose_preset(known.teacher, known.dataset)
     if name not in presets:
         fail(f"--setting: expected one of {', '.join(presets)}, got {name!r}")
     preset = presets[name]
@@ -232,6 +236,15 @@ def make_optimizer(kind, network, lr):
         capturable = device.type == "cuda"
         return torch.optim.Adam(network.parameters(), rate, fused=True, capturable=capturable)
     raise ValueError(f"make_optimizer: expected adam, sgd or sgd-imagenet, got {kind!r}")
+
+
+def decay_by_cosine(step, n_steps):
+    """A factor of a learning rate: half a cosine, 1 at step 0 and 0 at n_steps.
+
+    >>> [round(decay_by_cosine(step, 4), 3) for step in range(5)]
+    [1.0, 0.854, 0.5, 0.146, 0.0]
+    """
+    return (1 + math.cos(math.pi * step / n_steps)) / 2
 
 
 def split_by_decay(network, weight_decay):

@@ -16,7 +16,7 @@ from harness.images import (
     get_pixel_range,
     list_image_files,
     mirror_images,
-    mix_bands,
+    paste_bands,
     read_images,
     read_newest_images,
     save_images,
@@ -84,7 +84,7 @@ def test_half_of_the_images_get_a_band_of_rows_or_columns_of_another():
     x = torch.arange(400.0).view(400, 1, 1, 1).expand(400, 2, 8, 8)
     counts = {"whole": 0, "rows": 0, "columns": 0}
     sources = set()
-    for i, image in enumerate(mix_bands(x)):
+    for i, image in enumerate(paste_bands(x)):
         foreign = image[0] != i
         sources |= set(image[0][foreign].tolist())
         assert torch.equal(image[0], image[1])  # all channels alike

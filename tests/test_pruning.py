@@ -420,7 +420,7 @@ def remove(scores, network, channels, target, per_removal):
     progress = pruning.begin_progress(channels, "cpu")
     args = replace(DIGITS, target=target, channels_per_removal=per_removal)
     share = pruning.remove_lowest(scores, progress, network, channels, args)
-    return progress["kept"], progress["choices"], share
+    return progress.kept, progress.choices, share
 
 
 def test_the_lowest_go_first():

@@ -145,7 +145,7 @@ def test_similarity_is_the_mean_divergence_of_the_layers(low_pass):
     info = describe()
     lesson = Lesson(network, info, images, "none", None)
     args = replace(DIGITS, low_pass=low_pass)
-    found = quantization.measure_similarity(lesson, args, batch_size=10)
+    found = quantization.measure_moment_distance(lesson, args, batch_size=10)
 
     x = normalise(images, info)
     if low_pass:
@@ -159,7 +159,7 @@ def test_similarity_is_the_mean_divergence_of_the_layers(low_pass):
         expected = expected + (0.5 * (ratio - 1 - (var / stored).log())).mean() / 2
     assert found == pytest.approx(expected.item(), abs=2e-6)
     without = lesson._replace(teacher=nn.Conv2d(1, 1, 3))
-    assert quantization.measure_similarity(without, args) is None
+    assert quantization.measure_moment_distance(without, args) is None
 
 
 def test_real_images_are_nearer_than_noise():
@@ -168,7 +168,7 @@ def test_real_images_are_nearer_than_noise():
     noise = draw_noise(info, 200)
     lesson = Lesson(teacher, info, real[:200], "none", None)
     pair = (lesson, lesson._replace(images=noise))
-    distances = [quantization.measure_similarity(of_set, DIGITS) for of_set in pair]
+    distances = [quantization.measure_moment_distance(of_set, DIGITS) for of_set in pair]
     assert 0 <= distances[0] < 0.2 * distances[1]
 
 

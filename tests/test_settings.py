@@ -189,10 +189,16 @@ def test_every_preset_survives_the_command_line(monkeypatch, script):
     module = METHODS[script]
     for name, preset in module.PRESETS.items():
         monkeypatch.setattr("sys.argv", [f"{script}.py", "--setting", name, "--seed", "3"])
-        args = module.parse_args(module.PRESETS, module.choose_preset)
+        args = module.parse_args(module.PRESETS)
         assert args.seed == 3
         args.seed = preset.seed
         assert args == preset
+
+
+def test_a_run_of_continual_without_a_setting_takes_digits(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["continual.py"])
+    args = continual.parse_args(continual.PRESETS)
+    assert args == continual.PRESETS["digits"]
 
 
 TAKEN = [  # (--teacher, --dataset, preset of the same name as the data set)
