@@ -541,10 +541,10 @@ def learn_task(arm, number, run, sets, saved, arms):
 def save_network(network, arm, number, info, run, accuracy):
     """Write an arm's network after a task as a checkpoint that all scripts take."""
     tasks = parse_tasks(run.args.tasks)[: number + 1]
-    grown = replace(info, num_classes=len(list_outputs(tasks)))
-    method = f"continual, {arm}"
+    n_classes = len(list_outputs(tasks))
+    grown = replace(info, num_classes=n_classes, dataset=name_dataset(tasks), accuracy=accuracy)
     for name in (name_network(arm, number), "student.pt"):
-        run.save_student(network, info.arch, grown, method, name_dataset(tasks), accuracy, name)
+        run.save_student(network, grown, f"continual, {arm}", name)
 
 
 # Evaluation
@@ -674,11 +674,11 @@ def main(args):
     for arm in args.arms:
         arms.setdefault(arm, [first])
         for number in range(1, len(tasks)):
-            of_this = None
+            saved_here = None
             if saved is not None and (saved["arm"], saved["task"]) == (arm, number):
-                of_this = saved
-            if of_this is not None or number >= len(arms[arm]):
-                learn_task(arm, number, run, sets, of_this, arms)
+                saved_here = saved
+            if saved_here is not None or number >= len(arms[arm]):
+                learn_task(arm, number, run, sets, saved_here, arms)
 
     # What came of it.
     with run.write_file("confusion.png") as file:

@@ -293,6 +293,27 @@ VERIFIERS = {
 }
 
 
+# Precision and constants
+def choose_dtype(device, args):
+    """What the teacher's activations are computed in: bfloat16 or float32."""
+    is_wanted = args.bf16
+    if device == "cpu":
+        find_units = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has no such function
+        units = {}
+        if find_units is not None:
+            units = find_units()
+        has_units = units.get("avx512_bf16", False) or units.get("amx_bf16", False)
+        is_wanted = args.bf16_cpu and has_units
+    return torch.bfloat16 if is_wanted else torch.float32
+
+
+@functools.cache  # made once, so that a step does not fill them in again
+def make_constants(numbers, device):
+    """A tuple of n python numbers as a tensor (n,) fp32; nothing is copied from the host."""
+    with torch.inference_mode(False):  # a later step may differentiate
+        return torch.stack([torch.full((), float(number), device=device) for number in numbers])
+
+
 # Losses
 @dataclass
 class Target:
@@ -378,13 +399,6 @@ def competition_loss(t_logits, s_logits, args):
     return 1 - js_divergence(t_logits, s_logits, args.temperature)
 
 
-@functools.cache  # made once, so that a step does not fill them in again
-def make_constants(numbers, device):
-    """A tuple of n python numbers as a tensor (n,) fp32; nothing is copied from the host."""
-    with torch.inference_mode(False):  # a later step may differentiate
-        return torch.stack([torch.full((), float(number), device=device) for number in numbers])
-
-
 # "competition" is NaN without an opponent
 TERMS = "total", "ce", "bn", "tv_l1", "tv_l2", "l2", "competition", "teacher"
 
@@ -464,19 +478,6 @@ def student_loss(t_logits, s_logits, args):
 
 
 # The images
-def choose_dtype(device, args):
-    """What the teacher's activations are computed in: bfloat16 or float32."""
-    is_wanted = args.bf16
-    if device == "cpu":
-        find_units = getattr(torch.cpu, "get_capabilities", None)  # torch 2.11 has no such function
-        units = {}
-        if find_units is not None:
-            units = find_units()
-        has_units = units.get("avx512_bf16", False) or units.get("amx_bf16", False)
-        is_wanted = args.bf16_cpu and has_units
-    return torch.bfloat16 if is_wanted else torch.float32
-
-
 def watch_batchnorms(teacher, example, args, device):
     """The frozen teacher as steps call it: view -> logits (N, K), kernels.LayerMoments.
 
@@ -1012,16 +1013,13 @@ def report_agreement(role, network, info, paths):
     return result
 
 
-def report_images(run, paths, teacher, info, verifier, verifier_info):
+def report_images(run, paths, teacher, info):
     """Draw samples.png; returns what result.json says of the images in these files."""
     images, labels = read_newest_images(paths)
     with run.write_file("samples.png") as file:
         draw_classes(images, labels, list_class_names(info.dataset), file)
-    result = report_agreement("teacher", teacher, info, paths)
-    result |= report_agreement("verifier", verifier, verifier_info, paths)
-    result["n_images"] = sum(len(read_images(path)[1]) for path in paths)
-    result["diversity"] = measure_diversity(teacher, info, images, labels)
-    return result
+    n_images = sum(len(read_images(path)[1]) for path in paths)
+    return dict(n_images=n_images, diversity=measure_diversity(teacher, info, images, labels))
 
 
 # Main
@@ -1163,10 +1161,13 @@ def main(args):
     if student is not None:
         method = "deepinversion" if args.competition == "none" else "adaptive deepinversion"
         accuracy = result["student_accuracy"]
-        run.save_student(student, student_info.arch, info, method, dataset, accuracy)
+        student_info = replace(student_info, dataset=dataset, accuracy=accuracy)
+        run.save_student(student, student_info, method)
         result |= dict(student=student_info.name, dataset=dataset)
     paths = list_image_files(args.out) or given
-    result |= report_images(run, paths, teacher, info, verifier, verifier_info)
+    result |= report_agreement("teacher", teacher, info, paths)
+    result |= report_agreement("verifier", verifier, verifier_info, paths)
+    result |= report_images(run, paths, teacher, info)
     run.finish(result)
 
 

@@ -29,7 +29,7 @@ import math
 import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -545,17 +545,28 @@ def train_generators(ensemble, teacher, optimizer, run, done):
     bar.close()
 
 
-def train_student(student, teacher, ensemble, optimizer, test, run, done):
+class Networks(NamedTuple):
+    """The networks of stage 2."""
+
+    student: nn.Module
+    teacher: nn.Module
+    """Frozen."""
+    ensemble: Ensemble
+    """Frozen."""
+
+
+def train_student(networks, optimizer, test, run, done):
     """Stage 2: distil the teacher on fresh images. The host waits for the device once an epoch.
 
     Args:
-        student, teacher, ensemble: networks; teacher and ensemble are frozen.
+        networks: Networks.
         optimizer: the student's.
         test: (images, labels, NetworkInfo) for `evaluate`, or None.
         run: RunFolder.
         done: epochs that a continued run has behind it.
     """
     args = run.args
+    student, teacher, ensemble = networks
     device = ensemble.dense.device
     lr = optimizer.param_groups[0]["lr"]
     loss_sum = torch.zeros((), device=device)  # of an epoch
@@ -873,8 +884,8 @@ def main(args):
     clears = () if args.ensemble else ("ensemble.pt",)
     run = RunFolder(args, device, clears=clears, rank=rank)
     if rank == 0:
-        networks = f"{info.name}, {student_info.name}"
-        print(f"{networks}: {args.generators} generators, {device}, fused={args.fused}")
+        names = f"{info.name}, {student_info.name}"
+        print(f"{names}: {args.generators} generators, {device}, fused={args.fused}")
     steps_done = 0
     epochs_done = 0
     with run.open_checkpoint() as saved:
@@ -899,7 +910,8 @@ def main(args):
             return
         save_ensemble(ensemble, info, run)
     ensemble.freeze(args.bn)
-    train_student(student, teacher, ensemble, student_optimizer, test, run, epochs_done)
+    networks = Networks(student, teacher, ensemble)
+    train_student(networks, student_optimizer, test, run, epochs_done)
 
     # What came of both.
     n = args.student_batch // args.generators
@@ -916,9 +928,8 @@ def main(args):
         result["student_accuracy"] = evaluate(student, *test)
         accuracies = [result["teacher_accuracy"], result["student_accuracy"]]
         print("teacher {:.2f} %, student {:.2f} %".format(*accuracies))
-    arch = student_info.arch
-    accuracy = result["student_accuracy"]
-    run.save_student(student, arch, info, "generative_ensemble", dataset, accuracy)
+    student_info = replace(student_info, dataset=dataset, accuracy=result["student_accuracy"])
+    run.save_student(student, student_info, "generative_ensemble")
     names = dict(teacher=info.name, student=student_info.name, dataset=dataset)
     run.finish(names | result)
 

@@ -778,8 +778,8 @@ def main(args):
             draw_curves({f"memory {args.memory}": [accuracies]}, file)
 
     draw_samples(networks, info, run)
-    accuracy = result["student_accuracy"]
-    run.save_student(student, student_info.arch, info, "pseudo_replay", dataset, accuracy)
+    student_info = replace(student_info, dataset=dataset, accuracy=result["student_accuracy"])
+    run.save_student(student, student_info, "pseudo_replay")
     run.finish(result)
 
 

@@ -84,8 +84,8 @@ ARMS = {  # name: its teacher, and the schedule that its student is trained with
     "student": ("base", "student"),
     "both": ("augmented", "student"),
     "shared": ("augmented", "teacher"),
-    "random": ("augmented", "random"),  # the student's, its entries dealt to random operations
-    "constant": ("augmented", "last"),  # the last policy of the student's, all the time
+    "random": ("augmented", "random"),  # the student's, its entries given to other operations
+    "constant": ("augmented", "last"),  # the last policy of the student's in every epoch
 }
 ArmName = Literal["base", "teacher", "student", "both", "shared", "random", "constant", "all"]
 
@@ -112,9 +112,9 @@ class Args(RunOptions):
 
     # Method
     arm: ArmName = "both"
-    """Who has an augmentation agent (ARMS). `base` is trained beside each; `all`: all seven, which
-    share one teacher's and one student's search. The student's learns from the augmented teacher if
-    there is one: with `all` that holds for the arm `student` too."""
+    """Who trains with a searched schedule (ARMS). `base` is trained beside each; `all`: all seven,
+    which share one teacher's and one student's search. The student's learns from the augmented
+    teacher if there is one: with `all` that holds for the arm `student` too."""
     schedules: str = ""
     """Take the schedules from this file, schedules.json of another run, instead of searching. They
     are stretched to --epochs."""
@@ -390,6 +390,47 @@ def quantize_network(network, bits):
             block.bits = bits
 
 
+# One member of a population
+@dataclass
+class Member:
+    """A network in training, and the policies that its weights have seen."""
+
+    network: nn.Module
+    connectors: nn.ModuleList
+    """Of --kd ab; else empty."""
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    """Of the order of images and their augmentation. It is the member's own, never copied."""
+    policy: list
+    """60 integers."""
+    lineage: list
+    """The schedule so far, [number of epochs, policy] of each round. A clone begins with that of
+    the member that it was copied from."""
+    score: float = 0.0
+    """Validation accuracy in percent at the end of the last round."""
+
+    def get_state(self):
+        return {
+            "network": self.network.state_dict(),
+            "connectors": self.connectors.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "policy": self.policy,
+            "lineage": self.lineage,
+            "score": self.score,
+        }
+
+    def set_state(self, state):
+        state = copy.deepcopy(state)  # an optimiser would go on with the very tensors
+        self.network.load_state_dict(state["network"])
+        self.connectors.load_state_dict(state["connectors"])
+        restore_optimizer(self.optimizer, state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.policy = state["policy"]
+        self.lineage = state["lineage"]
+        self.score = state["score"]
+
+
 # Losses of the student
 def forward_with_groups(network, x):
     """Logits (N, K), and the activations whose maps are compared: () without `forward_groups`."""
@@ -488,47 +529,7 @@ def distillation_loss(teacher, member, x, y, weight, args):
     return F.cross_entropy(s_logits, y) + weight * distance
 
 
-# One member of a population, one epoch
-@dataclass
-class Member:
-    """A network in training, and the policies that its weights have seen."""
-
-    network: nn.Module
-    connectors: nn.ModuleList
-    """Of --kd ab; else empty."""
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator
-    """Of the order of images and their augmentation. It is the member's own, never copied."""
-    policy: list
-    """60 integers."""
-    lineage: list
-    """The schedule so far, [number of epochs, policy] of each round. A clone begins with that of
-    the member that it was copied from."""
-    score: float = 0.0
-    """Validation accuracy in percent at the end of the last round."""
-
-    def get_state(self):
-        return {
-            "network": self.network.state_dict(),
-            "connectors": self.connectors.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "policy": self.policy,
-            "lineage": self.lineage,
-            "score": self.score,
-        }
-
-    def set_state(self, state):
-        state = copy.deepcopy(state)  # an optimiser would go on with the very tensors
-        self.network.load_state_dict(state["network"])
-        self.connectors.load_state_dict(state["connectors"])
-        restore_optimizer(self.optimizer, state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.policy = state["policy"]
-        self.lineage = state["lineage"]
-        self.score = state["score"]
-
-
+# One epoch of a member
 def make_member(network, connectors, seed, args):
     """A member before its first step, with the all-zero policy."""
     parameters = [*network.parameters(), *connectors.parameters()]
@@ -613,7 +614,7 @@ class Phase:
     epoch: int = 0
     """Epochs that each member has behind it."""
     start: float = field(default_factory=time.time)
-    """When it would have started, had it never been interrupted."""
+    """Start time; --resume sets it back by the seconds already spent."""
 
     def get_state(self):
         members = [member.get_state() for member in self.members]
@@ -774,8 +775,25 @@ def try_networks(args, info, device):
     return student_info
 
 
-def choose_teacher(name, finished):
-    """The phase whose teacher a phase's students learn from; "" of a teacher's own phases."""
+@dataclass
+class Finished:
+    """What the finished phases of a run have found, or options have given in their place."""
+
+    schedules: dict
+    """{"teacher" or "student": the schedule of its search}."""
+    weights: dict
+    """{"teacher-base" and the like, or "student-ARM": state dict}."""
+
+    def __contains__(self, phase):
+        """Whether the phase of this name is over."""
+        job, _, detail = phase.partition("-")
+        if job == "search":
+            return detail in self.schedules
+        return phase in self.weights
+
+
+def name_teacher_phase(name, finished):
+    """The phase that trained a phase's teacher; "" of phases that train teachers themselves."""
     job, _, detail = name.partition("-")
     if job == "student":
         return f"teacher-{ARMS[detail][0]}"
@@ -798,14 +816,14 @@ def start_phase(name, finished, info, args, device):
 
     Args:
         name: one of list_phases.
-        finished: {name of a finished phase: its schedule or its weights}.
+        finished: Finished.
         info: NetworkInfo of the teacher.
         args, device: the run's.
     """
-    trained = choose_teacher(name, finished)
+    teacher_phase = name_teacher_phase(name, finished)
     teacher = None
-    if trained:
-        teacher = build_teacher(args, info, device, finished[trained])
+    if teacher_phase:
+        teacher = build_teacher(args, info, device, finished.weights[teacher_phase])
     members = []
     n_members = args.population if name.startswith("search") else 1
     for i in range(n_members):
@@ -815,7 +833,9 @@ def start_phase(name, finished, info, args, device):
         if teacher is None:
             network = build_teacher(args, info, device)
         else:
-            first = finished[trained] if args.bits < 32 else None
+            first = None
+            if args.bits < 32:
+                first = finished.weights[teacher_phase]
             network = build_student(args, info, device, first)
             if args.kd == "ab":
                 connectors = build_connectors(info, teacher, network)
@@ -877,44 +897,28 @@ def check_options(args):
 
 
 def take_given(args, info, device):
-    """What the options hand over in place of phases: {name of a phase: schedule or weights}."""
-    given = {}
+    """Finished of what the options hand over in place of phases."""
+    given = Finished(schedules={}, weights={})
     if args.schedules:
-        roles = list_roles(list_arms(args.arm))
-        for role, schedule in read_schedules(args.schedules, roles).items():
-            given[f"search-{role}"] = schedule
+        given.schedules = read_schedules(args.schedules, list_roles(list_arms(args.arm)))
     if args.weights:
         overrides = {"num_classes": info.num_classes, "mean": info.mean, "std": info.std}
         with refuse_misfits(f"--teacher {args.teacher}", TEACHER_ADVICE):
             teacher, _ = load_trained(
                 args.teacher, device, args.data_dir, args.weights, overrides=overrides
             )
-        given["teacher-base"] = teacher.state_dict()
+        given.weights["teacher-base"] = teacher.state_dict()
     return given
 
 
-def get_schedules(finished):
-    """{"teacher": …, "student": …}: the schedules that are found or given so far."""
-    schedules = {}
-    for role in ("teacher", "student"):
-        if f"search-{role}" in finished:
-            schedules[role] = finished[f"search-{role}"]
-    return schedules
-
-
-def measure_all(finished, split, info, args):
+def measure_all(weights, split, info, args):
     """Test accuracies in percent of all trained networks, {"teacher": {…}, "student": {…}}."""
     device = split.images.device
     accuracies = {"teacher": {}, "student": {}}
-    for name, state in finished.items():
-        job, _, detail = name.partition("-")
-        if job == "teacher":
-            network = build_teacher(args, info, device, state)
-        elif job == "student":
-            network = build_student(args, info, device, state)
-        else:
-            continue
-        accuracies[job][detail] = measure(network, split)
+    for name, state in weights.items():
+        role, _, detail = name.partition("-")
+        build = build_teacher if role == "teacher" else build_student
+        accuracies[role][detail] = measure(build(args, info, device, state), split)
     return accuracies
 
 
@@ -970,7 +974,7 @@ def main(args):
     seconds = {}
     with run.open_checkpoint() as saved:
         if saved is not None:
-            finished = saved["finished"]
+            finished = Finished(**saved["finished"])
             seconds = saved["seconds"]
             name = next(name for name in phases if name not in finished)
             phase = start_phase(name, finished, info, args, device)
@@ -982,7 +986,9 @@ def main(args):
     def save(phase, row):
         run.show(bar, {"phase": phases.index(phase.name), **row})
         seconds[phase.name] = time.time() - phase.start
-        run.save_checkpoint({"finished": finished, "seconds": seconds, **phase.get_state()})
+        state = {"finished": vars(finished), "seconds": seconds}
+        state.update(phase.get_state())
+        run.save_checkpoint(state)
 
     for name in bar:
         bar.set_description(name)
@@ -991,20 +997,20 @@ def main(args):
         if phase is None:
             phase = start_phase(name, finished, info, args, device)
         if name.startswith("search"):
-            finished[name] = search(phase, splits, save, args)
+            role = name.removeprefix("search-")
+            finished.schedules[role] = search(phase, splits, save, args)
         else:
-            source = name_schedule(name)
-            schedule = choose_schedule(source, get_schedules(finished), args.seed)
-            finished[name] = train(phase, splits["train"], schedule, save, args)
+            schedule = choose_schedule(name_schedule(name), finished.schedules, args.seed)
+            finished.weights[name] = train(phase, splits["train"], schedule, save, args)
         phase = None
 
     # The test images are looked at here alone.
-    accuracies = measure_all(finished, splits["test"], info, args)
+    accuracies = measure_all(finished.weights, splits["test"], info, args)
     for role, values in accuracies.items():
         for name, accuracy in values.items():
             print(f"{role} {name}: {accuracy:.2f} %")
 
-    schedules = get_schedules(finished)
+    schedules = finished.schedules
     strengths = compute_strengths(schedules)
     with run.write_file("schedules.json") as file:
         file.write(encode_schedules(schedules))
@@ -1015,10 +1021,11 @@ def main(args):
 
     arm = "both" if args.arm == "all" else args.arm
     accuracy = accuracies["student"][arm]
-    student = build_student(args, info, device, finished[f"student-{arm}"])
+    student = build_student(args, info, device, finished.weights[f"student-{arm}"])
     # other scripts take student.pt for a network of full precision, whose accuracy this is not
     known_accuracy = accuracy if args.bits == 32 else None
-    run.save_student(student, student_info.arch, info, "role_kd", args.dataset, known_accuracy)
+    student_info = replace(student_info, dataset=args.dataset, accuracy=known_accuracy)
+    run.save_student(student, student_info, "role_kd")
     run.finish(
         dict(
             teacher=info.name,

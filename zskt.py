@@ -573,7 +573,8 @@ def main(args):
         rows = [(f"step {step}", images) for step, images in previews]
         with run.write_file("samples.png") as file:
             draw_rows(rows, file)
-    run.save_student(student, student_info.arch, info, "zskt", dataset, accuracy)
+    student_info = replace(student_info, dataset=dataset, accuracy=accuracy)
+    run.save_student(student, student_info, "zskt")
     run.finish(
         dict(
             teacher=info.name,

@@ -564,21 +564,19 @@ class RunFolder:
             tqdm.write(f"{path} is damaged: continuing from {last.name}")  # above a bar
         return last, read_checkpoint(last, "begin again in another --out")
 
-    def save_student(self, student, arch, info, method, dataset, accuracy, name="student.pt"):
+    def save_student(self, student, info, method, name="student.pt"):
         """Write student.pt, described as the checkpoints of teacher.py are.
 
         Args:
             student: the network.
-            arch: its name in harness/networks.py or file.py:factory.
-            info: NetworkInfo of the teacher, whose images and classes it takes.
-            method, dataset: names.
-            accuracy: percent of real test images, or None.
+            info: its NetworkInfo; dataset and accuracy are those of the real test images.
+            method: a name.
             name: of the file.
         """
-        saved = dict(format=1, arch=arch, dataset=dataset, method=method, seed=self.args.seed)
-        for key in ("num_classes", "image_size", "mean", "std", "channels"):
+        saved = dict(format=1, method=method, seed=self.args.seed)
+        for key in ("arch", "dataset", "num_classes", "image_size", "mean", "std", "channels"):
             saved[key] = getattr(info, key)
-        saved["accuracy"] = accuracy
+        saved["accuracy"] = info.accuracy
         saved["state_dict"] = student.state_dict()
         with self.write_file(name) as file:
             torch.save(saved, file)

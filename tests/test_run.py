@@ -759,10 +759,10 @@ def test_a_column_is_what_its_rows_have(tmp_path):
 
 
 def test_a_student_is_written_as_a_teacher_that_loads(tmp_path):
-    info = NetworkInfo("teacher", "lenet5", "digits", 10, 32, (0.3,), (0.4,), 99.0)
+    info = NetworkInfo("student", "resnet8", "digits", 10, 32, (0.3,), (0.4,), 81.5)
     student = NETWORKS["resnet8"](in_channels=1)
     run = RunFolder(Args(out=str(tmp_path), seed=3), "cpu")
-    run.save_student(student, "resnet8", info, "a method", "digits", 81.5)
+    run.save_student(student, info, "a method")
     saved = torch.load(tmp_path / "student.pt", weights_only=True)
     assert (saved["method"], saved["seed"], saved["channels"]) == ("a method", 3, 1)
     args = MethodOptions(teacher=str(tmp_path / "student.pt"))

@@ -106,6 +106,7 @@ def test_batches_come_at_even_distances_and_the_next_update_sees_the_new_one_alo
     x_std = info.std[0]
     monkeypatch.setattr(di.Synthesis, "make_batch", make_batch)
     monkeypatch.setattr(di, "augment", keep_batch_numbers)
+    monkeypatch.setattr(di, "report_agreement", lambda *rest: {})
     monkeypatch.setattr(di, "report_images", lambda *rest: {})
     run(tmp_path, FAST, steps_per_epoch=7, batches_per_epoch=3, student_batch=120, dataset="none")
 
