@@ -17,7 +17,7 @@ from functools import partial
 import torch
 
 import kernels
-from bench.timing import mark_row, measure_peak, name_columns, time_together
+from bench.timing import mark_row, measure_peak, name_columns, take_turns, time_together
 from harness.errors import shorten_error
 from kernels import _channels
 
@@ -537,16 +537,21 @@ def make_quantization_cases(device, dtype, smoke):
 
 
 def make_cases(device, smoke=False):
-    """All rows. On a GPU activations are bf16, images and logits fp32. smoke: tiny shapes."""
+    """All rows. On a GPU activations are bf16, images and logits fp32. smoke: tiny shapes.
+
+    Groups of ops take turns, so that a run that is stopped has rows of each.
+    """
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    yield from make_batchnorm_cases(device, dtype, smoke)
-    yield from make_activation_cases(device, dtype, smoke)
-    yield from make_pointwise_cases(device, dtype, smoke)
-    yield from make_distance_cases(device, smoke)
-    yield from make_image_cases(device, smoke)
-    yield from make_divergence_cases(device, smoke)
-    yield from make_attention_cases(device, dtype, smoke)
-    yield from make_quantization_cases(device, dtype, smoke)
+    yield from take_turns(
+        make_activation_cases(device, dtype, smoke),
+        make_pointwise_cases(device, dtype, smoke),
+        make_batchnorm_cases(device, dtype, smoke),
+        make_distance_cases(device, smoke),
+        make_image_cases(device, smoke),
+        make_divergence_cases(device, smoke),
+        make_attention_cases(device, dtype, smoke),
+        make_quantization_cases(device, dtype, smoke),
+    )
 
 
 def find_leaves(inputs):

@@ -72,7 +72,15 @@ from bench.steps import (
     subtract_neighbours,
     time_makers,
 )
-from bench.timing import Times, compute_ratio, mark_row, name_columns, run_in_turns, summarise_turns
+from bench.timing import (
+    Times,
+    compute_ratio,
+    mark_row,
+    name_columns,
+    run_in_turns,
+    summarise_turns,
+    take_turns,
+)
 from harness.errors import shorten_error
 from harness.load import load_student, load_teacher
 from harness.run import make_optimizer
@@ -543,19 +551,25 @@ def list_comparisons(options):
     """All rows of a device."""
     device = options.device
     sizes = options.sizes
-    rows = [compare_inversion(device, title, case) for title, case in STEPS[sizes]]
+    inversions = [compare_inversion(device, title, case) for title, case in STEPS[sizes]]
+    pseudo_batches = []
     for teacher, student, chosen in PSEUDO_BATCHES[sizes]:
         for fresh_z in (False, True):
-            rows.append(compare_pseudo_batch(device, teacher, student, fresh_z, chosen))
-    rows += [compare_replay(device, *chosen) for chosen in REPLAYS[sizes]]
-    return rows
+            row = compare_pseudo_batch(device, teacher, student, fresh_z, chosen)
+            pseudo_batches.append(row)
+    replays = [compare_replay(device, *chosen) for chosen in REPLAYS[sizes]]
+    if device == "cuda":  # where time may run out
+        return list(take_turns(inversions, pseudo_batches, replays))
+    return [*inversions, *pseudo_batches, *replays]
 
 
 def measure(comparison, options):
     """Times of both columns, the ratio released / ours as Times, and the number of rounds."""
     makers = {"released": comparison.make_released, "ours": comparison.make_ours}
     if options.device == "cuda":
-        times, _ = time_makers(makers, options)
+        times, _, problems = time_makers(makers, options)
+        if problems:
+            raise RuntimeError(" ".join(problems.values()))
         median = times["released"].median / times["ours"].median
         low = times["released"].p20 / times["ours"].p80
         high = times["released"].p80 / times["ours"].p20
@@ -576,7 +590,10 @@ def compare_released(comparison, options):
     if problem:
         return mark_row(problem, **known)
 
-    times, ratio, n_rounds = measure(comparison, options)
+    try:
+        times, ratio, n_rounds = measure(comparison, options)
+    except Exception as error:
+        return mark_row(shorten_error(error), **known)
     row = dict(known)
     for name, time in times.items():
         row |= name_columns(name, time)

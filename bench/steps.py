@@ -23,6 +23,7 @@ That is counted on a GPU alone.
 """
 
 import contextlib
+import math
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -40,6 +41,8 @@ from bench.timing import (
     mark_row,
     measure_peak,
     name_columns,
+    time_on_gpu,
+    time_on_the_host,
     time_together,
 )
 from harness.errors import shorten_error
@@ -84,9 +87,8 @@ def make_bare_inputs(name, device, noise):
     """The frozen network and the images of the bare column; in bf16 on a GPU."""
     network = make_frozen_teacher(name, device)
     x = noise.clone(memory_format=torch.channels_last)
-    if (
-        device == "cuda"
-    ):  # once: autocast would convert the weights of a frozen network in each step
+    if device == "cuda":
+        # once: autocast would convert the weights of a frozen network in each step
         network = network.to(torch.bfloat16)
         x = x.to(torch.bfloat16)
     return network, x.requires_grad_()
@@ -287,42 +289,69 @@ def check_first_losses(name, device, noise, labels):
     return torch.allclose(ours[is_loss].double(), theirs[is_loss].double(), rtol=tolerance)
 
 
+class Measured(NamedTuple):
+    """What time_makers finds, by column."""
+
+    times: dict
+    """Times."""
+    peaks: dict
+    """Most memory in MB; None on a CPU."""
+    problems: dict
+    """Why a column has no times: it does not compile, run or fit the memory."""
+
+
 def time_makers(makers, options):
-    """time_together for functions that are made first; a step gets tenfold the seconds of an op.
+    """Measured of functions that are made first; a step gets tenfold the seconds of an op.
 
     On a GPU they are made one after another, because all at once may not fit it.
-
-    Returns:
-        {name: Times}, {name: peak memory in MB, None on a CPU}.
     """
     device = options.device
     seconds = 10 * options.seconds
+    problems = {}
     if device == "cpu":
-        functions = {name: make() for name, make in makers.items()}
-        times = time_together(functions, device, seconds, options.n_least)
-        return times, dict.fromkeys(makers)
+        functions = {}
+        for name, make in makers.items():
+            try:
+                functions[name] = make()
+                functions[name]()
+            except Exception as error:
+                functions.pop(name, None)
+                problems[name] = shorten_error(error)
+        times = {}
+        if functions:
+            times = time_together(functions, device, seconds, options.n_least)
+        return Measured(times, dict.fromkeys(times), problems)
+
     names = list(makers)
     rounds = []
     peaks = {}
     for order in (names, names[::-1]):
         times = {}
         for name in order:
+            if name in problems:
+                continue
+            try:
+                times[name], peaks[name] = _make_and_time(makers[name], options, seconds)
+            except Exception as error:
+                problems[name] = shorten_error(error)
             torch._dynamo.reset()
-            made = {}
-
-            def build_and_run(
-                name=name, made=made
-            ):  # a graph's memory is its own from the capture on
-                made[name] = makers[name]()
-                for _ in range(5):
-                    made[name]()
-
-            peaks[name] = measure_peak(build_and_run, device)
-            times |= time_together(made, device, seconds / 2)
-            made.clear()
             torch.cuda.empty_cache()
         rounds.append(times)
-    return choose_slower(rounds), peaks
+    rounds = [{name: times[name] for name in names if name not in problems} for times in rounds]
+    return Measured(choose_slower(rounds), peaks, problems)
+
+
+def _make_and_time(make, options, seconds):
+    """Times and peak memory in MB of what `make` returns, on a GPU."""
+    made = []
+
+    def make_and_run():  # a graph's memory is its own from the capture on
+        made.append(make())
+        for _ in range(5):
+            made[0]()
+
+    peak = measure_peak(make_and_run, options.device)
+    return time_on_gpu(made[0], seconds, options.n_least), peak
 
 
 class Case(NamedTuple):
@@ -356,7 +385,7 @@ def bench_step(options, limits, case):
     makers = {}
     for column, make in list_columns(options).items():
         makers[column] = partial(make, name, device, noise, labels)
-    times, peaks = time_makers(makers, options)
+    times, peaks, problems = time_makers(makers, options)
 
     bound = limits.compute_bound(n_bytes, flops)
     print(f"\none step, {name}, {batch_size} images of {size} px, {device}, all terms on;", end=" ")
@@ -364,9 +393,11 @@ def bench_step(options, limits, case):
     title = f"{'column':30} {'ms':>9} {'p20':>9} {'p80':>9} {'x bare':>7} {'x conv.':>8}"
     print(f"{title} {'images/s':>9} {'%limit':>7}")
     rows = []
+    for column, problem in problems.items():
+        rows.append(mark_row(problem, op=f"step: {column}", shape=shape, mode="step"))
     for column, time in times.items():
-        to_bare = time.median / times["bare"].median
-        to_conventional = time.median / times["conventional"].median
+        to_bare = divide_times(time, times.get("bare"))
+        to_conventional = divide_times(time, times.get("conventional"))
         rate = 1e3 * batch_size / time.median
         percent = limits.compute_percent(time.median, n_bytes, flops)
         figures = f"{time.median:9.2f} {time.p20:9.2f} {time.p80:9.2f}"
@@ -378,6 +409,11 @@ def bench_step(options, limits, case):
         row |= dict(images_per_s=rate, peak_mb=peaks[column])
         rows.append(row)
     return rows
+
+
+def divide_times(time, other):
+    """The ratio of two medians; NaN where there is no other."""
+    return math.nan if other is None else time.median / other.median
 
 
 # What fuse_batchnorm costs, once
@@ -393,8 +429,11 @@ def bench_verification(options, case):
         "fuse_batchnorm, verified": partial(kernels.fuse_batchnorm, network, example),
         "fuse_batchnorm, not verified": partial(kernels.fuse_batchnorm, network),
     }
-    n_least = min(5, options.n_least)  # a check is long, and runs once
-    times = time_together(columns, device, 10 * options.seconds, n_least)
+    n_rounds = min(5, options.n_least)  # a check is long, and runs once
+    if device == "cpu":
+        times = time_together(columns, device, 10 * options.seconds, n_rounds)
+    else:
+        times = time_on_the_host(columns, n_rounds)
 
     step = times["step"].median
     title = f"{name}, {batch_size} images of {size} px, verified with {N_EXAMPLES}"

@@ -4,10 +4,12 @@ On a CPU the times are processor time: other programs on the machine stretch the
 one thread, both are the same on a machine that does nothing else.
 """
 
+import math
 import shutil
 import statistics
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -101,40 +103,36 @@ class Options:
 
 
 def time_together(functions, device, seconds, n_least=20):
-    """Time each function for about `seconds`; on a CPU at least `n_least` times.
+    """Time each function for about `seconds`, and at least `n_least` times.
 
-    On a CPU the functions take turns (run_in_turns). On a GPU triton's do_bench times each (it
-    clears the cache in between), in both orders; the slower of the two medians counts.
+    On a CPU the functions take turns (run_in_turns). On a GPU time_on_gpu times each, in both
+    orders; the slower of the two medians counts.
 
     Returns:
         {name: Times}.
     """
-    if device == "cuda":
-        return _time_on_gpu(functions, seconds)
-    return summarise_turns(run_in_turns(functions, seconds, n_least))
-
-
-def _time_on_gpu(functions, seconds):
+    if device == "cpu":
+        return summarise_turns(run_in_turns(functions, seconds, n_least))
     names = list(functions)
     rounds = []
     for order in (names, names[::-1]):
-        times = {}
-        for name in order:
-            # the default statistic is the mean
-            quantiles = triton.testing.do_bench(
-                functions[name],
-                warmup=25,
-                rep=max(100, int(500 * seconds)),
-                quantiles=[0.5, 0.2, 0.8],
-            )
-            times[name] = Times(*quantiles)
-        rounds.append(times)
-    for name in names:
-        first = rounds[0][name].median
-        second = rounds[1][name].median
-        if abs(first - second) > 0.05 * min(first, second):
-            print(f"  {name}: {first:.4f} ms in one order, {second:.4f} in the other")
+        rounds.append({name: time_on_gpu(functions[name], seconds, n_least) for name in order})
     return choose_slower(rounds)
+
+
+def time_on_gpu(function, seconds, n_least):
+    """Times of one function in one of two orders, by triton's do_bench.
+
+    do_bench clears the cache in between. It runs for about half of `seconds`, and at least
+    `n_least` times.
+    """
+    estimate = triton.testing.do_bench(function, warmup=1, rep=1)  # ms
+    duration = max(20, 500 * seconds, 1.1 * n_least * estimate)  # ms
+    # the default statistic is the mean
+    quantiles = triton.testing.do_bench(
+        function, warmup=10, rep=math.ceil(duration), quantiles=[0.5, 0.2, 0.8]
+    )
+    return Times(*quantiles)
 
 
 def choose_slower(rounds):
@@ -142,7 +140,10 @@ def choose_slower(rounds):
     first, second = rounds
     slower = {}
     for name, times in first.items():
-        slower[name] = max(times, second[name], key=lambda times: times.median)
+        other = second[name]
+        if abs(times.median - other.median) > 0.05 * min(times.median, other.median):
+            print(f"  {name}: {times.median:.4f} ms in one order, {other.median:.4f} in the other")
+        slower[name] = max(times, other, key=lambda times: times.median)
     return slower
 
 
@@ -187,6 +188,36 @@ def summarise_turns(turns):
         wall = statistics.median(turns.wall[name])
         found[name] = Times(deciles[4], deciles[1], deciles[7], wall)
     return found
+
+
+def time_on_the_host(functions, n_rounds):
+    """Times by the wall clock of a GPU's functions that keep the host busy; {name: Times}.
+
+    They take turns.
+    """
+
+    def wait_for(function):
+        function()
+        torch.cuda.synchronize()
+
+    waiting = {name: partial(wait_for, function) for name, function in functions.items()}
+    turns = run_in_turns(waiting, 0.0, n_rounds)
+    return summarise_turns(Turns(turns.wall, turns.wall))
+
+
+def take_turns(*groups):
+    """The first item of each group, then the second of each, and so on; items are made when due.
+
+    >>> list(take_turns("ab", "1", "xyz"))
+    ['a', '1', 'x', 'b', 'y', 'z']
+    """
+    waiting = [iter(group) for group in groups]
+    while waiting:
+        for group in list(waiting):
+            try:
+                yield next(group)
+            except StopIteration:
+                waiting.remove(group)
 
 
 def compute_ratio(turns, name, other):

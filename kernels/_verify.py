@@ -117,15 +117,28 @@ def read_generators(device):
 @contextlib.contextmanager
 def _forbid_tf32():
     """Full fp32 precision on GPUs, where TF32 would turn rounding into differences of 1e-3."""
-    ops = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
-    before = [op.fp32_precision for op in ops]
-    for op in ops:
-        op.fp32_precision = "ieee"
+    conv = torch.backends.cudnn.conv
+    matmul = torch.backends.cuda.matmul
+    conv_before = conv.fp32_precision
+    matmul_before = matmul.fp32_precision
+    try:
+        allowed = torch.backends.cudnn.allow_tf32
+    except RuntimeError:  # the program has set cuDNN's operators apart
+        allowed = None
+    # By the older switch if possible: a network's torch.backends.cudnn.flags() reads no other.
+    if allowed is None:
+        conv.fp32_precision = "ieee"
+    else:
+        torch.backends.cudnn.allow_tf32 = False
+    matmul.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for op, precision in zip(ops, before, strict=True):
-            op.fp32_precision = precision
+        if allowed is None:
+            conv.fp32_precision = conv_before
+        else:
+            torch.backends.cudnn.allow_tf32 = allowed
+        matmul.fp32_precision = matmul_before
 
 
 def run_twice(watched, model, example):

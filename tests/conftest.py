@@ -34,10 +34,14 @@ def seeded():
 
 
 @pytest.fixture(autouse=True)
-def deterministic_convolutions(monkeypatch):
-    """On a GPU, cuDNN takes the same algorithm each time, in a captured step as in an eager one."""
+def exact_convolutions(monkeypatch):
+    """On a GPU cuDNN takes the same algorithm each time, captured or eager, and no TF32.
+
+    The rule by which an op is right compares it with float64, as plain fp32 would be.
+    """
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture(autouse=True)
@@ -51,7 +55,7 @@ def poisoned_memory(monkeypatch):
         def make_poisoned(*args, **kwargs):
             x = make(*args, **kwargs)
             if x.is_floating_point():
-                x.fill_(float("nan"))
+                x.detach().fill_(float("nan"))  # it may be a leaf that wants a gradient
             return x
 
         return make_poisoned

@@ -263,6 +263,15 @@ class WithoutAutocast(Base):
         return self.linear(F.relu(self.bn2(self.conv2(F.relu(x)))).mean((2, 3)))
 
 
+class SetsCudnn(Base):
+    """A part whose convolutions are to be repeatable on a GPU."""
+
+    def forward(self, x):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+            x = self.bn1(self.conv1(x))
+        return self.linear(F.relu(self.bn2(self.conv2(F.relu(x)))).mean((2, 3)))
+
+
 class RoundStraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -606,6 +615,7 @@ class TwoOutputs(Base):
 NETWORKS = [
     (AllDerived, "hooks"),
     (OneDerived, "partly fused"),
+    (SetsCudnn, "fused"),
     (Synchronised, "fused"),
     (Hooked, "hooks"),
     (Patched, "hooks"),

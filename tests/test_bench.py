@@ -13,7 +13,7 @@ from torch import nn
 import deepinversion
 import kernels
 from bench import __main__ as bench_main
-from bench import ops, released, steps
+from bench import ops, released, steps, timing
 from bench.ops import Case, call_bn_act, call_distance, make_activations, make_bn_act_case
 from bench.timing import (
     Limits,
@@ -330,6 +330,41 @@ def test_verification_is_counted_in_steps(monkeypatch):
 def test_times_on_a_cpu_are_processor_time():
     times = time_together({"sleep": lambda: time.sleep(0.002)}, "cpu", 0.0)["sleep"]
     assert times.p20 <= times.median <= times.p80 < 1.5 < 2.0 <= times.wall
+
+
+@pytest.mark.parametrize(("estimate", "seconds", "rep"), [(0.01, 0.1, 50), (75.0, 0.1, 1650)])
+def test_a_function_runs_at_least_so_often_on_a_gpu(monkeypatch, estimate, seconds, rep):
+    """do_bench runs it for `rep` ms."""
+    asked = []
+
+    def pretend_to_bench(function, warmup, rep, quantiles=None):
+        asked.append(rep)
+        return estimate if quantiles is None else [2.0, 1.0, 3.0]
+
+    monkeypatch.setattr(timing.triton.testing, "do_bench", pretend_to_bench)
+    assert timing.time_on_gpu(len, seconds, 20) == Times(2.0, 1.0, 3.0)
+    assert asked[-1] == rep
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_column_that_fails_leaves_the_others(monkeypatch, device):
+    """On a GPU: what takes the times is replaced, and no GPU is asked for anything."""
+
+    def run_and_measure(run, device):
+        run()
+        return 7.0
+
+    def make_broken():
+        raise RuntimeError("no kernel image")
+
+    monkeypatch.setattr(steps, "measure_peak", run_and_measure)
+    monkeypatch.setattr(steps, "time_on_gpu", lambda *rest: Times(2.0, 1.0, 3.0))
+    options = Options(device, smoke=True)
+    makers = {"bare": lambda: lambda: None, "broken": make_broken, "ours": lambda: lambda: None}
+    times, peaks, problems = steps.time_makers(makers, options)
+    assert list(times) == ["bare", "ours"]
+    assert problems == {"broken": "RuntimeError: no kernel image"}
+    assert peaks["ours"] == (7.0 if device == "cuda" else None)
 
 
 def test_of_two_rounds_the_larger_median_counts():

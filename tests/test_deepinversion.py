@@ -895,9 +895,11 @@ def test_a_captured_step_is_the_eager_one_and_never_waits(fused, monkeypatch):
         target = di.Target(torch.arange(20, device="cuda") % 10, watched, None)
         x = noise.to("cuda", memory_format=torch.channels_last).requires_grad_()
         bounds = get_pixel_range(info, "cuda")
-        steps = di.optimise_images(x, draws[0][:12].to("cuda"), 1, target, bounds, args)
+        (stage,) = di.list_stages(args)
+        steps = di.optimise_images(x, draws[0][:12].to("cuda"), stage, target, bounds, args)
         for n, terms in enumerate(steps):  # noqa: B007
             torch.cuda.set_sync_debug_mode("error" if n >= 4 else "default")
         torch.cuda.set_sync_debug_mode("default")
         results.append((x.detach().clone(), terms.clone()))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for eager, captured in zip(*results, strict=True):  # a competition that is not there is NaN
+        torch.testing.assert_close(captured, eager, rtol=0, atol=0, equal_nan=True)

@@ -16,7 +16,7 @@ from bench import __main__ as bench_main
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "bench/gpu_day.sh"
 # seconds that a part may take
-LIMITS = {"check": 170, "ops": 150, "steps": 250, "runs": 180}
+LIMITS = {"check": 170, "ops": 130, "steps": 290, "runs": 180}
 
 
 def run_script(*arguments):
