@@ -180,6 +180,23 @@ def test_tf32_only_where_convolutions_take_it(setting, dtype, is_amd, precision,
         torch.backends.cudnn.conv.fp32_precision = before
 
 
+@pytest.mark.gpu
+def test_tf32_rounds_the_operands_alone(monkeypatch):
+    """To 10 bits each, so that a product is off by 2^-9 of itself at most."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    x = torch.randn(8, 256, 14, 14, device="cuda").to(memory_format=torch.channels_last)
+    conv_weight = torch.randn(64, 256, 1, 1, device="cuda")
+    ones = torch.ones(64, device="cuda")
+    zeros = torch.zeros(64, device="cuda")
+    y, _ = kernels.pointwise_bn_act_moments(
+        x, conv_weight, ones, zeros, zeros, ones, eps=1e-5, activation="none"
+    )
+    exact = nn.functional.conv2d(x.double(), conv_weight.double())
+    size = nn.functional.conv2d(x.double().abs(), conv_weight.double().abs())
+    error = (y.double() * (1 + 1e-5) ** 0.5 - exact).abs()
+    assert (error <= 1.1 * 2**-9 * size).all()
+
+
 # Extremes
 
 
