@@ -24,23 +24,13 @@ OWN_PATHS = [ROOT / name for name in (*OWN_FOLDERS, *OWN_MODULES)]
 FOREIGN = {}  # {file or module: folders} of the users' own code that networks come from
 
 
+# Refusals
 def fail(message):
     """Print one line that says what to do and leave with exit code 2."""
     line = f"{Path(sys.argv[0]).name}: {message}"
     with contextlib.suppress(OSError):  # nobody can read it
         tqdm.write(line, file=sys.stderr)  # above a progress bar, not behind it
     raise SystemExit(2)
-
-
-def shorten_error(error):
-    """An exception's kind and first sentence: PyTorch goes on to advise loading unsafely."""
-    words = " ".join(str(error).split())
-    words = re.sub(r"^\[enforce fail at [^]]*\] .*? == .*?\. ", "", words)  # a place in PyTorch
-    kind = type(error).__name__
-    if not words:  # such as MemoryError
-        return kind
-    sentence = words.split(". ")[0][:300]
-    return f"{kind}: {sentence}"
 
 
 @contextlib.contextmanager
@@ -55,31 +45,6 @@ def fail_in_one_line(subject, advice):
         elif RAISED:
             problem = f"{problem}, or {advise_less_memory()}"
         fail(f"{subject}: {problem}")
-
-
-def find_line(error, folders):
-    """The last line of a user's own code that an error went through; "" if it went through none."""
-    script = Path(sys.argv[0]).resolve()
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        is_own = any(path.is_relative_to(folder) for folder in folders)
-        is_installed = "site-packages" in path.parts  # a virtual environment may lie in the folder
-        is_ours = path == script or any(path.is_relative_to(own) for own in OWN_PATHS)
-        if is_own and not is_installed and not is_ours:
-            return f"{path.name}, line {frame.lineno}"
-    return ""
-
-
-def explain_foreign(error):
-    """What a user's own network did wrong, and what to correct; "" if the error is not its."""
-    for where, folders in FOREIGN.items():
-        line = find_line(error, folders)
-        if line:
-            return f"{shorten_error(error)} ({line}); correct that line of the network"
-        frames = traceback.extract_tb(error.__traceback__)
-        if frames and frames[-1].filename.endswith("autograd/graph.py"):  # in none of our ops
-            return f"the backward pass failed: {shorten_error(error)}; correct {where}"
-    return ""
 
 
 class Misfit(ValueError):
@@ -119,16 +84,6 @@ def refuse_misfits(subject, advice):
         fail(f"{subject.strip()}: {explain_foreign(error) or problem}")
 
 
-def find_cause(error):
-    """The OSError that led to an error, or the error itself: PyTorch hides a full disk."""
-    cause = error
-    while cause is not None:
-        if isinstance(cause, OSError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
-    return error
-
-
 @contextlib.contextmanager
 def refuse_unwritable(path):
     """Report in one line that a file cannot be written: its folder is gone, or the disk is full."""
@@ -146,25 +101,26 @@ def refuse_unwritable(path):
         fail(f"{path} cannot be written: {shorten_error(find_cause(error))}; {advice}")
 
 
-def prepare_program():
-    """Let lines appear when they are printed, in any encoding, and let errors end in one line."""
-    sys.excepthook = report_uncaught
-    if sys.stdout is None:  # closed: no other file may get its number
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # else a notebook's
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+# What an error says
+def shorten_error(error):
+    """An exception's kind and first sentence: PyTorch goes on to advise loading unsafely."""
+    words = " ".join(str(error).split())
+    words = re.sub(r"^\[enforce fail at [^]]*\] .*? == .*?\. ", "", words)  # a place in PyTorch
+    kind = type(error).__name__
+    if not words:  # such as MemoryError
+        return kind
+    sentence = words.split(". ")[0][:300]
+    return f"{kind}: {sentence}"
 
 
-def leave_without_stdout(error):
-    """End the program where standard output cannot be written; quietly if its reader has gone."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more at its end
-    if isinstance(error, BrokenPipeError):
-        raise SystemExit(PIPE_CODE)
-    problem = f"standard output cannot be written: {error.strerror}"
-    fail(f"{problem}; direct it elsewhere, then continue with --resume")
+def find_cause(error):
+    """The OSError that led to an error, or the error itself: PyTorch hides a full disk."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, OSError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def is_out_of_memory(error):
@@ -180,6 +136,43 @@ def is_out_of_memory(error):
 def advise_less_memory():
     """What to do where memory does not suffice."""
     return f"lower {', '.join(RAISED) or 'the batch sizes'}"
+
+
+def find_line(error, folders):
+    """The last line of a user's own code that an error went through; "" if it went through none."""
+    script = Path(sys.argv[0]).resolve()
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        is_own = any(path.is_relative_to(folder) for folder in folders)
+        is_installed = "site-packages" in path.parts  # a virtual environment may lie in the folder
+        is_ours = path == script or any(path.is_relative_to(own) for own in OWN_PATHS)
+        if is_own and not is_installed and not is_ours:
+            return f"{path.name}, line {frame.lineno}"
+    return ""
+
+
+def explain_foreign(error):
+    """What a user's own network did wrong, and what to correct; "" if the error is not its."""
+    for where, folders in FOREIGN.items():
+        line = find_line(error, folders)
+        if line:
+            return f"{shorten_error(error)} ({line}); correct that line of the network"
+        frames = traceback.extract_tb(error.__traceback__)
+        if frames and frames[-1].filename.endswith("autograd/graph.py"):  # in none of our ops
+            return f"the backward pass failed: {shorten_error(error)}; correct {where}"
+    return ""
+
+
+# Errors that nothing catches
+def prepare_program():
+    """Let lines appear when they are printed, in any encoding, and let errors end in one line."""
+    sys.excepthook = report_uncaught
+    if sys.stdout is None:  # closed: no other file may get its number
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (it stays open)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else a notebook's
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def report_uncaught(kind, error, trace):
@@ -202,3 +195,13 @@ def report_uncaught(kind, error, trace):
     if isinstance(error, OSError) and error.filename is not None:
         fail(f"{error.filename}: {error.strerror}; check the options that name files")
     sys.__excepthook__(kind, error, trace)
+
+
+def leave_without_stdout(error):
+    """End the program where standard output cannot be written; quietly if its reader has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())  # Python flushes once more at its end
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(PIPE_CODE)
+    problem = f"standard output cannot be written: {error.strerror}"
+    fail(f"{problem}; direct it elsewhere, then continue with --resume")

@@ -28,6 +28,7 @@ except ImportError:  # Windows has no such locks
 LOCKS = {}  # {path: open file} of the folders that this process holds
 
 
+# Reading without trust
 def list_harmless_globals():
     """What a checkpoint may hold besides tensors and plain python: options and numpy numbers."""
     scalar = np.float64(0).__reduce__()[0]
@@ -95,6 +96,31 @@ def read_checkpoint(path, advice="save a state dict"):
     return saved
 
 
+def find_not_finite(state):
+    """The name of the first number or tensor in nested dicts and lists that is NaN or infinite.
+
+    Returns:
+        The names that lead to it, or "" where all are finite.
+
+    >>> find_not_finite({"a": [torch.ones(2)], "b": {"c": torch.tensor([1.0, torch.nan])}})
+    'b c'
+    """
+    items = state.items() if isinstance(state, dict) else enumerate(state)
+    for name, value in items:
+        if isinstance(value, torch.Tensor):
+            if not value.isfinite().all():
+                return str(name)
+        elif isinstance(value, float):
+            if not math.isfinite(value):
+                return str(name)
+        elif isinstance(value, (dict, list, tuple)):
+            found = find_not_finite(value)
+            if found:
+                return f"{name} {found}"
+    return ""
+
+
+# Writing whole or not at all
 @contextlib.contextmanager
 def delay_interrupts():
     """Let a Ctrl-C take effect at the end, unless something else fails before.
@@ -133,6 +159,29 @@ def open_atomically(path):
             raise
 
 
+# JSON
+def encode_json(value, indent=None):
+    """A line or a file of JSON, as bytes. NaN and infinity, which JSON lacks, are a ValueError."""
+    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
+
+
+def parse_row(line):
+    """A row of metrics.jsonl, or None where a line is no JSON object of finite numbers.
+
+    >>> parse_row('{"epoch": 1}'), parse_row('{"epoch": 1, "lo'), parse_row('{"loss": NaN}')
+    ({'epoch': 1}, None, None)
+    """
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    if not isinstance(row, dict):
+        return None
+    is_numeric = all(type(value) in (int, float) for value in row.values())
+    return row if is_numeric and not find_not_finite(row) else None
+
+
+# Locks
 def lock_folder(folder):
     """Hold a run's folder until this process ends; refuse where another process holds it.
 
@@ -167,48 +216,3 @@ def unlock_folder(folder):
     if path in LOCKS:
         path.unlink(missing_ok=True)
         LOCKS.pop(path).close()
-
-
-def find_not_finite(state):
-    """The name of the first number or tensor in nested dicts and lists that is NaN or infinite.
-
-    Returns:
-        The names that lead to it, or "" where all are finite.
-
-    >>> find_not_finite({"a": [torch.ones(2)], "b": {"c": torch.tensor([1.0, torch.nan])}})
-    'b c'
-    """
-    items = state.items() if isinstance(state, dict) else enumerate(state)
-    for name, value in items:
-        if isinstance(value, torch.Tensor):
-            if not value.isfinite().all():
-                return str(name)
-        elif isinstance(value, float):
-            if not math.isfinite(value):
-                return str(name)
-        elif isinstance(value, (dict, list, tuple)):
-            found = find_not_finite(value)
-            if found:
-                return f"{name} {found}"
-    return ""
-
-
-def encode_json(value, indent=None):
-    """A line or a file of JSON, as bytes. NaN and infinity, which JSON lacks, are a ValueError."""
-    return (json.dumps(value, indent=indent, allow_nan=False) + "\n").encode()
-
-
-def parse_row(line):
-    """A row of metrics.jsonl, or None where a line is no JSON object of finite numbers.
-
-    >>> parse_row('{"epoch": 1}'), parse_row('{"epoch": 1, "lo'), parse_row('{"loss": NaN}')
-    ({'epoch': 1}, None, None)
-    """
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    if not isinstance(row, dict):
-        return None
-    is_numeric = all(type(value) in (int, float) for value in row.values())
-    return row if is_numeric and not find_not_finite(row) else None
