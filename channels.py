@@ -14,6 +14,7 @@ constant sizes in a reshape, and every operation that is not listed here.
 
 import math
 import operator
+from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -111,6 +112,11 @@ def is_plain(layer):
     """Whether a layer's parameters are its weight and its bias, with nothing computed first."""
     names = {name for name, _ in layer.named_parameters()}
     return names <= {"weight", "bias"} and len(list(layer.modules())) == 1
+
+
+def shares_weights(module, owners):
+    """Whether a parameter of a module is another module's too; owners: {id of one: modules}."""
+    return any(owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False))
 
 
 def is_dense(layer, shape):
@@ -217,7 +223,8 @@ def follow_node(node, operation, known, ties):
             pixels = math.prod(shapes[0][2:])
             return [channel for channel in operands[0] for _ in range(pixels)]
         if joins_channels(node, operation):
-            return [channel for n in node.args[0] for channel in known[n]]
+            joined = node.args[0] if node.args else node.kwargs["tensors"]
+            return [channel for n in joined for channel in known[n]]
 
     for channels in operands:
         ties.keep(channels)
@@ -245,6 +252,7 @@ def find_channels(network, info):
     modules = dict(traced.named_modules())
     nodes = list(traced.graph.nodes)
     calls = [node.target for node in nodes if node.op == "call_module"]
+    owners = Counter(id(p) for m in modules.values() for p in m.parameters(recurse=False))
 
     ties = Ties()
     known = {}  # {node: channels of its tensor}
@@ -253,6 +261,8 @@ def find_channels(network, info):
     for node in nodes:
         operation = get_operation(node, modules)
         is_layer = node.op == "call_module" and calls.count(node.target) == 1
+        if is_layer and shares_weights(operation, owners):
+            is_layer = False  # its channels stay
         source = known[node.all_input_nodes[0]] if is_layer else None
         if is_layer and is_dense(operation, get_shape(node)):
             read[node.target] = source

@@ -459,7 +459,7 @@ def prepare_task(arm, number, run, sets):
     """
     args = run.args
     old_args = make_old_args(arm, number, run)
-    old, info = load_teacher(old_args, run.device)
+    old, info = load_teacher(old_args, run.device, size_multiple=1)
     new, replayed = choose_real_images(arm, number, sets["train"])
     if arm in REPLAYING:
         images = load_source_images(old_args, info, INVERSIONS[args.inversion]).to(run.device)
@@ -655,7 +655,7 @@ def main(args):
     tasks = parse_tasks(args.tasks)
     if args.teacher.endswith(".pt") and not Path(args.teacher).exists():
         fail(f"--teacher: {args.teacher} cannot be read: no such file; {advise_training(tasks[0])}")
-    teacher, info = load_teacher(args, device)
+    teacher, info = load_teacher(args, device, size_multiple=1)
     check_first_network(teacher, info, tasks[0], args)
     sets = load_sets(tasks, info, args, device)
     if args.images not in SOURCES:

@@ -56,7 +56,7 @@ from harness.images import (
     to_uint8,
 )
 from harness.load import check_network, find_dataset, load_student, load_teacher, load_verifier
-from harness.networks import compute_last_features, copy_network, sample_example
+from harness.networks import compute_last_features, copy_network, list_learning, sample_example
 from harness.pictures import draw_classes, draw_curves
 from harness.run import (
     MethodOptions,
@@ -694,10 +694,10 @@ class Synthesis:
         path = get_image_path(self.args.out, number)
         if path.exists():
             self.bar.update(count_steps(self.args))
-            images, _ = read_images(path)
-            return images
+            return self.read_batch(path, number)
         advice = list_remedies("--batch-size", self.run.device)
-        with fail_in_one_line(f"batch {number} failed", advice):
+        with fail_in_one_line(f"batch {number} failed", advice), torch.random.fork_rng():
+            torch.manual_seed(make_generator(number, self.args).initial_seed())  # noisy teachers
             x = self.synthesise(number, opponent)
         if not x.isfinite().all():  # the loss before the last step may still have been finite
             fail(f"batch {number} is not finite; lower --lr or the weights of the terms")
@@ -706,13 +706,26 @@ class Synthesis:
         self.run.save_seconds()
         return images
 
+    def read_batch(self, path, number):
+        """The images of batch `number` in its file, which must be those of this run."""
+        images, labels = read_images(path)
+        shape = (self.labels.shape[1], *self.info.image_shape)
+        fits = images.dtype == torch.uint8 and images.shape == shape
+        if not fits or not torch.equal(labels, self.labels[number]):
+            fail(f"{path} holds no batch of this run; put its own back, or delete it")
+        return images
+
     def make_competing_batch(self, number, student):
         """As make_batch; with --competition the student competes as it is now, frozen."""
         if self.args.competition == "none":
             return self.make_batch(number)
-        student.eval().requires_grad_(False)
+        learning = list_learning(student)
+        student.eval()
+        student.requires_grad_(False)
         images = self.make_batch(number, opponent=student)
-        student.train().requires_grad_(True)
+        student.train()
+        for parameter in learning:
+            parameter.requires_grad_(True)
         return images
 
     def discard_unfinished(self, n_initial, n_finished):
@@ -927,7 +940,7 @@ def train_student(student, teacher, synthesis, given, test):
                 t_logits = teacher(x)
             loss = student_loss(t_logits, student(x), args)
         optimizer.zero_grad()
-        loss.backward(inputs=list(student.parameters()))
+        loss.backward(inputs=list_learning(student))
         optimizer.step()
         loss_sum.add_(loss.detach())
 

@@ -362,14 +362,22 @@ def watch_batchnorm(teacher, n_generators, args, example=None):
         moments = found.moments.view(2, P, -1)  # fused layers have (2, C)
         return logits.float(), moments, found.running_var, found.sizes
 
-    if args.fused and P == 1:  # measured in the pass of BatchNorm, addition and activation
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "fuse_batchnorm: ")  # the reason is printed below
-            watched = kernels.fuse_batchnorm(teacher, example)
-        if watched.reason:
-            print(f"teacher: {watched.reason}")
-    else:
-        watched = kernels.hook_batchnorm(teacher, moments=measure)
+    with fail_in_one_line("the teacher's BatchNorms cannot be measured", "take another network"):
+        if args.fused and P == 1:  # measured in the pass of BatchNorm, addition and activation
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "fuse_batchnorm: ")  # the reason is printed below
+                watched = kernels.fuse_batchnorm(teacher, example)
+        else:
+            watched = kernels.hook_batchnorm(teacher, moments=measure)
+        if example is not None:
+            parts = example[:1].expand(P, *example.shape[1:])
+            with torch.no_grad():
+                _, found = watched(parts)
+            if not found.sizes:
+                watched.close()
+                raise ValueError("none of them runs")
+    if watched.reason:
+        print(f"teacher: {watched.reason}")
     try:
         yield observe
     finally:

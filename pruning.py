@@ -523,6 +523,8 @@ def train_epoch(network, lesson, optimizer, epoch, args):
 
 def evaluate_twice(network, batch, lesson):
     """Accuracies in percent of a network as it is, and with BatchNorm re-estimated on a batch."""
+    with torch.no_grad():
+        network(batch)  # a network that keeps its features can be copied without their graph
     reestimated = deepcopy(network)
     reestimate_batchnorm(reestimated, batch)
     accuracy = evaluate(network, *lesson.test, lesson.info)
@@ -658,7 +660,7 @@ def main(args):
     seed_everything(args.seed)
 
     # The teacher, what can be removed of it, the real images that measure it, the others.
-    teacher, info = load_teacher(args, device)
+    teacher, info = load_teacher(args, device, size_multiple=1)
     channels = find_channels(teacher, info)
     check_removal(teacher, channels, info)
     check_targets(teacher, channels, info, args)

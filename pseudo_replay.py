@@ -38,7 +38,7 @@ from harness.data import evaluate, load_real_images
 from harness.errors import fail
 from harness.images import to_uint8
 from harness.load import choose_preset_by_dataset, load_student, load_teacher
-from harness.networks import find_linear_layers
+from harness.networks import find_linear_layers, list_learning
 from harness.pictures import draw_curves, draw_rows
 from harness.run import (
     MethodOptions,
@@ -505,7 +505,7 @@ def forward_with_features(teacher, x):
 def update(network, optimizer, loss):
     """One step of `network` down its loss. No gradient of any other network is formed."""
     optimizer.zero_grad()
-    loss.backward(inputs=list(network.parameters()))
+    loss.backward(inputs=list_learning(network))
     optimizer.step()
 
 

@@ -208,7 +208,7 @@ def measure_moment_distance(lesson, args, batch_size=100):
     With args.low_pass the images are filtered first, as in draw_batch.
 
     Returns:
-        A number of at least 0, or None of a teacher without BatchNorms.
+        A number of at least 0, or None of a teacher without BatchNorms that run.
     """
     images = lesson.images
     bn_moments = kernels.bn_moments if args.fused else kernels.bn_moments_ref
@@ -224,6 +224,8 @@ def measure_moment_distance(lesson, args, batch_size=100):
         if args.low_pass:
             x = filter_low_pass(x, args.low_pass)
         _, found = hooked(x)
+        if not found.sizes:  # none of them runs
+            return None
         mean, var = found.moments.double()  # (C,) each, of all layers
         means.append(mean)
         variances.append(var)
@@ -624,7 +626,7 @@ def main(args):
     seed_everything(args.seed)
 
     # The teacher, the real images that measure it, the images that it is quantized with.
-    teacher, info = load_teacher(args, device)
+    teacher, info = load_teacher(args, device, size_multiple=1)
     quantize_network(teacher, info, parse_bits(args.bits[0]), args.fused)  # or refuse it now
     lesson = load_lesson(teacher, info, args, device)
 

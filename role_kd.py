@@ -382,6 +382,9 @@ def quantize_network(network, bits):
     """
     convolutions = [m for m in network.modules() if isinstance(m, nn.Conv2d)]
     for conv in convolutions[1:]:
+        if type(conv) is not nn.Conv2d:
+            problem = f"{conv._get_name()} computes more than nn.Conv2d"
+            fail(f"--bits {bits}: the network's {problem}; pass --bits 32")
         conv.__class__ = QuantizedConv2d
         conv.bits = bits
     for block in network.modules():

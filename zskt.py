@@ -40,6 +40,7 @@ from harness.data import evaluate, load_real_images, normalise
 from harness.errors import fail, fail_in_one_line
 from harness.images import to_uint8
 from harness.load import choose_preset_by_dataset, load_student, load_teacher
+from harness.networks import list_learning
 from harness.pictures import draw_rows
 from harness.run import (
     MethodOptions,
@@ -255,7 +256,7 @@ def forward_with_groups(network, x):
 # One pseudo-batch
 def update(network, optimizer, loss, clip_grad):
     """One step of `network` down its loss. No gradient of any other network is formed."""
-    parameters = list(network.parameters())
+    parameters = list_learning(network)
     optimizer.zero_grad()
     loss.backward(inputs=parameters)
     nn.utils.clip_grad_norm_(parameters, clip_grad)

@@ -5,6 +5,7 @@ Test images only measure. What trains on real images, of the training split, say
 
 import functools
 import gzip
+import math
 from pathlib import Path
 
 import numpy as np
@@ -95,18 +96,28 @@ def load_digits(split):
     return images.round().to(torch.uint8), torch.from_numpy(y.astype(np.int64))
 
 
-def read_idx(path, header):
-    """The bytes of a gzipped IDX file behind its header."""
+def read_idx(path, sizes):
+    """The bytes of a gzipped IDX file, (n, *sizes) uint8.
+
+    Its header: two zeros, 8 for bytes, the number of dimensions, then their sizes in 4 bytes each.
+    """
     check_regular(path)
-    raw = gzip.decompress(path.read_bytes())
-    return torch.frombuffer(bytearray(raw[header:]), dtype=torch.uint8)
+    raw = bytearray(gzip.decompress(path.read_bytes()))
+    n_dims = 1 + len(sizes)
+    start = 4 + 4 * n_dims
+    if raw[:4] != bytes((0, 0, 8, n_dims)) or len(raw) < start:
+        raise ValueError(f"{path.name}: no IDX file of bytes in {n_dims} dimensions")
+    shape = tuple(np.frombuffer(raw[4:start], dtype=">i4").tolist())
+    if shape[1:] != sizes or math.prod(shape) != len(raw) - start:
+        raise ValueError(f"{path.name}: {len(raw) - start} bytes, its header says {shape}")
+    return torch.frombuffer(raw[start:], dtype=torch.uint8).view(shape)
 
 
 def load_mnist(folder, split):
     """MNIST, zero-padded from 28 to 32 px."""
     images_name, labels_name = FILES["mnist"][split]
-    images = read_idx(folder / images_name, header=16).view(-1, 1, 28, 28)
-    labels = read_idx(folder / labels_name, header=8)
+    images = read_idx(folder / images_name, (28, 28)).unsqueeze(1)  # (n, 1, 28, 28)
+    labels = read_idx(folder / labels_name, ())
     if len(images) != len(labels):
         raise ValueError(f"{len(labels)} labels of {len(images)} images")
     return F.pad(images, (2, 2, 2, 2)), labels.long()

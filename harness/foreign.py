@@ -5,12 +5,16 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import os
+import random
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
+from torch.nn.parameter import is_lazy
 
 from harness import ROOT
 from harness.errors import FOREIGN, Misfit, find_line, shorten_error
@@ -36,12 +40,30 @@ def restore_settings(settings):
 
 @contextlib.contextmanager
 def keep_settings():
-    """Context that ends with the settings with which it began."""
+    """Context that ends with the settings, the seeds and the current folder with which it began.
+
+    A user's code that seeds would make runs of all --seed alike. PyTorch's random numbers go on
+    from where it left them unless it seeded: to initialise a network draws from them.
+    """
     settings = read_settings()
+    folder = os.getcwd()
+    seed = torch.initial_seed()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    cuda_states = []
+    if torch.cuda.is_available():
+        cuda_states = torch.cuda.get_rng_state_all()
     try:
         yield
     finally:
         restore_settings(settings)
+        os.chdir(folder)
+        of_torch, of_python, of_numpy = states
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+        if torch.initial_seed() != seed:
+            torch.set_rng_state(of_torch)
+            if cuda_states:
+                torch.cuda.set_rng_state_all(cuda_states)
 
 
 def is_installed(file):
@@ -206,8 +228,15 @@ def load_factory(spec, num_classes, in_channels, image_size):
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
         raise Misfit(f"{name} returned a {kind}, expected a torch.nn.Module", "return the network")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise Misfit(f"{name} returned a TorchScript module", "return the network it was made of")
     if isinstance(network, nn.DataParallel):
         network = network.module
+    if isinstance(network, torch._dynamo.OptimizedModule):  # of torch.compile
+        network = network._orig_mod
+    if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
+        problem = f"{name} returned lazy modules that have no weights yet"
+        raise Misfit(problem, "let the factory feed it a batch first")
     return network.float()  # we compute in fp32
 
 
@@ -281,6 +310,10 @@ def feed_images(network, x):
         wanted = re.search(r"to have (\d+) channels", str(error))
         if wanted:
             raise Misfit(problem, cause="channels", got=wanted[1]) from error
+        if "in-place" in str(error) or "inplace" in str(error):
+            raise Misfit(problem, "take operations in place off its input") from error
+        if re.search(r"dtype|scalar type|Input type|[Dd]ouble", str(error)):
+            raise Misfit(problem, "let it compute in the dtype of its input") from error
         if isinstance(error, (RuntimeError, ValueError, AssertionError, MemoryError)):
             raise Misfit(problem, cause="size") from error
         raise Misfit(problem, "correct its forward") from error
@@ -298,6 +331,20 @@ def feed_blank_images(network, info, device, image_size):
     )
 
 
+def copy_for_trial(network):
+    """A deep copy of a network.
+
+    Raises:
+        Misfit: it cannot be copied.
+    """
+    try:
+        return copy.deepcopy(network)
+    except RuntimeError as error:
+        problem = f"it cannot be copied ({shorten_error(error)})"
+        advice = "use torch.nn.utils.parametrizations for weight_norm, and keep no results in it"
+        raise Misfit(problem, advice) from error
+
+
 @torch.no_grad()
 def select_logits(network, info):
     """The network, or LogitsOnly of it where it returns a tuple, a list or a dict."""
@@ -305,7 +352,8 @@ def select_logits(network, info):
     places = {}
     with torch.random.fork_rng():  # dropout draws, and nothing else may notice
         for training in (False, True):
-            trial = copy.deepcopy(network).train(training)  # running moments stay as they are
+            trial = copy_for_trial(network)  # running moments stay as they are
+            trial.train(training)
             output = feed_blank_images(trial, info, "cpu", info.image_size)
             places[training] = find_logits(output, shape)
     if places[False] == () and places[True] == ():

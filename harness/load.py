@@ -10,7 +10,7 @@ import torch
 from harness.errors import Misfit, fail, refuse_misfits, shorten_error
 from harness.foreign import feed_blank_images, feed_images, load_factory, select_logits
 from harness.known import DEFAULTS, describe, is_factory, list_packaged, list_shipped, make_info
-from harness.networks import NETWORKS, copy_network, sample_example
+from harness.networks import NETWORKS, copy_network, list_learning, sample_example
 from harness.weights import load_state, load_weights
 
 # What to change, by the cause of a Misfit. `{got}` is the number or the path that it holds.
@@ -62,6 +62,10 @@ def check_network(network, info, device, image_size=None):
     if not logits.isfinite().all():
         raise Misfit("gives logits that are not finite", cause="finite")
     if logits.shape == (2, info.num_classes):
+        sums = logits.float().sum(1)
+        if logits.min() >= 0 and torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+            problem = "gives probabilities (rows that add up to 1) in place of logits"
+            raise Misfit(problem, "return what its softmax gets, or the logarithm")
         return
     shape = tuple(logits.shape)
     problem = f"gives logits of shape {shape} for 2 images and {info.num_classes} classes"
@@ -91,7 +95,7 @@ def check_gradients(network, info, device, trains):
             trial.train()
         for _ in range(2):
             x = x.detach().requires_grad_(not trains)
-            leaves = list(trial.parameters()) if trains else [x]
+            leaves = list_learning(trial) if trains else [x]
             logits = feed_images(trial, x)
             check_gradient_of(logits, leaves)
 
@@ -144,7 +148,10 @@ def load_trained(spec, device, data_dir, weights="", like=None, overrides=None):
     given = {}
     if like is not None:
         given = {name: getattr(like, name) for name in DEFAULTS}
-    info = make_info(spec, given, known, overrides or {})
+    overrides = overrides or {}
+    if overrides.get("num_classes", known.get("num_classes")) != known.get("num_classes"):
+        known = known | dict(dataset="", accuracy=None)  # its architecture with other classes
+    info = make_info(spec, given, known, overrides)
     network = build_network(info)
     if "file" in known:
         path = Path(known["file"])
@@ -192,7 +199,11 @@ def load_student(spec, teacher_info, device):
         known = describe(spec) | {"accuracy": None}
         info = make_info(spec, known, numbers)
         student = build_network(info)
-        student.requires_grad_(True).to(device, memory_format=torch.channels_last)
+        if not is_factory(info.arch):  # a user's network may keep some of its weights
+            student.requires_grad_(True)
+        if not list_learning(student):
+            raise Misfit("all of its parameters are frozen", "let some require a gradient")
+        student.to(device, memory_format=torch.channels_last)
         student.eval()  # a blank batch must not reach the running moments
         check_network(student, info, device)
         check_gradients(student, info, device, trains=True)

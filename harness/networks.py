@@ -278,6 +278,11 @@ NETWORKS = {
 }
 
 
+def list_learning(network):
+    """The parameters that a student learns: a user's network may have frozen ones."""
+    return [parameter for parameter in network.parameters() if parameter.requires_grad]
+
+
 def find_linear_layers(network):
     """All nn.Linear modules of a network, in the order of their registration."""
     return [m for m in network.modules() if isinstance(m, nn.Linear)]
@@ -292,20 +297,27 @@ def compute_last_features(network, batches):
         batches: iterable of images (n, C, H, W) in the network's normalised units.
 
     Returns:
-        [(n, D) on the CPU, …], or None of a network without a linear layer.
+        [(n, D) on the CPU, …], or None where no linear layer that runs has a row an image.
     """
-    layers = find_linear_layers(network)
-    if not layers:
-        return None
-    features = []
+    inputs_of_layers = []
 
     def keep_input(module, inputs):
-        features.append(inputs[0].flatten(1).cpu())
+        inputs_of_layers.append(inputs[0])
 
-    hook = layers[-1].register_forward_pre_hook(keep_input)
+    hooks = []
+    for layer in find_linear_layers(network):
+        hooks.append(layer.register_forward_pre_hook(keep_input))
+    features = []
     for x in batches:
+        inputs_of_layers.clear()
         network(x)
-    hook.remove()
+        if inputs_of_layers:
+            features.append(inputs_of_layers[-1].flatten(1).cpu())
+        if not features or len(features[-1]) != len(x):
+            features = None
+            break
+    for hook in hooks:
+        hook.remove()
     return features
 
 

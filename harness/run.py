@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import ctypes
+import hashlib
 import json
 import math
 import os
@@ -201,6 +202,23 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+def get_foreign_states():
+    """The states of python's and numpy's random numbers, which a user's network may draw."""
+    _, keys, position, has_gauss, gauss = np.random.get_state()  # noqa: NPY002
+    of_numpy = [torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss]
+    version, numbers, gauss_next = random.getstate()
+    return {"python": [version, torch.tensor(numbers), gauss_next], "numpy": of_numpy}
+
+
+def set_foreign_states(states):
+    """Go on from what get_foreign_states returned."""
+    version, numbers, gauss_next = states["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss_next))
+    keys, position, has_gauss, gauss = states["numpy"]
+    keys = keys.numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, gauss))  # noqa: NPY002
+
+
 def autocast(device, bf16):
     """Context in which networks run in bfloat16, on a GPU only.
 
@@ -303,6 +321,16 @@ def join_processes(device):
 
 
 # The folder
+def find_input_files(args):
+    """{option: Path} of the files with weights or schedules that options name."""
+    found = {}
+    for option in ("teacher", "weights", "student", "verifier", "ensemble", "schedules"):
+        path = Path(getattr(args, option, "") or "none")
+        if path.suffix and path.is_file():
+            found[option] = path
+    return found
+
+
 def describe_machine(device):
     """What result.json says of machine and code: device, device_name and versions."""
     if device == "cuda":
@@ -356,6 +384,7 @@ class RunFolder:
         self.may_change = {"resume", "out", "data_dir", "smoke", "graph", *may_change}
         self.rows = []
         self.start = time.time()
+        self.inputs = find_input_files(args)
         prepare_program()
         with fail_in_one_line(f"--out {self.out} cannot be used", "pass another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -369,21 +398,38 @@ class RunFolder:
     def _claim(self):
         """From here on the folder is this run's: write its options, delete an earlier result."""
         (self.out / "result.json").unlink(missing_ok=True)
+        options = asdict(self.args)
+        digests = self._hash_inputs()
+        if digests:
+            options["sha256"] = digests
         with self.write_file("args.json") as file:
-            file.write(encode_json(asdict(self.args), indent=1))
+            file.write(encode_json(options, indent=1))
+
+    def _hash_inputs(self):
+        """{option: SHA-256 of the file that it names}."""
+        digests = {}
+        for option, path in self.inputs.items():
+            with open(path, "rb") as file:
+                digests[option] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
 
     def _clear(self, clears):
         """Delete what an earlier run left; refuse if it was not finished."""
         unfinished = not (self.out / "result.json").exists()
-        for pattern in ("checkpoint.pt", "checkpoint-previous.pt", *clears):
+        names = ("metrics.jsonl", "seconds.txt", "samples.png", "curve.png")
+        old = [self.out / name for name in (*names, "args.json", "result.json")]
+        for pattern in ("checkpoint.pt", "checkpoint-previous.pt", "student.pt", *clears):
             for path in sorted(self.out.glob(pattern)):
                 if unfinished:
                     way_out = "pass --resume to continue it, or another --out"
                     fail(f"--out {self.out} holds an unfinished run ({path.name}); {way_out}")
-                path.unlink()
-        names = ("metrics.jsonl", "seconds.txt", "student.pt", "samples.png", "curve.png")
-        for name in (*names, "args.json", "result.json"):
-            (self.out / name).unlink(missing_ok=True)
+                old.append(path)
+        for option, taken in self.inputs.items():
+            if any(path.resolve() == taken.resolve() for path in old):
+                held = f"{taken.name}, the file of --{option}, which a new run deletes"
+                fail(f"--out {self.out} holds {held}; pass another --out")
+        for path in old:
+            path.unlink(missing_ok=True)
 
     def _continue(self):
         """Refuse other options than the first run's; take over its rows and its seconds.
@@ -400,6 +446,11 @@ class RunFolder:
         if changed:
             names = ", ".join(changed)
             fail(f"--resume: {names} differ from the first run's (args.json); repeat its options")
+        digests = self._hash_inputs()
+        for option, digest in before.get("sha256", {}).items():
+            if digests.get(option) != digest:
+                problem = f"the file of --{option} is not the first run's"
+                fail(f"--resume: {problem}; put that back, or begin again in another --out")
         self.rows = self._read_rows()
         seconds = self.out / "seconds.txt"
         if seconds.exists():
@@ -486,6 +537,7 @@ class RunFolder:
         """
         self._refuse_not_finite(state, "the run's state")
         saved = dict(state=state, n_rows=len(self.rows), rng=self._random_module().get_rng_state())
+        saved["foreign_rng"] = get_foreign_states()
         newest, previous = self.checkpoints
         if newest.exists():
             with refuse_unwritable(previous):
@@ -520,6 +572,8 @@ class RunFolder:
             self._check_saved(saved)
             yield saved["state"]
             self._random_module().set_rng_state(saved["rng"])
+            if "foreign_rng" in saved:  # of a run of today
+                set_foreign_states(saved["foreign_rng"])
             self.keep_rows(self.rows[: saved["n_rows"]])
             newest, previous = self.checkpoints
             if path == previous:  # the next one written must not push a damaged one over it

@@ -1,6 +1,7 @@
 """Weights: fetched, checked and read without running anything, and fitted to a network."""
 
 import hashlib
+import re
 from pathlib import Path
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from harness.errors import Misfit, shorten_error
 from harness.files import check_regular, read_checkpoint
 
+AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])")  # in the name of averaged weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of wrappers around a network
 NOT_WEIGHTS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 
@@ -104,19 +106,33 @@ def find_fitting_state(network, saved):
 
     Returns:
         (names that lead to it, state), and of the nearest miss if none fits: (None, state).
+
+    Raises:
+        Misfit: several different ones fit, and none of them is an average.
     """
     wanted = drop_counters(network.state_dict())
-    found = find_state_dicts(saved)
-    found.sort(key=lambda item: any("ema" in name for name in item[0]))
+    fitting = []
+    averages = []
     nearest = {}
-    for names, tensors in found:
+    for names, tensors in find_state_dicts(saved):
         for state in peel_prefixes(drop_counters(tensors)):
             state = rename_public_keys(state, wanted)
             if state.keys() == wanted.keys():
-                return names, state
+                is_average = any(AVERAGE.search(name.lower()) for name in names)
+                (averages if is_average else fitting).append((names, state))
+                break
             if len(state.keys() & wanted.keys()) >= len(nearest.keys() & wanted.keys()):
                 nearest = state
-    return None, nearest
+    if not fitting:
+        fitting = averages[:1]
+    if not fitting:
+        return None, nearest
+    for names, state in fitting[1:]:
+        first_names, first = fitting[0]
+        if not all(torch.equal(first[key], state[key]) for key in wanted):
+            both = f"{'.'.join(first_names) or 'its top'} and {'.'.join(names) or 'its top'}"
+            raise Misfit(f"different weights in it fit: {both}", "save a file with one of them")
+    return fitting[0]
 
 
 def load_state(network, saved, path):
@@ -137,6 +153,9 @@ def load_state(network, saved, path):
             cause="keys",
         )
     check_shapes(state, wanted, path)
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise Misfit(f"{path}: {key} is not finite", cause="finite")
     network.load_state_dict(state, strict=False)
 
 

@@ -318,6 +318,7 @@ class _NormalisationCounter(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.n_outside = 0
+        self.n_before = []  # n_outside when a module with statistics of its own began
         self.changing = []  # the BatchNorms that normalise something else than their input
         # (BatchNorm, its input, the input's version) of those that run, one inside the other
         self.running = []
@@ -328,6 +329,14 @@ class _NormalisationCounter(TorchDispatchMode):
 
     def leave(self, module, inputs, output):
         self.running.pop()
+
+    def enter_frozen(self, module, inputs):
+        self.n_before.append(self.n_outside)
+
+    def leave_frozen(self, module, inputs, output):
+        """Count a module that normalises by formulas of its own, as frozen BatchNorms do."""
+        if self.n_before.pop() == self.n_outside:
+            self.n_outside += 1
 
     def count(self, normalised):
         if not self.running:
@@ -364,6 +373,14 @@ def _have_same_moments(x, y):
     return torch.allclose(*moments, rtol=1e-3, equal_nan=True)
 
 
+def _has_statistics(module):
+    """Whether a module has running statistics, such as the frozen BatchNorms of detectors."""
+    if isinstance(module, torch.jit.ScriptModule):  # it takes no hooks
+        return False
+    buffers = dict(module.named_buffers(recurse=False))
+    return buffers.get("running_mean") is not None and buffers.get("running_var") is not None
+
+
 def find_unseen_normalisations(model, example):
     """What the inputs of a model's BatchNorms do not show.
 
@@ -377,6 +394,9 @@ def find_unseen_normalisations(model, example):
         if isinstance(layer, _BatchNorm):
             hooks.append(layer.register_forward_pre_hook(counter.enter, with_kwargs=True))
             hooks.append(layer.register_forward_hook(counter.leave))
+        elif _has_statistics(layer):
+            hooks.append(layer.register_forward_pre_hook(counter.enter_frozen))
+            hooks.append(layer.register_forward_hook(counter.leave_frozen))
     try:
         with keep_state(example.device, model), torch.no_grad(), counter:
             model(example.clone())

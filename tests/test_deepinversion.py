@@ -20,7 +20,7 @@ from tqdm import tqdm
 import deepinversion as di
 import kernels
 from harness.foreign import load_factory
-from harness.images import get_pixel_range, list_image_files, read_images
+from harness.images import get_pixel_range, list_image_files, read_images, save_images
 from harness.known import NetworkInfo
 from harness.load import load_trained
 from harness.run import RunFolder
@@ -805,6 +805,45 @@ def test_a_removed_batch_is_made_again(whole, tmp_path):
     assert read_image_bytes(out) == read_image_bytes(whole)
     rows = sorted(rows_of(out), key=lambda row: row["step"])
     assert rows == rows_of(whole)
+
+
+def change_labels(images, labels):
+    return images, labels + 1
+
+
+def make_smaller(images, labels):
+    return images[:, :, ::2, ::2], labels
+
+
+def drop_images(images, labels):
+    return images[:5], labels[:5]
+
+
+@pytest.mark.parametrize("change", [change_labels, make_smaller, drop_images])
+def test_a_file_with_another_batch_is_refused(whole, tmp_path, capsys, change):
+    out = tmp_path / "again"
+    shutil.copytree(whole, out)
+    path = out / "images-00001.npz"
+    save_images(path, *change(*read_images(path)))
+    line = read_refusal(capsys, di.main, replace(DIGITS, out=str(out), resume=True))
+    assert f"{path} holds no batch of this run" in line and "delete it" in line
+
+
+def test_a_teacher_that_draws_gives_each_batch_its_own_numbers(tmp_path):
+    """So that a run that goes on makes the batches of one that was never stopped."""
+    teacher = make_teacher()
+    teacher.insert(0, nn.Dropout(0.2).train())
+    args = replace(TINY, verifier="none", jitter=0)
+    images = []
+    for order in ([0, 1], [1]):
+        out = tmp_path / str(len(order))
+        synthesis = make_synthesis(out, teacher, args, n_batches=2)
+        teacher[0].train()
+        for number in order:
+            torch.rand(3)  # of something else
+            made = synthesis.make_batch(number)
+        images.append(made)
+    assert torch.equal(*images)
 
 
 def run_two_processes(out, options=""):

@@ -18,6 +18,7 @@ from foreign_networks import (
     BoundMethod,
     ChangesItsInput,
     ChangesItsInputInPlace,
+    HalfFrozen,
     InAList,
     InPlace,
     MobileActivations,
@@ -678,6 +679,7 @@ def assert_same_state(network, before):
         pytest.param(BoundMethod, "by hooks, .*of 2 BatchNorms it measures 1", id="hooks"),
         pytest.param(RareBranch, "torch.fx takes random numbers for constants", id="random"),
         pytest.param(Outside, r"^batch normalisations outside .* \(1\) are unseen", id="outside"),
+        pytest.param(HalfFrozen, r"^batch normalisations outside .* \(1\) are unseen", id="frozen"),
         pytest.param(InAList, r"normalisations outside .* \(1\) are unseen", id="list"),
         pytest.param(Scripted, r"^batch normalisations outside .* \(1\) are unseen", id="script"),
         pytest.param(

@@ -358,6 +358,25 @@ def test_one_class_alone_cannot_have_the_moments_of_all(form, own):
         assert found == pytest.approx(expected, abs=0.05)
 
 
+@pytest.mark.parametrize("pool", [0.3, 1.0])
+@pytest.mark.parametrize("trains", [False, True])
+def test_batchnorms_that_cannot_be_measured_are_refused(capsys, pool, trains):
+    teacher = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)).eval()
+    if trains:
+        teacher[1].train()
+    else:
+        teacher.forward = teacher[0].forward
+
+    def watch():
+        with ge.watch_batchnorm(teacher, 3, replace(DIGITS, pool=pool), torch.randn(2, 1, 8, 8)):
+            pass
+
+    line = read_refusal(capsys, watch)
+    assert "the teacher's BatchNorms cannot be measured" in line
+    assert line.strip().endswith("take another network")
+    assert not teacher[1]._forward_pre_hooks
+
+
 # Steps
 
 

@@ -5,12 +5,14 @@ import importlib
 import json
 import math
 import pickle
+import random
 import re
 import shutil
 import sys
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -23,7 +25,7 @@ from harness.foreign import import_first_from, load_factory
 from harness.known import DEFAULTS, IMAGENET_FILES, NetworkInfo, list_imagenet, list_shipped
 from harness.load import find_dataset, load_student, load_teacher, load_trained, load_verifier
 from harness.networks import NETWORKS
-from harness.run import MethodOptions
+from harness.run import MethodOptions, seed_everything
 from harness.weights import load_state
 
 GREY = dict(num_classes=4, image_size=16, mean=(0.1,), std=(0.2,))
@@ -508,7 +510,7 @@ def test_a_teacher_that_gives_nan_is_refused(capsys, tmp_path):
     network = NETWORKS["lenet5"](in_channels=1)
     nn.init.constant_(network.fc2.bias[3:4], math.nan)
     path = write_checkpoint(tmp_path / "t.pt", network, arch="lenet5", mean=(0.5,), std=(0.5,))
-    assert "logits that are not finite; check --weights" in refuse_teacher(capsys, path)
+    assert "fc2.bias is not finite; check --weights" in refuse_teacher(capsys, path)
 
 
 # Students
@@ -693,6 +695,54 @@ class Doubles(Pool):
         return self.network(x)
 
 
+class Probable(Pool):
+    def forward(self, x):
+        return self.network(x).softmax(1)
+
+
+class CentresItsInput(Pool):
+    def forward(self, x):
+        return self.network(x.sub_(0.5))
+
+
+class InDouble(Pool):
+    def forward(self, x):
+        return self.network(x.double())
+
+
+class KeepsAGraph(Pool):
+    def __init__(self):
+        super().__init__()
+        self.kept = self.network[2].weight * 2
+
+
+class SilentTrain(Pool):
+    def train(self, mode=True):
+        super().train(mode)  # and returns nothing
+
+
+def frozen():
+    return pool().requires_grad_(False)
+
+
+def partly_frozen():
+    network = nn.Sequential(nn.Conv2d(3, 3, 1), pool())
+    network[0].requires_grad_(False)
+    return network
+
+
+def scripted():
+    return torch.jit.script(pool())
+
+
+def lazy():
+    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))
+
+
+def compiled():
+    return torch.compile(pool())
+
+
 class Leaves(Pool):
     def forward(self, x):
         raise SystemExit(0)
@@ -747,6 +797,8 @@ def bad_folder(tmp_path_factory):
         for name in names:
             network = load_factory(f"{folder}/bad_nets.py:{name}", 10, 3, 32)
             torch.save(network.state_dict(), folder / f"{name}.pth")
+    pools = [load_factory(f"{folder}/bad_nets.py:Pool", 10, 3, 32).state_dict() for _ in "ab"]
+    torch.save(dict(student=pools[0], teacher=pools[1]), folder / "two.pth")
     lenet = NETWORKS["lenet5"](num_classes=7, in_channels=1)
     torch.save(lenet.state_dict(), folder / "lenet.pt")
     torch.save(NETWORKS["resnet8"]().state_dict(), folder / "resnet8.pth")
@@ -868,7 +920,28 @@ BAD_INPUTS = [
     (S, "bad_nets.py:Doubles", {}, ["the default dtype", "leave PyTorch's settings"], []),
     (S, "bad_nets.py:Leaves", {}, ["SystemExit: 0", "correct its forward"], []),
     (S, "bad_nets.py:raises_base", {}, ["ends the program (Base)"], []),
+    (S, "bad_nets.py:Probable", {}, ["gives probabilities", "the logarithm"], []),
+    (T, "bad_nets.py:Probable", name_weights("Pool"), ["gives probabilities"], NUMBERS),
+    (
+        T,
+        "bad_nets.py:CentresItsInput",
+        name_weights("Pool"),
+        ["take operations in place off its input"],
+        NUMBERS,
+    ),
+    (S, "bad_nets.py:InDouble", {}, ["let it compute in the dtype of its input"], []),
+    (S, "bad_nets.py:KeepsAGraph", {}, ["cannot be copied", "keep no results in it"], []),
+    (S, "bad_nets.py:frozen", {}, ["parameters are frozen", "let some require"], []),
+    (S, "bad_nets.py:scripted", {}, ["a TorchScript module", "it was made of"], []),
+    (S, "bad_nets.py:lazy", {}, ["lazy modules", "feed it a batch"], []),
     # weights
+    (
+        T,
+        "bad_nets.py:Pool",
+        name_weights("two"),
+        ["different weights in it fit: student and teacher", "with one of them"],
+        NUMBERS,
+    ),
     (
         T,
         "digits-lenet5",
@@ -941,6 +1014,75 @@ def test_a_users_file_does_not_change_settings_for_the_program(tmp_path):
     assert torch.is_grad_enabled() and torch.get_default_dtype() == torch.float32
     assert torch.zeros(1).device.type == "cpu"
     assert student(torch.zeros(2, 3, 32, 32)).dtype == torch.float32
+
+
+SEEDS = """
+import os
+import random
+
+import numpy as np
+import torch
+
+torch.manual_seed(42)
+random.seed(42)
+np.random.seed(42)
+os.chdir("/")
+
+
+def seeded():
+    random.random()
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10))
+"""
+
+
+def test_a_users_file_that_seeds_does_not_make_all_seeds_alike(tmp_path, monkeypatch):
+    (tmp_path / "seeds.py").write_text(SEEDS)
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    for seed in (0, 1):
+        seed_everything(seed)
+        load_student("seeds.py:seeded", describe_teacher(**COLOURS), "cpu")
+        drawn.append((torch.rand(1).item(), random.random(), np.random.random()))  # noqa: NPY002
+    assert not set(drawn[0]) & set(drawn[1])
+    assert Path.cwd() == tmp_path
+
+
+def test_a_student_keeps_the_layers_that_its_factory_froze(bad_folder, monkeypatch):
+    monkeypatch.chdir(bad_folder)
+    info = describe_teacher(**COLOURS)
+    student, _ = load_student("bad_nets.py:partly_frozen", info, "cpu")
+    assert [p.requires_grad for p in student.parameters()] == [False, False, True, True]
+    named, _ = load_student("resnet8", info, "cpu")
+    assert all(p.requires_grad for p in named.parameters())
+
+
+@pytest.mark.parametrize("name", ["SilentTrain", "compiled"])
+def test_networks_with_odd_habits_that_load(bad_folder, monkeypatch, name):
+    monkeypatch.chdir(bad_folder)
+    student, _ = load_student(f"bad_nets.py:{name}", describe_teacher(**COLOURS), "cpu")
+    assert not any(key.startswith("_orig_mod") for key in student.state_dict())
+
+
+def test_an_average_is_known_by_a_word_of_its_name(tmp_path):
+    """`schema` has no average; of two equal sets of weights either will do."""
+    network = nn.Linear(2, 2)
+    first = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
+    second = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+    load_state(network, {"model_ema": second, "schema": first}, "file")
+    assert network.bias.sum() == 2
+    load_state(network, {"state_dict": second, "model": dict(second)}, "file")
+    assert network.bias.sum() == 0
+    load_state(network, {"ema_state": first}, "file")
+    assert network.bias.sum() == 2
+
+
+def test_an_imagenet_architecture_of_other_classes_is_not_of_imagenet(tmp_path):
+    torch.manual_seed(0)
+    weights = tmp_path / "fine.pth"
+    torch.save(NETWORKS["resnet18"](num_classes=7).state_dict(), weights)
+    args = MethodOptions(teacher="resnet18", weights=str(weights), num_classes=7, image_size=64)
+    _, info = load_teacher(args, "cpu")
+    assert (info.dataset, info.accuracy, info.arch) == ("", None, "resnet18")
 
 
 LATE = """

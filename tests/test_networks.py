@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
-from harness.networks import IMAGENET_NETWORKS, NETWORKS, ResBlock
+from harness.networks import IMAGENET_NETWORKS, NETWORKS, ResBlock, compute_last_features
 
 # Parameters with 3 channels, and 10 classes or ImageNet's 1000.
 PARAMETERS = {
@@ -40,6 +41,29 @@ def test_a_network_has_the_published_number_of_parameters(name):
     with torch.device("meta"):
         network = NETWORKS[name](num_classes=num_classes, in_channels=3)
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+
+
+class Head(nn.Module):
+    """Its last linear layer runs only in training; `rows` images may be rows of the other."""
+
+    def __init__(self, rows=1):
+        super().__init__()
+        self.rows = rows
+        self.linear = nn.Linear(3, 5)
+        self.auxiliary = nn.Linear(5, 5)
+
+    def forward(self, x):
+        x = x.mean((2, 3)).repeat(self.rows, 1)
+        return self.linear(x)[: len(x) // self.rows]
+
+
+def test_last_features_are_those_of_the_linear_layer_that_runs_last():
+    batches = [torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4)]
+    features = compute_last_features(Head(), batches)
+    assert [part.shape for part in features] == [(2, 3), (1, 3)]
+    torch.testing.assert_close(features[0], batches[0].mean((2, 3)))
+    assert compute_last_features(Head(rows=3), batches) is None  # crops of an image
+    assert compute_last_features(nn.Flatten(), batches) is None
 
 
 def list_torchvision_keys(blocks, n_convs):

@@ -416,6 +416,55 @@ def test_magnitude_is_a_mean_over_the_weights_that_write_a_channel():
 # Which channels go
 
 
+class Tied(nn.Module):
+    """Two convolutions of one weight, and a torch.cat by keywords."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Conv2d(4, 4, 3, padding=1)
+        self.third = nn.Conv2d(4, 4, 3, padding=1)
+        self.third.weight = self.second.weight
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = self.first(x)
+        x = torch.cat(tensors=[self.second(x), self.third(x)], dim=1)
+        return self.last(x.mean((2, 3)))
+
+
+def test_layers_that_share_a_weight_keep_their_channels():
+    network = Tied().eval()
+    pixels = NetworkInfo("net", "net", "", 10, 8, (0.5,) * 3, (0.5,) * 3, None)
+    with pytest.raises(SystemExit):  # no channel is left: the first layer's enter the tied ones
+        find_channels(network, pixels)
+    network.third.weight = nn.Parameter(network.second.weight.detach().clone())
+    assert find_channels(network, pixels).count == 12
+
+
+class Keeper(nn.Module):
+    """It keeps its features, with their graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.last = nn.Linear(4, 10)
+
+    def forward(self, x):
+        self.kept = self.conv(x)
+        return self.last(self.kept.mean((2, 3)))
+
+
+def test_a_network_that_keeps_its_features_is_measured():
+    network = Keeper().eval()
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    info = NetworkInfo("net", "net", "", 10, 8, (0.5,) * 3, (0.5,) * 3, None)
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8)
+    lesson = Lesson(network, info, images, "none", (images, torch.arange(4)))
+    before, after = pruning.evaluate_twice(network, torch.randn(2, 3, 8, 8), lesson)
+    assert before == after
+
+
 def remove(scores, network, channels, target, per_removal):
     progress = pruning.begin_progress(channels, "cpu")
     args = replace(DIGITS, target=target, channels_per_removal=per_removal)

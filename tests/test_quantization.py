@@ -160,6 +160,9 @@ def test_similarity_is_the_mean_divergence_of_the_layers(low_pass):
     assert found == pytest.approx(expected.item(), abs=2e-6)
     without = lesson._replace(teacher=nn.Conv2d(1, 1, 3))
     assert quantization.measure_moment_distance(without, args) is None
+    idle = nn.Conv2d(1, 1, 3)
+    idle.norm = nn.BatchNorm2d(1).eval()  # runs in training alone, say
+    assert quantization.measure_moment_distance(lesson._replace(teacher=idle), args) is None
 
 
 def test_real_images_are_nearer_than_noise():

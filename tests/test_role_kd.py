@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from helpers import rows_of
 from PIL import Image, ImageEnhance, ImageOps
@@ -506,6 +507,21 @@ def test_every_loss_teaches(tmp_path, kd):
 
 
 # Few bits
+
+
+class StandardisedConv(nn.Conv2d):
+    """It standardises its weight first."""
+
+    def forward(self, x):
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight, self.bias)
+
+
+def test_convolutions_that_compute_more_are_not_quantized(capsys):
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), StandardisedConv(2, 2, 3))
+    line = read_refusal(capsys, role_kd.quantize_network, network, 2)
+    assert "StandardisedConv computes more than nn.Conv2d; pass --bits 32" in line
+    assert type(network[1]) is StandardisedConv
 
 
 def test_quantised_values_and_their_gradients():

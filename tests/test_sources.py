@@ -157,6 +157,13 @@ def test_a_folder_with_images_of_another_size_is_refused(shape, tmp_path, capsys
     assert "expected uint8 (1, 32, 32), as the teacher's" in line
 
 
+def test_images_in_the_folder_that_a_run_writes_into_are_refused(tmp_path, capsys):
+    args = sources.SourceOptions(images=str(tmp_path / "x/.."), out=str(tmp_path))
+    (tmp_path / "x").mkdir()
+    line = read_refusal(capsys, sources.load_source_images, args, None)
+    assert "this is --out, where the run writes; pass another --out" in line
+
+
 def test_a_folder_without_images_is_refused(tmp_path, capsys):
     _, info = load_teacher(DIGITS, "cpu")
     args = replace(DIGITS, images=str(tmp_path))

@@ -193,8 +193,18 @@ def test_a_damaged_mnist_file_is_refused(tmp_path, capsys, damage, kind):
     message = read_refusal(capsys, load_dataset, "mnist", str(tmp_path), "test")
     assert f"{tmp_path / 'mnist'} cannot be read" in message
     if damage == "one less":
-        counts = ["40 labels of 39 images", "39 labels of 40 images"]
-        assert counts[kind] in message
+        shapes = ["(40, 28, 28)", "(40,)"]
+        assert f"its header says {shapes[kind]}" in message
+
+
+def test_mnist_files_of_other_sizes_are_refused(tmp_path, capsys):
+    labels = torch.zeros(40, dtype=torch.uint8)
+    write_idx(tmp_path, "test", random_pixels(39, 28, 28), labels)
+    message = read_refusal(capsys, load_dataset, "mnist", str(tmp_path), "test")
+    assert "40 labels of 39 images" in message
+    write_idx(tmp_path, "test", random_pixels(160, 14, 14), labels)
+    message = read_refusal(capsys, load_dataset, "mnist", str(tmp_path), "test")
+    assert "its header says (160, 14, 14)" in message
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])

@@ -257,6 +257,56 @@ def test_a_process_may_open_its_folder_again_and_runs_go_on_without_locks(tmp_pa
     assert not (tmp_path / "other/lock").exists()
 
 
+@pytest.mark.parametrize("option", ["weights", "teacher"])
+def test_a_run_goes_on_only_with_the_same_files(tmp_path, capsys, option):
+    path = tmp_path / "net.pt"
+    path.write_bytes(b"first")
+    args = MethodOptions(out=str(tmp_path / "run"), **{option: str(path)})
+    RunFolder(args, "cpu")
+    args.resume = True
+    RunFolder(args, "cpu")
+    path.write_bytes(b"other")
+    line = read_refusal(capsys, RunFolder, args, "cpu")
+    assert f"the file of --{option} is not the first run's; put that back" in line
+
+
+def test_a_new_run_does_not_delete_what_it_is_to_read(tmp_path, capsys):
+    run = make_run(tmp_path)
+    save_epochs(run, 1)
+    (tmp_path / "student.pt").write_bytes(b"weights")
+    run.finish({})
+    before = read_folder(tmp_path)
+    link = tmp_path / "link.pt"
+    link.symlink_to(tmp_path / "student.pt")
+    args = MethodOptions(out=str(tmp_path), teacher=str(link))
+    line = read_refusal(capsys, RunFolder, args, "cpu")
+    assert "the file of --teacher, which a new run deletes; pass another --out" in line
+    link.unlink()
+    assert read_folder(tmp_path) == before
+
+
+def test_a_students_file_without_a_result_is_not_deleted(tmp_path, capsys):
+    (tmp_path / "student.pt").write_bytes(b"weights")
+    line = read_refusal(capsys, make_run, tmp_path)
+    assert "holds an unfinished run (student.pt)" in line
+    assert (tmp_path / "student.pt").read_bytes() == b"weights"
+
+
+def test_random_numbers_of_python_and_numpy_go_on_too(tmp_path):
+    """A user's network may draw them."""
+    run = make_run(tmp_path)
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002
+    save_epochs(run, 1)
+    expected = random.random(), np.random.normal()  # noqa: NPY002
+    random.seed(4)
+    np.random.seed(4)  # noqa: NPY002
+    run = make_run(tmp_path, resume=True)
+    with run.open_checkpoint():
+        pass
+    assert (random.random(), np.random.normal()) == expected  # noqa: NPY002
+
+
 # What a run goes on from
 
 
