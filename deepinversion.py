@@ -56,7 +56,13 @@ from harness.images import (
     to_uint8,
 )
 from harness.load import check_network, find_dataset, load_student, load_teacher, load_verifier
-from harness.networks import compute_last_features, copy_network, list_learning, sample_example
+from harness.networks import (
+    compute_last_features,
+    copy_network,
+    fork_rng,
+    list_learning,
+    sample_example,
+)
 from harness.pictures import draw_classes, draw_curves
 from harness.run import (
     MethodOptions,
@@ -696,8 +702,9 @@ class Synthesis:
             self.bar.update(count_steps(self.args))
             return self.read_batch(path, number)
         advice = list_remedies("--batch-size", self.run.device)
-        with fail_in_one_line(f"batch {number} failed", advice), torch.random.fork_rng():
-            torch.manual_seed(make_generator(number, self.args).initial_seed())  # noisy teachers
+        with fail_in_one_line(f"batch {number} failed", advice), fork_rng(self.run.device):
+            # a noisy teacher draws for each batch anew, whatever was made before it
+            torch.manual_seed(make_generator(number, self.args).initial_seed())
             x = self.synthesise(number, opponent)
         if not x.isfinite().all():  # the loss before the last step may still have been finite
             fail(f"batch {number} is not finite; lower --lr or the weights of the terms")

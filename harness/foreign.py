@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from harness import ROOT
 from harness.errors import FOREIGN, Misfit, find_line, shorten_error
+from harness.networks import fork_rng
 
 
 # Importing
@@ -350,7 +351,7 @@ def select_logits(network, info):
     """The network, or LogitsOnly of it where it returns a tuple, a list or a dict."""
     shape = torch.Size((2, info.num_classes))
     places = {}
-    with torch.random.fork_rng():  # dropout draws, and nothing else may notice
+    with fork_rng("cpu"):  # dropout draws, and nothing else may notice
         for training in (False, True):
             trial = copy_for_trial(network)  # running moments stay as they are
             trial.train(training)

@@ -10,7 +10,7 @@ import torch
 from harness.errors import Misfit, fail, refuse_misfits, shorten_error
 from harness.foreign import feed_blank_images, feed_images, load_factory, select_logits
 from harness.known import DEFAULTS, describe, is_factory, list_packaged, list_shipped, make_info
-from harness.networks import NETWORKS, copy_network, list_learning, sample_example
+from harness.networks import NETWORKS, copy_network, fork_rng, list_learning, sample_example
 from harness.weights import load_state, load_weights
 
 # What to change, by the cause of a Misfit. `{got}` is the number or the path that it holds.
@@ -89,7 +89,7 @@ def check_gradients(network, info, device, trains):
     if not is_factory(info.arch):
         return
     x = sample_example(info, device)
-    with torch.random.fork_rng():  # dropout draws, and nothing else may notice
+    with fork_rng(device):  # dropout draws, and nothing else may notice
         trial = copy_network(network, x)
         if trains and trial is not network:
             trial.train()

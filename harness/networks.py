@@ -278,6 +278,18 @@ NETWORKS = {
 }
 
 
+def fork_rng(device):
+    """Context after which PyTorch's random numbers go on as if none had been drawn in it.
+
+    Args:
+        device: "cpu", or "cuda" for the current GPU's numbers too; of others none are drawn.
+    """
+    gpus = []
+    if device == "cuda":
+        gpus = [torch.cuda.current_device()]
+    return torch.random.fork_rng(gpus)
+
+
 def list_learning(network):
     """The parameters that a student learns: a user's network may have frozen ones."""
     return [parameter for parameter in network.parameters() if parameter.requires_grad]
