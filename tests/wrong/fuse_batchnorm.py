@@ -281,9 +281,15 @@ MUTANTS = [
     Mutant(
         "batch normalisations outside of layers are not counted",
         VERIFY,
-        "self.n_outside += 1",
-        "pass",
-        test="test_a_foreign_network_is_measured_as_it_is",
+        "            self.n_outside += 1\n            return",
+        "            return",
+    ),
+    Mutant(
+        "frozen BatchNorms of other classes are not counted",
+        VERIFY,
+        "elif _has_statistics(layer):",
+        "elif False:",
+        test="test_the_reason_says_what_is_not_fused",
     ),
     Mutant(
         "no output is returned twice",
