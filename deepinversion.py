@@ -59,7 +59,6 @@ from harness.load import check_network, find_dataset, load_student, load_teacher
 from harness.networks import (
     compute_last_features,
     copy_network,
-    fork_rng,
     list_learning,
     sample_example,
 )
@@ -75,6 +74,7 @@ from harness.run import (
     make_optimizer,
     parse_args,
     restore_optimizer,
+    seed_apart,
     seed_everything,
 )
 
@@ -702,9 +702,9 @@ class Synthesis:
             self.bar.update(count_steps(self.args))
             return self.read_batch(path, number)
         advice = list_remedies("--batch-size", self.run.device)
-        with fail_in_one_line(f"batch {number} failed", advice), fork_rng(self.run.device):
-            # a noisy teacher draws for each batch anew, whatever was made before it
-            torch.manual_seed(make_generator(number, self.args).initial_seed())
+        # a noisy teacher draws for each batch anew, whatever was made before it
+        seed = make_generator(number, self.args).initial_seed() % 2**32
+        with fail_in_one_line(f"batch {number} failed", advice), seed_apart(seed, self.run.device):
             x = self.synthesise(number, opponent)
         if not x.isfinite().all():  # the loss before the last step may still have been finite
             fail(f"batch {number} is not finite; lower --lr or the weights of the terms")

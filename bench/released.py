@@ -564,12 +564,15 @@ def list_comparisons(options):
 
 
 def measure(comparison, options):
-    """Times of both columns, the ratio released / ours as Times, and the number of rounds."""
+    """Times of both columns, the ratio released / ours as Times, and the number of rounds.
+
+    Or {column: why it cannot be timed}.
+    """
     makers = {"released": comparison.make_released, "ours": comparison.make_ours}
     if options.device == "cuda":
         times, _, problems = time_makers(makers, options)
         if problems:
-            raise RuntimeError(" ".join(problems.values()))
+            return problems
         median = times["released"].median / times["ours"].median
         low = times["released"].p20 / times["ours"].p80
         high = times["released"].p80 / times["ours"].p20
@@ -591,9 +594,12 @@ def compare_released(comparison, options):
         return mark_row(problem, **known)
 
     try:
-        times, ratio, n_rounds = measure(comparison, options)
+        measured = measure(comparison, options)
     except Exception as error:
         return mark_row(shorten_error(error), **known)
+    if isinstance(measured, dict):
+        return mark_row(" ".join(measured.values()), **known)
+    times, ratio, n_rounds = measured
     row = dict(known)
     for name, time in times.items():
         row |= name_columns(name, time)

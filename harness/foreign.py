@@ -51,7 +51,7 @@ def keep_settings():
     seed = torch.initial_seed()
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
     cuda_states = []
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         cuda_states = torch.cuda.get_rng_state_all()
     try:
         yield
@@ -63,6 +63,7 @@ def keep_settings():
         np.random.set_state(of_numpy)  # noqa: NPY002
         if torch.initial_seed() != seed:
             torch.set_rng_state(of_torch)
+            torch.cuda.manual_seed_all(seed)  # also where no GPU has been used yet
             if cuda_states:
                 torch.cuda.set_rng_state_all(cuda_states)
 
@@ -231,10 +232,10 @@ def load_factory(spec, num_classes, in_channels, image_size):
         raise Misfit(f"{name} returned a {kind}, expected a torch.nn.Module", "return the network")
     if isinstance(network, torch.jit.ScriptModule):
         raise Misfit(f"{name} returned a TorchScript module", "return the network it was made of")
+    if hasattr(network, "_orig_mod"):  # of torch.compile
+        network = network._orig_mod
     if isinstance(network, nn.DataParallel):
         network = network.module
-    if isinstance(network, torch._dynamo.OptimizedModule):  # of torch.compile
-        network = network._orig_mod
     if any(is_lazy(tensor) for tensor in (*network.parameters(), *network.buffers())):
         problem = f"{name} returned lazy modules that have no weights yet"
         raise Misfit(problem, "let the factory feed it a batch first")

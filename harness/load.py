@@ -18,7 +18,7 @@ TEACHER_ADVICE = {
     "classes": "pass --num-classes {got}",
     "channels": "pass {got} value(s) of --mean and of --std, one a channel",
     "size": "pass --image-size, the height of its images",
-    "finite": "check --weights",
+    "finite": "pass weights that are finite",
     "keys": "name the network of this file with --teacher",
     "untrained": "pass a teacher's weights with --weights FILE",
     "weights": "name their network with --teacher and the file with --weights",
@@ -181,7 +181,9 @@ def load_teacher(args, device, size_multiple=4):
             args.teacher, device, args.data_dir, args.weights, overrides=overrides
         )
         if info.image_size % size_multiple or info.image_size < 8:
-            expected = f"expected a multiple of {size_multiple} of at least 8 pixels"
+            expected = "expected at least 8 pixels"
+            if size_multiple > 1:
+                expected = f"expected a multiple of {size_multiple} of at least 8 pixels"
             fail(f"--image-size: {expected}, got {info.image_size}; pass another")
         check_network(teacher, info, device)
         check_gradients(teacher, info, device, trains=False)

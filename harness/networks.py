@@ -309,25 +309,24 @@ def compute_last_features(network, batches):
         batches: iterable of images (n, C, H, W) in the network's normalised units.
 
     Returns:
-        [(n, D) on the CPU, …], or None where no linear layer that runs has a row an image.
+        [(n, D) on the CPU, …], or None where none runs, or the last has not one row an image.
     """
     inputs_of_layers = []
 
-    def keep_input(module, inputs):
-        inputs_of_layers.append(inputs[0])
+    def keep_input(module, args, kwargs):
+        inputs_of_layers.extend(args or kwargs.values())  # one: a linear layer takes no more
 
     hooks = []
     for layer in find_linear_layers(network):
-        hooks.append(layer.register_forward_pre_hook(keep_input))
+        hooks.append(layer.register_forward_pre_hook(keep_input, with_kwargs=True))
     features = []
     for x in batches:
         inputs_of_layers.clear()
         network(x)
-        if inputs_of_layers:
-            features.append(inputs_of_layers[-1].flatten(1).cpu())
-        if not features or len(features[-1]) != len(x):
+        if not inputs_of_layers or len(inputs_of_layers[-1]) != len(x):
             features = None
             break
+        features.append(inputs_of_layers[-1].flatten(1).cpu())
     for hook in hooks:
         hook.remove()
     return features

@@ -45,6 +45,7 @@ from harness.files import (
     read_checkpoint,
     unlock_folder,
 )
+from harness.networks import fork_rng
 
 FINITE_ADVICE = "in another --out, lower the learning rates or weights"
 COUNTERS = ("step", "epoch")  # entries of a checkpoint that count what its run has finished
@@ -219,6 +220,16 @@ def set_foreign_states(states):
     np.random.set_state(("MT19937", keys, position, has_gauss, gauss))  # noqa: NPY002
 
 
+@contextlib.contextmanager
+def seed_apart(seed, device):
+    """Context with random numbers of this seed. Behind it they go on as if none had been drawn."""
+    foreign_states = get_foreign_states()
+    with fork_rng(device):
+        seed_everything(seed)
+        yield
+    set_foreign_states(foreign_states)
+
+
 def autocast(device, bf16):
     """Context in which networks run in bfloat16, on a GPU only.
 
@@ -322,11 +333,12 @@ def join_processes(device):
 
 # The folder
 def find_input_files(args):
-    """{option: Path} of the files with weights or schedules that options name."""
+    """{option: Path} of the files with weights or schedules that options name; no code."""
     found = {}
     for option in ("teacher", "weights", "student", "verifier", "ensemble", "schedules"):
         path = Path(getattr(args, option, "") or "none")
-        if path.suffix and path.is_file():
+        may_be_a_name = option in ("teacher", "student", "verifier") and not path.suffix
+        if path.is_file() and not may_be_a_name:
             found[option] = path
     return found
 
@@ -421,7 +433,9 @@ class RunFolder:
         for pattern in ("checkpoint.pt", "checkpoint-previous.pt", "student.pt", *clears):
             for path in sorted(self.out.glob(pattern)):
                 if unfinished:
-                    way_out = "pass --resume to continue it, or another --out"
+                    way_out = "pass another --out"
+                    if (self.out / "args.json").exists():
+                        way_out = "pass --resume to continue it, or another --out"
                     fail(f"--out {self.out} holds an unfinished run ({path.name}); {way_out}")
                 old.append(path)
         for option, taken in self.inputs.items():
@@ -572,7 +586,7 @@ class RunFolder:
             self._check_saved(saved)
             yield saved["state"]
             self._random_module().set_rng_state(saved["rng"])
-            if "foreign_rng" in saved:  # of a run of today
+            if "foreign_rng" in saved:  # older checkpoints lack it
                 set_foreign_states(saved["foreign_rng"])
             self.keep_rows(self.rows[: saved["n_rows"]])
             newest, previous = self.checkpoints

@@ -9,7 +9,7 @@ import torch
 from harness.errors import Misfit, shorten_error
 from harness.files import check_regular, read_checkpoint
 
-AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])")  # in the name of averaged weights
+AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|EMA")  # in the name of averaged weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "net.")  # of wrappers around a network
 NOT_WEIGHTS = ("num_batches_tracked", "n_averaged", "total_ops", "total_params")
 
@@ -98,6 +98,10 @@ def rename_public_keys(state, wanted):
     return renamed
 
 
+def have_equal_shapes(state, wanted):
+    return all(state[key].shape == tensor.shape for key, tensor in wanted.items())
+
+
 def find_fitting_state(network, saved):
     """The dict of tensors in a checkpoint whose names are the network's.
 
@@ -118,8 +122,10 @@ def find_fitting_state(network, saved):
         for state in peel_prefixes(drop_counters(tensors)):
             state = rename_public_keys(state, wanted)
             if state.keys() == wanted.keys():
-                is_average = any(AVERAGE.search(name.lower()) for name in names)
-                (averages if is_average else fitting).append((names, state))
+                if any(AVERAGE.search(name) for name in names):
+                    averages.append((names, state))
+                else:
+                    fitting.append((names, state))
                 break
             if len(state.keys() & wanted.keys()) >= len(nearest.keys() & wanted.keys()):
                 nearest = state
@@ -127,9 +133,13 @@ def find_fitting_state(network, saved):
         fitting = averages[:1]
     if not fitting:
         return None, nearest
+    of_equal_shapes = [item for item in fitting if have_equal_shapes(item[1], wanted)]
+    fitting = of_equal_shapes or fitting[:1]
+    first_names, first = fitting[0]
     for names, state in fitting[1:]:
-        first_names, first = fitting[0]
-        if not all(torch.equal(first[key], state[key]) for key in wanted):
+        # a copy in half precision is no other set
+        pairs = [(first[key].double(), state[key].double()) for key in wanted]
+        if not all(torch.allclose(a, b, rtol=1e-3, atol=1e-6, equal_nan=True) for a, b in pairs):
             both = f"{'.'.join(first_names) or 'its top'} and {'.'.join(names) or 'its top'}"
             raise Misfit(f"different weights in it fit: {both}", "save a file with one of them")
     return fitting[0]
@@ -154,7 +164,8 @@ def load_state(network, saved, path):
         )
     check_shapes(state, wanted, path)
     for key, tensor in state.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        # a mask of -inf, say, is part of the network
+        if wanted[key].isfinite().all() and not tensor.isfinite().all():
             raise Misfit(f"{path}: {key} is not finite", cause="finite")
     network.load_state_dict(state, strict=False)
 

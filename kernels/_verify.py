@@ -130,6 +130,9 @@ def _forbid_tf32():
         conv.fp32_precision = "ieee"
     else:
         torch.backends.cudnn.allow_tf32 = False
+        if conv.fp32_precision == "tf32":  # by torch.backends.fp32_precision
+            conv.fp32_precision = "ieee"
+            torch.backends.cudnn.rnn.fp32_precision = "ieee"
     matmul.fp32_precision = "ieee"
     try:
         yield

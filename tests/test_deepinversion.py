@@ -3,11 +3,13 @@
 import copy
 import json
 import math
+import random
 import shutil
 import socket
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import scripts
 import torch
@@ -829,21 +831,50 @@ def test_a_file_with_another_batch_is_refused(whole, tmp_path, capsys, change):
     assert f"{path} holds no batch of this run" in line and "delete it" in line
 
 
+class Noise(nn.Module):
+    """Draws from PyTorch, numpy and python."""
+
+    def forward(self, x):
+        factor = random.uniform(0.5, 1) * np.random.uniform(0.5, 1)  # noqa: NPY002
+        return x + 0.1 * factor * torch.randn_like(x)
+
+
 def test_a_teacher_that_draws_gives_each_batch_its_own_numbers(tmp_path):
     """So that a run that goes on makes the batches of one that was never stopped."""
     teacher = make_teacher()
-    teacher.insert(0, nn.Dropout(0.2).train())
-    args = replace(TINY, verifier="none", jitter=0)
+    teacher.insert(0, Noise())
+    args = replace(TINY, verifier="none")
     images = []
     for order in ([0, 1], [1]):
-        out = tmp_path / str(len(order))
-        synthesis = make_synthesis(out, teacher, args, n_batches=2)
-        teacher[0].train()
+        synthesis = make_synthesis(tmp_path / str(len(order)), teacher, args, n_batches=2)
         for number in order:
-            torch.rand(3)  # of something else
+            before = torch.rand(1), random.random()  # of something else, which goes on
             made = synthesis.make_batch(number)
+            assert (torch.rand(1), random.random()) != before
         images.append(made)
     assert torch.equal(*images)
+
+
+def test_random_numbers_go_on_behind_a_batch(tmp_path):
+    drawn = []
+    for makes_a_batch in (False, True):
+        synthesis = make_synthesis(tmp_path / str(makes_a_batch), make_teacher(), TINY)
+        torch.manual_seed(5)
+        random.seed(5)
+        if makes_a_batch:
+            synthesis.make_batch(0)
+        drawn.append((torch.rand(1).item(), random.random()))
+    assert drawn[0] == drawn[1]
+
+
+def test_a_student_that_competes_learns_the_same_parameters_afterwards(tmp_path):
+    pool = nn.AdaptiveAvgPool2d(1)
+    student = nn.Sequential(nn.Conv2d(3, 4, 3), pool, nn.Flatten(), nn.Linear(4, 10))
+    student[0].requires_grad_(False)
+    args = replace(TINY, student="resnet8", competition="js", batches_per_epoch=1)
+    synthesis = make_synthesis(tmp_path, make_teacher(), args)
+    synthesis.make_competing_batch(0, student)
+    assert [p.requires_grad for p in student.parameters()] == [False, False, True, True]
 
 
 def run_two_processes(out, options=""):

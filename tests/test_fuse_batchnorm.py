@@ -4,6 +4,8 @@ import copy
 import importlib
 import itertools
 import re
+import subprocess
+import sys
 import warnings
 from functools import partial
 
@@ -30,6 +32,7 @@ from foreign_networks import (
     TanhNorm,
 )
 from helpers import assert_as_exact_as_eager
+from scripts import ROOT
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -220,6 +223,36 @@ class Pointwise(nn.Module):
             x = F.relu(other_norm(other_conv(x)))
         z = conv(x)
         return norm(z) + z
+
+
+TF32_SWITCHES = """
+import sys
+
+import torch
+
+from kernels import _verify
+
+backends = torch.backends
+ops = (backends.cudnn.conv, backends.cudnn.rnn, backends.cuda.matmul)
+if sys.argv[1] == "cudnn":
+    backends.cudnn.fp32_precision = "tf32"
+if sys.argv[1] == "all":
+    backends.fp32_precision = "tf32"
+before = [op.fp32_precision for op in ops]
+with _verify._forbid_tf32():
+    assert all(op.fp32_precision in ("none", "ieee") for op in ops)
+    with backends.cudnn.flags(enabled=True):
+        pass  # as in a network's own forward
+assert [op.fp32_precision for op in ops] == before
+"""
+
+
+@pytest.mark.parametrize("switch", ["default", "cudnn", "all"])
+def test_networks_are_compared_without_tf32(switch):
+    """However it was allowed; the settings are then as they were. In a process of its own."""
+    command = [sys.executable, "-c", TF32_SWITCHES, switch]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("runs_kernels", [False, True], ids=["torch", "triton"])

@@ -596,7 +596,7 @@ def start_together(name, folder, whole, chance):
     """Start three programs in one folder, a moment apart: at least one succeeds, no file suffers.
 
     Returns:
-        How many were refused: on a busy machine possibly none, as each may end before the next.
+        How many were refused: none, if on a busy machine each ends before the next begins.
     """
     processes = []
     for i in range(3):

@@ -510,7 +510,7 @@ def test_a_teacher_that_gives_nan_is_refused(capsys, tmp_path):
     network = NETWORKS["lenet5"](in_channels=1)
     nn.init.constant_(network.fc2.bias[3:4], math.nan)
     path = write_checkpoint(tmp_path / "t.pt", network, arch="lenet5", mean=(0.5,), std=(0.5,))
-    assert "fc2.bias is not finite; check --weights" in refuse_teacher(capsys, path)
+    assert "fc2.bias is not finite; pass weights that are finite" in refuse_teacher(capsys, path)
 
 
 # Students
@@ -889,7 +889,7 @@ BAD_INPUTS = [
         T,
         "bad_nets.py:not_finite",
         name_weights("not_finite"),
-        ["not finite; check --weights"],
+        ["not finite; pass weights that are finite"],
         NUMBERS,
     ),
     (S, "bad_nets.py:Broken", {}, ["KeyError: 'logits'", "correct its forward"], []),
@@ -1074,6 +1074,19 @@ def test_an_average_is_known_by_a_word_of_its_name(tmp_path):
     assert network.bias.sum() == 0
     load_state(network, {"ema_state": first}, "file")
     assert network.bias.sum() == 2
+    load_state(network, {"modelEMA": first, "model": second}, "file")
+    assert network.bias.sum() == 0
+
+
+def test_what_fits_in_names_alone_does_not_count(tmp_path):
+    """Nor does a copy in half precision, and a buffer of -inf is the network's own."""
+    network = nn.Linear(2, 2)
+    network.register_buffer("mask", torch.full((2,), -math.inf))
+    fitting = {name: tensor + 1 for name, tensor in network.state_dict().items()}
+    other = {name: torch.zeros(3, 3) for name in fitting}
+    half = {name: tensor.half() for name, tensor in fitting.items()}
+    load_state(network, {"backbone": other, "net": fitting, "half": half}, "file")
+    assert torch.equal(network.weight, fitting["weight"])
 
 
 def test_an_imagenet_architecture_of_other_classes_is_not_of_imagenet(tmp_path):

@@ -54,7 +54,7 @@ class Head(nn.Module):
 
     def forward(self, x):
         x = x.mean((2, 3)).repeat(self.rows, 1)
-        return self.linear(x)[: len(x) // self.rows]
+        return self.linear(input=x)[: len(x) // self.rows]
 
 
 def test_last_features_are_those_of_the_linear_layer_that_runs_last():

@@ -460,6 +460,36 @@ def test_twenty_kills_give_the_same_files(tmp_path, whole_runs, name, seed):
     assert_same_run(whole, cut)
 
 
+PARTLY_FROZEN = """
+import torch.nn as nn
+
+
+class Small(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, stride=2)
+        self.fc = nn.Linear(4, 10)
+        nn.init.constant_(self.conv.weight, 0.25)
+        nn.init.constant_(self.fc.weight, 0.0)
+        self.conv.requires_grad_(False)
+
+    def forward(self, x):
+        return self.fc(self.conv(x).relu().mean((2, 3)))
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["deepinversion-student", "zskt", "pseudo_replay", "generative_ensemble"]
+)
+def test_layers_of_a_student_that_are_frozen_stay(tmp_path, name):
+    (tmp_path / "small.py").write_text(PARTLY_FROZEN)
+    out = tmp_path / "run"
+    run(f"{COMMANDS[name]} --student {tmp_path}/small.py:Small", out)
+    state = torch.load(out / "student.pt", weights_only=True)["state_dict"]
+    assert (state["conv.weight"] == 0.25).all()
+    assert (state["fc.weight"] != 0).any()
+
+
 @EVERY_SCRIPT
 def test_a_full_disk_is_one_line(tmp_path, name):
     """No file may grow beyond 4,000 bytes."""
