@@ -343,6 +343,12 @@ def find_input_files(args):
     return found
 
 
+def hash_file(path):
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def describe_machine(device):
     """What result.json says of machine and code: device, device_name and versions."""
     if device == "cuda":
@@ -397,6 +403,7 @@ class RunFolder:
         self.rows = []
         self.start = time.time()
         self.inputs = find_input_files(args)
+        self.digests = {option: hash_file(path) for option, path in self.inputs.items()}
         prepare_program()
         with fail_in_one_line(f"--out {self.out} cannot be used", "pass another folder"):
             self.out.mkdir(parents=True, exist_ok=True)
@@ -411,19 +418,10 @@ class RunFolder:
         """From here on the folder is this run's: write its options, delete an earlier result."""
         (self.out / "result.json").unlink(missing_ok=True)
         options = asdict(self.args)
-        digests = self._hash_inputs()
-        if digests:
-            options["sha256"] = digests
+        if self.digests:
+            options["sha256"] = self.digests
         with self.write_file("args.json") as file:
             file.write(encode_json(options, indent=1))
-
-    def _hash_inputs(self):
-        """{option: SHA-256 of the file that it names}."""
-        digests = {}
-        for option, path in self.inputs.items():
-            with open(path, "rb") as file:
-                digests[option] = hashlib.file_digest(file, "sha256").hexdigest()
-        return digests
 
     def _clear(self, clears):
         """Delete what an earlier run left; refuse if it was not finished."""
@@ -460,9 +458,8 @@ class RunFolder:
         if changed:
             names = ", ".join(changed)
             fail(f"--resume: {names} differ from the first run's (args.json); repeat its options")
-        digests = self._hash_inputs()
         for option, digest in before.get("sha256", {}).items():
-            if digests.get(option) != digest:
+            if self.digests.get(option) != digest:
                 problem = f"the file of --{option} is not the first run's"
                 fail(f"--resume: {problem}; put that back, or begin again in another --out")
         self.rows = self._read_rows()

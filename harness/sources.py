@@ -79,10 +79,10 @@ def load_source_images(args, info, changes=None):
     if args.images in N_CLASSES:
         return load_training_images(args.images, info, args)
     folder = args.images
-    if Path(folder).resolve() == Path(args.out).resolve():
-        fail(f"--images {folder}: this is --out, where the run writes; pass another --out")
     if folder == "auto":
         folder = invert_teacher(args, changes)
+    if Path(folder).resolve() == Path(args.out).resolve():
+        fail(f"--images {folder}: this is --out, where the run writes; pass another --out")
     paths = check_image_files(folder, info)
     return torch.cat([read_images(path)[0] for path in paths])
 

@@ -99,6 +99,7 @@ def rename_public_keys(state, wanted):
 
 
 def have_equal_shapes(state, wanted):
+    """Whether tensors have the shapes of those of the same names in `wanted`."""
     return all(state[key].shape == tensor.shape for key, tensor in wanted.items())
 
 

@@ -848,9 +848,8 @@ def test_a_teacher_that_draws_gives_each_batch_its_own_numbers(tmp_path):
     for order in ([0, 1], [1]):
         synthesis = make_synthesis(tmp_path / str(len(order)), teacher, args, n_batches=2)
         for number in order:
-            before = torch.rand(1), random.random()  # of something else, which goes on
+            torch.rand(1)  # something else draws too
             made = synthesis.make_batch(number)
-            assert (torch.rand(1), random.random()) != before
         images.append(made)
     assert torch.equal(*images)
 
